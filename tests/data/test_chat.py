@@ -1,0 +1,189 @@
+"""The loss mask covers what the target generates, whatever its chat template does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from eagle_ds.data.chat import ChatEncoder, common_prefix, common_suffix, messages_of, record_id
+from tests.targets import byte_tokenizer
+
+CHAT = [
+    {"role": "user", "content": "Sum of 2 and 2?"},
+    {"role": "assistant", "content": "It is 4."},
+    {"role": "user", "content": "And ans?"},
+    {"role": "assistant", "content": "answers vary:\n\n- one\n- answer"},
+]
+
+
+class SlowTokenizer:
+    """A tokenizer in Python, as Kimi's: no offsets."""
+
+    is_fast = False
+
+    def __init__(self, fast) -> None:
+        self._fast = fast
+
+    def __getattr__(self, name: str):
+        return getattr(self._fast, name)
+
+    def __call__(self, text: str, **settings):
+        if settings.get("return_offsets_mapping"):
+            raise NotImplementedError
+        return self._fast(text, **settings)
+
+
+def encoder_of(kind: str, max_length: int = 4096, **settings) -> ChatEncoder:
+    return ChatEncoder(byte_tokenizer(kind), max_length, **settings)
+
+
+def trained_text(encoder: ChatEncoder, messages: list[dict]) -> list[str]:
+    """Decoded text of every trained run."""
+    encoded = encoder.encode({"messages": messages})
+    return [encoder.tokenizer.decode(encoded.input_ids[start:end]) for start, end in encoded.trained_spans]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("chatml", ["It is 4.<|im_end|>", "answers vary:\n\n- one\n- answer<|im_end|>"]),
+        ("llama3", ["It is 4.<|eot_id|>", "answers vary:\n\n- one\n- answer<|eot_id|>"]),
+        ("qwen3", ["It is 4.<|im_end|>", "<think>\n\n</think>\n\nanswers vary:\n\n- one\n- answer<|im_end|>"]),
+        ("deepseek", ["It is 4.<｜end▁of▁sentence｜>", "answers vary:\n\n- one\n- answer<｜end▁of▁sentence｜>"]),
+        (
+            "harmony",
+            ["<|channel|>final<|message|>It is 4.<|end|>", "<|channel|>final<|message|>answers vary:\n\n- one\n- answer<|return|>"],
+        ),
+        ("mistral", ["It is 4.</s>", "answers vary:\n\n- one\n- answer</s>"]),
+        ("plain", ["It is 4.", "answers vary:\n\n- one\n- answer"]),
+    ],
+)
+def test_trained_text_is_what_the_target_generates(kind, expected):
+    assert trained_text(encoder_of(kind), CHAT) == expected
+
+
+@pytest.mark.parametrize("kind", ["chatml", "llama3", "qwen3", "deepseek", "harmony", "mistral", "plain"])
+def test_tokens_decode_back_to_the_rendered_conversation(kind):
+    encoder = encoder_of(kind)
+    encoded = encoder.encode({"messages": CHAT})
+    assert encoder.tokenizer.decode(encoded.input_ids) == encoder.render(CHAT)
+    assert encoded.input_ids.dtype == np.int32 and encoded.loss_mask.dtype == np.uint8
+
+
+@pytest.mark.parametrize("kind", ["chatml", "llama3", "deepseek", "harmony"])
+def test_first_answer_follows_exactly_the_prompt_that_is_served(kind):
+    encoder = encoder_of(kind)
+    encoded = encoder.encode({"messages": CHAT})
+    prompt = encoder.prompt_ids(CHAT[:1])
+    assert encoded.input_ids[: len(prompt)].tolist() == prompt
+    assert encoded.trained_spans[0][0] == len(prompt)
+
+
+def test_content_that_the_template_trims_or_that_repeats_is_still_found():
+    chat = [{"role": "user", "content": "say ok"}, {"role": "assistant", "content": "  ok\n"}] * 3
+    assert trained_text(encoder_of("llama3"), chat) == ["ok<|eot_id|>"] * 3
+    assert trained_text(encoder_of("chatml"), chat) == ["  ok\n<|im_end|>"] * 3
+
+
+def test_thinking_is_trained_where_the_template_keeps_it():
+    chat = [dict(message) for message in CHAT]
+    chat[1]["content"] = "<think>\nhm\n</think>\n\nIt is 4."
+    chat[3]["content"] = "<think>\nso\n</think>\n\nDone."
+    assert trained_text(encoder_of("qwen3"), chat) == ["It is 4.<|im_end|>", "<think>\nso\n</think>\n\nDone.<|im_end|>"]
+
+
+def test_a_generation_prompt_with_a_thinking_block_is_not_trained():
+    encoder = encoder_of("qwen3", template_kwargs={"enable_thinking": False})
+    assert trained_text(encoder, CHAT)[-1] == "answers vary:\n\n- one\n- answer<|im_end|>"
+
+
+def test_words_of_the_user_that_look_like_an_answer_are_not_trained():
+    chat = [
+        {"role": "user", "content": "It is 4.<|im_end|>\n<|im_start|>assistant\nIt is 4."},
+        {"role": "assistant", "content": "It is 4."},
+    ]
+    assert trained_text(encoder_of("chatml"), chat) == ["It is 4.<|im_end|>"]
+
+
+@pytest.mark.parametrize("kind", ["llama3", "harmony"])
+def test_the_date_is_fixed(kind):
+    assert "2024" in encoder_of(kind).render(CHAT)
+    assert "2031" in encoder_of(kind, date="2031-01-02").render(CHAT)
+
+
+def test_a_tokenizer_in_python_gets_the_same_mask():
+    fast, slow = encoder_of("chatml"), ChatEncoder(SlowTokenizer(byte_tokenizer("chatml")), 4096)
+    expected, found = fast.encode({"messages": CHAT}), slow.encode({"messages": CHAT})
+    assert np.array_equal(expected.input_ids, found.input_ids) and np.array_equal(expected.loss_mask, found.loss_mask)
+
+
+def test_a_tokenizer_that_adds_spaces_is_tokenized_whole():
+    tokenizer = byte_tokenizer("mistral", sentencepiece=True)
+    encoder = ChatEncoder(tokenizer, 4096)
+    encoded = encoder.encode({"messages": CHAT})
+    whole = tokenizer(encoder.render(CHAT), add_special_tokens=False)["input_ids"]
+    assert encoded.input_ids.tolist() == whole
+    runs = [tokenizer.decode(encoded.input_ids[start:end]).strip() for start, end in encoded.trained_spans]
+    assert runs == ["It is 4.</s>", "answers vary:\n\n- one\n- answer</s>"]
+
+
+def test_missing_chat_template_is_one_sentence():
+    encoder = encoder_of("chatml")
+    encoder.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template; use a chat model"):
+        encoder.encode({"messages": CHAT})
+
+
+def test_a_mask_of_zeros_is_refused():
+    encoder = encoder_of("chatml")
+    encoder.tokenizer.chat_template = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="all zeros"):
+        encoder.encode({"messages": CHAT})
+
+
+def test_a_conversation_that_the_template_refuses_says_why():
+    with pytest.raises(ValueError, match="roles must alternate"):
+        encoder_of("mistral").encode({"messages": [CHAT[0], *CHAT]})
+
+
+def test_skips_are_counted():
+    encoder = encoder_of("chatml", max_length=60)
+    assert encoder.encode({"messages": CHAT[:1]}) is None
+    assert encoder.encode({"messages": [{"role": "user", "content": "x" * 80}, CHAT[1]]}) is None
+    assert (encoder.stats.without_answer, encoder.stats.untrained, encoder.stats.samples) == (1, 1, 0)
+
+
+def test_overlong_is_truncated_or_skipped_by_setting():
+    whole = encoder_of("chatml").encode({"messages": CHAT})
+    cutting, skipping = encoder_of("chatml", max_length=100), encoder_of("chatml", max_length=100, overlong="skip")
+    cut = cutting.encode({"messages": CHAT})
+    assert np.array_equal(cut.input_ids, whole.input_ids[:100]) and np.array_equal(cut.loss_mask, whole.loss_mask[:100])
+    assert skipping.encode({"messages": CHAT}) is None
+    assert (cutting.stats.truncated, skipping.stats.overlong) == (1, 1)
+
+
+def test_plain_text_is_trained_whole():
+    encoded = encoder_of("chatml").encode({"id": 7, "text": "once upon a time"})
+    assert encoded.id == "7" and encoded.loss_mask.all()
+
+
+def test_sharegpt_records_are_read_alike():
+    sharegpt = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in CHAT]
+    assert messages_of({"conversations": sharegpt}) == CHAT
+
+
+@pytest.mark.parametrize("record", [{}, {"messages": []}, {"messages": ["hi"]}, {"messages": [{"role": "user"}]}])
+def test_malformed_records_say_what_was_expected(record):
+    with pytest.raises(ValueError, match="expected"):
+        messages_of(record)
+
+
+def test_default_id_follows_the_content():
+    assert record_id({"text": "a"}) == record_id({"text": "a"}) != record_id({"text": "b"})
+
+
+@pytest.mark.parametrize(("a", "b"), [("", ""), ("abc", "abc"), ("abc", "abd"), ("abc", "ab"), ("xbc", "abc")])
+def test_common_ends(a, b):
+    same = [x == y for x, y in zip(a, b, strict=False)]
+    assert common_prefix(a, b) == (same.index(False) if False in same else len(same))
+    assert common_suffix(a[::-1], b[::-1]) == common_prefix(a, b)
