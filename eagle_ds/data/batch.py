@@ -1,0 +1,131 @@
+"""One rank's share of one micro-batch: index arithmetic from the plan, tensors from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eagle_ds import ranges as rg
+from eagle_ds.layout import Alignment, SequencePlan
+
+
+@dataclass
+class TokenFacts:
+    """The small per-token arrays of one document, whole (every rank reads them)."""
+
+    input_ids: np.ndarray  # int32 [S]
+    loss_mask: np.ndarray  # uint8 [S]
+    target_token_id: np.ndarray | None = None  # int32 [S]
+    target_logsumexp: np.ndarray | None = None  # float32 [S]
+
+
+@dataclass
+class Batch:
+    """What the draft computes on. C context rows, N query rows, M_aux and M_target rows read from the store.
+
+    A query row p of step k is trained where ``trained[p, k]``; its label comes from target row ``target_index[p, k]``.
+    ``target_token`` and ``target_logsumexp`` are None where the store lacks them; ``loss.label_facts`` makes them then.
+    """
+
+    plan: SequencePlan
+    names: tuple[str, ...]
+    aux: Tensor  # [M_aux, A*H]
+    context_index: Tensor  # int64 [C], into aux
+    context_ids: Tensor  # int64 [C], x[p+1]
+    context_positions: Tensor  # int64 [C], rope position inside the document
+    query_index: Tensor  # int64 [N], into aux
+    query_ids: Tensor  # int64 [N, T], x[p+1+k]
+    query_positions: Tensor  # int64 [N]
+    target_hidden: Tensor  # [M_target, H]
+    target_index: Tensor  # int64 [N, T], into target_hidden
+    trained: Tensor  # bool [N, T], by mask alone
+    target_token: Tensor | None  # int64 [M_target], argmax over the full vocabulary
+    target_logsumexp: Tensor | None  # float32 [M_target]
+
+    def to(self, device: torch.device | str, *, float_dtype: torch.dtype | None = None, non_blocking: bool = False) -> Batch:
+        """The same batch on ``device``; hidden states in ``float_dtype`` if given."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor):
+                cast = float_dtype if name in ("aux", "target_hidden") else None
+                moved[name] = value.to(device, dtype=cast or value.dtype, non_blocking=non_blocking)
+        return replace(self, **moved)
+
+
+def trained_steps(loss_mask: np.ndarray, rows: np.ndarray, ttt_steps: int, alignment: Alignment) -> np.ndarray:
+    """bool [len(rows), T]: whether row p counts at step k by mask alone (DESIGN section 2).
+
+    ``serving``: every token from x[p+1] to x[p+2+k] is trained. ``feature``: m[p+k] with m[S-1] = 0.
+    """
+    size = len(loss_mask)
+    steps = np.arange(ttt_steps)
+    if alignment == "feature":
+        mask = np.concatenate([loss_mask[:-1] != 0, np.zeros(ttt_steps + 1, dtype=bool)])
+        return mask[rows[:, None] + steps]
+    untrained_before = np.concatenate([[0], np.cumsum(loss_mask == 0)])
+    stop = rows[:, None] + 3 + steps
+    inside = stop <= size
+    return inside & (untrained_before[np.minimum(stop, size)] == untrained_before[np.minimum(rows + 1, size)][:, None])
+
+
+def assemble(
+    plan: SequencePlan,
+    rank: int,
+    facts: Sequence[TokenFacts],
+    aux: Tensor,
+    target_hidden: Tensor,
+    *,
+    alignment: Alignment,
+    names: Sequence[str] = (),
+) -> Batch:
+    """Batch of sequence-parallel rank ``rank``. ``aux`` holds ``plan.aux_rows(rank)``, ``target_hidden`` ``plan.target_rows(rank)``."""
+    steps = plan.ttt_steps
+    context, queries, targets = plan.context[rank], plan.queries[rank], plan.target_rows(rank)
+    assert aux.shape[0] == rg.count(plan.aux_rows(rank)) and target_hidden.shape[0] == rg.count(targets)
+    ids, trained, positions = [], [], []
+    for number, rows in plan.file_rows(queries):
+        p = rg.rows(rows)
+        padded = np.concatenate([facts[number].input_ids, np.zeros(steps + 1, dtype=np.int32)])
+        ids.append(padded[p[:, None] + 1 + np.arange(steps)])
+        trained.append(trained_steps(facts[number].loss_mask, p, steps, alignment))
+        positions.append(p)
+    context_ids, context_positions = [], []
+    for number, rows in plan.file_rows(context):
+        p = rg.rows(rows)
+        context_ids.append(np.append(facts[number].input_ids, 0)[p + 1])
+        context_positions.append(p)
+    wanted = rg.rows(queries)[:, None] + 1 + np.arange(steps)
+    target_index = np.minimum(rg.rank_of(wanted.reshape(-1), targets).reshape(wanted.shape), max(rg.count(targets) - 1, 0))
+    return Batch(
+        plan=plan,
+        names=tuple(names),
+        aux=aux,
+        context_index=torch.from_numpy(rg.index_in(context, plan.aux_rows(rank))),
+        context_ids=_stack(context_ids),
+        context_positions=_stack(context_positions),
+        query_index=torch.from_numpy(rg.index_in(queries, plan.aux_rows(rank))),
+        query_ids=_stack(ids, steps),
+        query_positions=_stack(positions),
+        target_hidden=target_hidden,
+        target_index=torch.from_numpy(target_index),
+        trained=torch.from_numpy(np.concatenate(trained)) if trained else torch.zeros(0, steps, dtype=torch.bool),
+        target_token=_target_facts(plan, facts, targets, "target_token_id", torch.int64),
+        target_logsumexp=_target_facts(plan, facts, targets, "target_logsumexp", torch.float32),
+    )
+
+
+def _stack(parts: list[np.ndarray], width: int | None = None) -> Tensor:
+    empty = np.zeros((0,) if width is None else (0, width), dtype=np.int64)
+    return torch.from_numpy(np.concatenate([empty, *parts]).astype(np.int64))
+
+
+def _target_facts(plan: SequencePlan, facts: Sequence[TokenFacts], targets: rg.Ranges, name: str, dtype: torch.dtype) -> Tensor | None:
+    """The stored label facts of the target rows; None unless every document has them."""
+    if any(getattr(f, name) is None for f in facts):
+        return None
+    parts = [getattr(facts[number], name)[rg.rows(rows)] for number, rows in plan.file_rows(targets)]
+    return torch.from_numpy(np.concatenate(parts)).to(dtype) if parts else torch.zeros(0, dtype=dtype)

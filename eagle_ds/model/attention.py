@@ -1,0 +1,135 @@
+"""Block attention: every query row sees one run of key rows; (out, lse) of two key sets merge by online softmax.
+
+A causal mask, packed documents, sliding windows, trained rows only and blocks of a ring all have this form: query
+row i attends to keys lo[i] <= j < hi[i] of a key buffer. An empty run gives out = 0 and lse = -inf.
+
+The backward takes the FINAL out and lse, after every merge: with p_ij = exp(s_ij - lse) and
+delta_i = dout_i . out_i it follows that ds_ij = p_ij (dout_i . v_j - delta_i), whichever part of the joint key set
+j belongs to, so no gradient through lse is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SCORE_BYTES = 64 << 20  # the reference works on score blocks of about this size
+
+
+@dataclass(frozen=True)
+class KeyBounds:
+    """Visible keys of each query row, int64 [N] on the host, and a copy on the device of the tensors."""
+
+    lo: np.ndarray
+    hi: np.ndarray
+    lo_device: Tensor
+    hi_device: Tensor
+
+    @classmethod
+    def make(cls, lo: np.ndarray, hi: np.ndarray, device: torch.device) -> KeyBounds:
+        """Bounds on host and device."""
+        return cls(lo, hi, torch.from_numpy(lo).to(device), torch.from_numpy(hi).to(device))
+
+
+class BlockAttention(Protocol):
+    """What every backend offers. q [N, Hq, d]; k, v [M, Hkv, d]; Hkv divides Hq; lse [N, Hq] float32 (float64 for float64 inputs)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
+        """(out [N, Hq, d], lse [N, Hq])."""
+        ...
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) given the final out and lse of the joint softmax."""
+        ...
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are kept in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets; out [N, Hq, d], lse [N, Hq]. Either set may be empty (lse = -inf)."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    finite = torch.where(lse == -torch.inf, 0.0, lse)
+    weight_a = torch.exp(lse_a - finite).unsqueeze(-1)
+    weight_b = torch.exp(lse_b - finite).unsqueeze(-1)
+    return out_a * weight_a + out_b * weight_b, lse
+
+
+class ReferenceAttention:
+    """Plain PyTorch in float32 or float64, a block of query rows at a time: the yardstick, and the CPU path."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
+        """See ``BlockAttention``; out in the dtype of q."""
+        out = torch.zeros_like(q)
+        lse = torch.full(q.shape[:2], -torch.inf, dtype=wide(q.dtype), device=q.device)
+        for rows, keys in _blocks(q, bounds):
+            scores, heads_v = self._scores(q, k, v, bounds, rows, keys, scale)
+            block_lse = torch.logsumexp(scores, dim=-1)
+            p = torch.exp(scores - torch.where(block_lse == -torch.inf, 0.0, block_lse).unsqueeze(-1))
+            out[rows] = _from_kv_heads(p @ heads_v, q.shape[1]).to(q.dtype)
+            lse[rows] = _from_kv_heads(block_lse.unsqueeze(-1), q.shape[1]).squeeze(-1)
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``BlockAttention``; gradients in float32 or float64."""
+        dtype = wide(q.dtype)
+        dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
+        delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
+        for rows, keys in _blocks(q, bounds):
+            scores, heads_v = self._scores(q, k, v, bounds, rows, keys, scale)
+            heads_k = k[keys].to(dtype).transpose(0, 1)
+            heads_q, heads_dout = (_to_kv_heads(t[rows].to(dtype), k.shape[1]) for t in (q, dout))
+            row_lse, row_delta = (_to_kv_heads(t[rows].to(dtype).unsqueeze(-1), k.shape[1]) for t in (lse, delta))
+            p = torch.exp(scores - row_lse)
+            ds = p * (heads_dout @ heads_v.transpose(1, 2) - row_delta) * scale
+            dq[rows] = _from_kv_heads(ds @ heads_k, q.shape[1])
+            dk[keys] += (ds.transpose(1, 2) @ heads_q).transpose(0, 1)
+            dv[keys] += (p.transpose(1, 2) @ heads_dout).transpose(0, 1)
+        return dq, dk, dv
+
+    @staticmethod
+    def _scores(q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, rows: slice, keys: slice, scale: float) -> tuple[Tensor, Tensor]:
+        """Masked scores [Hkv, rows * group, keys] and values [Hkv, keys, d], in the wide type."""
+        dtype = wide(q.dtype)
+        heads_k, heads_v = (t[keys].to(dtype).transpose(0, 1) for t in (k, v))
+        scores = _to_kv_heads(q[rows].to(dtype), k.shape[1]) @ heads_k.transpose(1, 2) * scale
+        column = torch.arange(keys.start, keys.stop, device=q.device)
+        seen = (column >= bounds.lo_device[rows, None]) & (column < bounds.hi_device[rows, None])
+        return scores.masked_fill_(~seen.repeat_interleave(q.shape[1] // k.shape[1], dim=0), -torch.inf), heads_v
+
+
+def _blocks(q: Tensor, bounds: KeyBounds) -> list[tuple[slice, slice]]:
+    """Blocks of query rows, each with the hull of the keys that they see; rows that see nothing make no block of their own."""
+    blocks, start = [], 0
+    while start < q.shape[0]:
+        visible = max(int(bounds.hi[start:].max() - bounds.lo[start:].min()), 1)
+        stop = min(start + max(SCORE_BYTES // (4 * q.shape[1] * visible), 16), start + 256, q.shape[0])
+        lo, hi = bounds.lo[start:stop], bounds.hi[start:stop]
+        some = lo < hi
+        if some.any():
+            blocks.append((slice(start, stop), slice(int(lo[some].min()), int(hi[some].max()))))
+        start = stop
+    return blocks
+
+
+def _to_kv_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """[n, Hq, w] -> [Hkv, n * group, w]: the query heads of one KV head side by side."""
+    n, heads, width = x.shape
+    return x.view(n, kv_heads, heads // kv_heads, width).permute(1, 0, 2, 3).reshape(kv_heads, -1, width)
+
+
+def _from_kv_heads(x: Tensor, heads: int) -> Tensor:
+    """The inverse of ``_to_kv_heads``."""
+    kv_heads, rows, width = x.shape
+    group = heads // kv_heads
+    return x.view(kv_heads, rows // group, group, width).permute(1, 0, 2, 3).reshape(rows // group, heads, width)

@@ -1,0 +1,212 @@
+"""The EAGLE-3 draft (arXiv:2503.01840): building blocks, and the test-time-training unroll over them.
+
+Parameter names are the serving engines' own, but for the head, whose norm and matrix live in one module
+(``head.norm_weight`` is served as ``norm.weight``, ``head.weight`` as ``lm_head.weight``) because the fused loss reads
+both, and ZeRO-3 gathers parameters module by module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from eagle_ds.data.batch import Batch
+from eagle_ds.model.arch import DraftArch
+from eagle_ds.model.rope import inverse_frequencies, rotate, rotation
+from eagle_ds.model.ttt import PrefixAttention
+
+
+HeadLoss = Callable[[list[Tensor], Tensor, Tensor, float], Any]
+"""(T states [N, D], norm weight [D], head weight [Vd, D], eps) -> a differentiable loss and what goes with it."""
+
+Recompute = Literal["none", "mlp", "full"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps), in float32 at least, returned in the type of x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension (arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SharedEmbedding(nn.Module):
+    """The target's embedding table, frozen: a buffer, so neither optimizer nor checkpoint carries it."""
+
+    weight: Tensor
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(vocab_size, width), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., width]."""
+        return F.embedding(ids, self.weight)
+
+
+class DraftAttention(nn.Module):
+    """Projections of the attention layer; q, k and v read the 2D wide [embedding ; state]."""
+
+    def __init__(self, arch: DraftArch) -> None:
+        super().__init__()
+        width, d, bias = 2 * arch.hidden_size, arch.head_dim, arch.attention_bias
+        self.head_dim = d
+        self.q_proj = nn.Linear(width, arch.num_attention_heads * d, bias=bias)
+        self.k_proj = nn.Linear(width, arch.num_key_value_heads * d, bias=bias)
+        self.v_proj = nn.Linear(width, arch.num_key_value_heads * d, bias=bias)
+        self.o_proj = nn.Linear(arch.num_attention_heads * d, arch.hidden_size, bias=bias)
+        self.frequencies, self.rope_factor = inverse_frequencies(d, arch.rope_theta, arch.rope_scaling)
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [M, 1, d/2] for int64 positions [M], float32 (float64 for float64 models)."""
+        self.frequencies = self.frequencies.to(positions.device)
+        return rotation(positions, self.frequencies, self.rope_factor, torch.promote_types(dtype, torch.float32))
+
+    def project_q(self, z: Tensor, positions: Tensor) -> Tensor:
+        """z [M, 2D] -> rotated queries [M, Hq, d]."""
+        return rotate(self.q_proj(z).unflatten(-1, (-1, self.head_dim)), *self.rotation(positions, z.dtype))
+
+    def project_kv(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """z [M, 2D] -> rotated keys and plain values, each [M, Hkv, d]."""
+        k, v = (proj(z).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        return rotate(k, *self.rotation(positions, z.dtype)), v
+
+
+class DraftMLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, arch: DraftArch) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(arch.intermediate_size, arch.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[M, D] -> [M, D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    """The decoder layer, cut where attention goes: ``qkv_input`` before it, ``finish`` after it."""
+
+    def __init__(self, arch: DraftArch) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
+        self.hidden_norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
+        self.self_attn = DraftAttention(arch)
+        self.mlp = DraftMLP(arch)
+
+    def qkv_input(self, embedded: Tensor, state: Tensor) -> Tensor:
+        """Embedding e [M, D] and state g [M, D] -> z [M, 2D], embedding first."""
+        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(state)], dim=-1)
+
+    def finish(self, state: Tensor, attended: Tensor) -> Tensor:
+        """State g_k [M, D] and attention output [M, Hq, d] -> g_{k+1} [M, D]; both residuals are un-normed states."""
+        state = state + self.self_attn.o_proj(attended.flatten(1))
+        return state + self.mlp(self.post_attention_layernorm(state))
+
+
+class DraftHead(nn.Module):
+    """Final norm and draft-vocabulary matrix. With ``norm_output`` the states that reach it are normed already."""
+
+    def __init__(self, arch: DraftArch) -> None:
+        super().__init__()
+        self.norm_weight = nn.Parameter(torch.ones(arch.hidden_size))
+        self.weight = nn.Parameter(torch.empty(arch.draft_vocab_size, arch.hidden_size))
+        self.eps = arch.rms_norm_eps
+        nn.init.normal_(self.weight, std=arch.hidden_size**-0.5)
+
+    def norm(self, state: Tensor) -> Tensor:
+        """[M, D] -> [M, D]."""
+        return rms_norm(state, self.norm_weight, self.eps)
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Un-normed state [M, D] -> logits [M, Vd]."""
+        return F.linear(self.norm(state), self.weight)
+
+    def forward(self, states: list[Tensor], loss: HeadLoss) -> Any:
+        """``loss(states, norm_weight, weight, eps)`` over the T un-normed states [N, D] of the unroll."""
+        return loss(states, self.norm_weight, self.weight, self.eps)
+
+
+class Eagle3Draft(nn.Module):
+    """The draft. ``forward`` runs one micro-batch of test-time training; the other methods are its parts."""
+
+    def __init__(self, arch: DraftArch) -> None:
+        super().__init__()
+        self.arch = arch
+        width = arch.num_aux * arch.target_hidden_size
+        if arch.trains_embedding:
+            self.embed_tokens: nn.Module = nn.Embedding(arch.target_vocab_size, arch.hidden_size)
+            nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        else:
+            self.embed_tokens = SharedEmbedding(arch.target_vocab_size, arch.hidden_size)
+        if arch.norm_before_fc:
+            self.input_norm = RMSNorm(width, arch.rms_norm_eps)
+        if arch.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(arch.target_hidden_size, arch.rms_norm_eps) for _ in range(arch.num_aux))
+        self.fc = nn.Linear(width, arch.hidden_size, bias=False)
+        self.midlayer = DraftLayer(arch)
+        self.head = DraftHead(arch)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal init of the linear layers, scaled by fan-in as target models' own are."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def fuse(self, aux: Tensor) -> Tensor:
+        """Auxiliary states [M, A*H] -> g_0 [M, D]."""
+        if self.arch.norm_before_fc:
+            aux = self.input_norm(aux)
+        if self.arch.fc_norm:
+            parts = aux.chunk(self.arch.num_aux, dim=-1)
+            aux = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(aux)
+
+    def hand_on(self, state: Tensor) -> Tensor:
+        """Output of the layer -> what the next step starts from (EAGLE-3.1 norms it)."""
+        return self.head.norm(state) if self.arch.norm_output else state
+
+    def forward(self, batch: Batch, prefix: PrefixAttention, loss: HeadLoss, recompute: Recompute = "none") -> Any:
+        """What ``loss`` makes of the T states of one micro-batch. Collective over the sequence-parallel group."""
+        return self.head(self.unroll(batch, prefix, recompute), loss)
+
+    def unroll(self, batch: Batch, prefix: PrefixAttention, recompute: Recompute = "none") -> list[Tensor]:
+        """[g_1 .. g_T] of the query rows, each [N, D], before the final norm. K_0/V_0 are computed for context rows only."""
+        layer, attention = self.midlayer, self.midlayer.self_attn
+        fused = self.fuse(batch.aux)
+        z = layer.qkv_input(self.embed_tokens(batch.context_ids), fused[batch.context_index])
+        anchor = prefix.exchange(*attention.project_kv(z, batch.context_positions))
+        state, states, diagonals = fused[batch.query_index], [], []
+        for step in range(batch.plan.ttt_steps):
+            z = layer.qkv_input(self.embed_tokens(batch.query_ids[:, step]), state)
+            positions = batch.query_positions + step
+            if step:
+                diagonals += attention.project_kv(z, positions)
+            attended = prefix.attend(anchor, step, attention.project_q(z, positions), diagonals)
+            raw = checkpoint(layer.finish, state, attended, use_reentrant=False) if recompute != "none" else layer.finish(state, attended)
+            states.append(raw)
+            state = self.hand_on(raw)
+        return states

@@ -1,0 +1,211 @@
+"""Joint attention of EAGLE-3's test-time training: a shared prefix block plus each row's own diagonal keys.
+
+Row p of step k attends, in one softmax, to K_0[lo..p] and to K_1[p] .. K_k[p]. Only K_0/V_0 are needed by other
+rows, so only they travel; a diagonal key is read by its own row alone and is merged after attention has come back
+to the sequence-sharded layout. dK_0/dV_0 of all steps gather in one float32 buffer and go home once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eagle_ds import ranges as rg
+from eagle_ds.layout import SequencePlan
+from eagle_ds.model.attention import BlockAttention, KeyBounds, merge, wide
+from eagle_ds.parallel.ring import RingExchange
+from eagle_ds.parallel.topology import ProcessGroups
+from eagle_ds.parallel.ulysses import UlyssesExchange
+
+
+class PrefixAttention:
+    """Attention of this rank's query rows to K_0/V_0 of the whole sequence, for one micro-batch, under any U x R.
+
+    Holds K_0/V_0 of this rank's head slots (all rows in ``gather`` mode, the ring rank's block in ``p2p`` mode) and the
+    gradients that the steps add up. Methods marked collective are called by all ranks of the sequence-parallel group.
+    """
+
+    def __init__(
+        self,
+        plan: SequencePlan,
+        groups: ProcessGroups,
+        kernel: BlockAttention,
+        *,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        sliding_window: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.plan = plan
+        self.kernel = kernel
+        self.ulysses = UlyssesExchange(groups.ulysses, query_heads, kv_heads)
+        self.ring = RingExchange(groups.ring, [plan.ring_context(r) for r in range(plan.ring)])
+        self.scale = head_dim**-0.5
+        self.window = sliding_window
+        self.device = torch.device(device)
+        self.rotates = plan.ring > 1 and plan.ring_mode == "p2p"
+        own = slice(groups.ring.rank * plan.ulysses, (groups.ring.rank + 1) * plan.ulysses)
+        self.context_counts = [rg.count(r) for r in plan.context[own]]
+        self.query_counts = [rg.count(r) for r in plan.queries[own]]
+        self.query_rows = rg.rows(plan.ring_queries(groups.ring.rank))
+        bounds = plan.document_bounds()
+        self.first_row = np.array([a for a, _ in bounds])[np.searchsorted([b for _, b in bounds], self.query_rows, side="right")]
+        self.kv = torch.empty(0)
+        self.dkv = torch.empty(0)
+        self._bounds: dict[tuple[int, int], KeyBounds] = {}
+
+    def exchange(self, k0: Tensor, v0: Tensor) -> Tensor:
+        """Share K_0, V_0 [own context rows, Hkv, d] with all ranks. Returns a scalar that ties the steps to this call
+        in the autograd graph: pass it to ``attend``. Collective, forward and backward."""
+        return _Exchange.apply(self, k0, v0)
+
+    def attend(self, anchor: Tensor, step: int, q: Tensor, diagonals: list[Tensor]) -> Tensor:
+        """Attention output [own query rows, Hq, d] of TTT step ``step``; ``diagonals`` = [K_1, V_1, ..., K_step, V_step],
+        each [own query rows, Hkv, d]. Collective, forward and backward."""
+        return _JointAttention.apply(self, step, anchor, q, *diagonals)
+
+    def bounds(self, block: int, step: int) -> KeyBounds:
+        """Keys of ring block ``block`` (of the whole sequence, in gather mode) that each query row sees at ``step``."""
+        key = (block, step if self.window else 0)
+        if key not in self._bounds:
+            lo, hi = self.first_row, self.query_rows + 1
+            if self.window:
+                lo = np.minimum(np.maximum(lo, self.query_rows + step - self.window + 1), hi)
+            if self.rotates:
+                lo, hi = (rg.rank_of(rows, self.ring.blocks[block]) for rows in (lo, hi))
+            self._bounds[key] = KeyBounds.make(lo, hi, self.device)
+        return self._bounds[key]
+
+    def forward(self, q_local: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(out [own rows, Hq, d], lse [own rows, Hq], q head-sharded) over the prefix alone. Collective."""
+        q = self.ulysses.to_heads(q_local, self.query_counts)
+        out, lse = self._rotate_forward(q, step) if self.rotates else self._block_forward(q, self.kv, 0, step)
+        out = self.ulysses.to_rows(out.to(q.dtype), self.query_counts)
+        lse = self.ulysses.to_rows(lse.unsqueeze(-1), self.query_counts).squeeze(-1)
+        return out, lse, q
+
+    def backward(self, dout_local: Tensor, q: Tensor, out_local: Tensor, lse_local: Tensor, step: int) -> Tensor:
+        """dq [own rows, Hq, d] from the prefix keys; dK_0 and dV_0 are added to the buffer. ``out`` and ``lse`` are the
+        final ones, after the merge with the diagonals. Collective."""
+        dout, out = (self.ulysses.to_heads(x, self.query_counts) for x in (dout_local, out_local))
+        lse = self.ulysses.to_heads(lse_local.unsqueeze(-1), self.query_counts).squeeze(-1)
+        if self.rotates:
+            dq = self._rotate_backward(dout, q, out, lse, step)
+        else:
+            dq, dkv = self._block_backward(dout, q, self.kv, out, lse, 0, step)
+            self.dkv += dkv
+        return self.ulysses.to_rows(dq.to(dout.dtype), self.query_counts)
+
+    def _block_forward(self, q: Tensor, kv: Tensor, block: int, step: int) -> tuple[Tensor, Tensor]:
+        k, v = kv.chunk(2, dim=-1)
+        return self.kernel.forward(q, k, v, self.bounds(block, step), self.scale)
+
+    def _block_backward(
+        self, dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, block: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        k, v = kv.chunk(2, dim=-1)
+        dq, dk, dv = self.kernel.backward(dout, q, k, v, out, lse, self.bounds(block, step), self.scale)
+        return dq, torch.cat([dk, dv], dim=-1)
+
+    def _rotate_forward(self, q: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Every block of the ring passes by; the next one travels while this one is attended to."""
+        size, kv = self.plan.ring, self.kv
+        out = lse = None
+        for i in range(size):
+            block = (self.ring.group.rank - i) % size
+            coming = self.ring.rotate(kv, self.ring.counts[block - 1]) if i + 1 < size else None
+            block_out, block_lse = self._block_forward(q, kv, block, step)
+            out, lse = (block_out.to(block_lse.dtype), block_lse) if out is None else merge(out, lse, block_out, block_lse)
+            kv = coming.wait() if coming else kv
+        return out, lse
+
+    def _rotate_backward(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, step: int) -> Tensor:
+        """As forward; a block's gradient follows it one hop behind, and the last hop brings it home."""
+        size, kv, following = self.plan.ring, self.kv, None
+        dq = torch.zeros(q.shape, dtype=wide(q.dtype), device=q.device)
+        for i in range(size):
+            block = (self.ring.group.rank - i) % size
+            coming = self.ring.rotate(kv, self.ring.counts[block - 1]) if i + 1 < size else None
+            block_dq, block_dkv = self._block_backward(dout, q, kv, out, lse, block, step)
+            dq += block_dq
+            block_dkv = block_dkv.to(self.dkv.dtype)
+            if following:
+                block_dkv += following.wait()
+            following = self.ring.rotate(block_dkv, self.ring.counts[block - 1])
+            kv = coming.wait() if coming else kv
+        self.dkv += following.wait()
+        return dq
+
+
+class _Exchange(torch.autograd.Function):
+    """K_0/V_0 out in forward, the summed dK_0/dV_0 back in backward, which autograd runs after every step's."""
+
+    @staticmethod
+    def forward(ctx: Any, prefix: PrefixAttention, k0: Tensor, v0: Tensor) -> Tensor:
+        kv = prefix.ulysses.kv_to_slots(torch.cat([k0, v0], dim=-1), prefix.context_counts)
+        prefix.kv = kv if prefix.rotates else prefix.ring.gather(kv)
+        if any(ctx.needs_input_grad):
+            prefix.dkv = torch.zeros(prefix.kv.shape, dtype=wide(kv.dtype), device=kv.device)
+        ctx.prefix, ctx.dtype = prefix, k0.dtype
+        return torch.zeros((), dtype=k0.dtype, device=k0.device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor, Tensor]:
+        prefix: PrefixAttention = ctx.prefix
+        dkv = prefix.dkv if prefix.rotates else prefix.ring.scatter_sum(prefix.dkv)
+        dkv = prefix.ulysses.slots_to_kv(dkv, prefix.context_counts).to(ctx.dtype)
+        prefix.kv = prefix.dkv = torch.empty(0)
+        dk, dv = dkv.chunk(2, dim=-1)
+        return None, dk, dv
+
+
+class _JointAttention(torch.autograd.Function):
+    """Prefix and diagonals in one softmax. The derivation of the backward stands at the top of ``attention.py``;
+    for a diagonal key i of row p there is one score s_i = scale * q . K_i, so
+    dK_i = ds_i * scale * q, dV_i = p_i * dout, summed over the query heads that share the KV head."""
+
+    @staticmethod
+    def forward(ctx: Any, prefix: PrefixAttention, step: int, anchor: Tensor, q: Tensor, *diagonals: Tensor) -> Tensor:
+        out, lse, q_heads = prefix.forward(q, step)
+        for k, v in zip(diagonals[::2], diagonals[1::2], strict=True):
+            out, lse = merge(out.to(lse.dtype), lse, _per_query_head(v, q).to(lse.dtype), _diagonal_score(q, k, prefix.scale))
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, q_heads, out, lse, *diagonals)
+        ctx.prefix, ctx.step = prefix, step
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, q_heads, out, lse, *diagonals = ctx.saved_tensors
+        prefix: PrefixAttention = ctx.prefix
+        dtype, heads_kv = lse.dtype, prefix.ulysses.kv_heads
+        dq = prefix.backward(dout.contiguous(), q_heads, out, lse, ctx.step).to(dtype)
+        wide_q, wide_dout = q.to(dtype), dout.to(dtype)
+        delta = (wide_dout * out.to(dtype)).sum(-1)
+        gradients: list[Tensor] = []
+        for k, v in zip(diagonals[::2], diagonals[1::2], strict=True):
+            p = torch.exp(_diagonal_score(q, k, prefix.scale) - lse)
+            ds = (p * ((wide_dout * _per_query_head(v, q).to(dtype)).sum(-1) - delta) * prefix.scale).unsqueeze(-1)
+            dq = dq + ds * _per_query_head(k, q).to(dtype)
+            gradients += [_sum_query_heads(ds * wide_q, heads_kv).to(k.dtype), _sum_query_heads(p.unsqueeze(-1) * wide_dout, heads_kv).to(v.dtype)]
+        return None, None, dq.new_zeros(()).to(q.dtype), dq.to(q.dtype), *gradients
+
+
+def _per_query_head(kv: Tensor, q: Tensor) -> Tensor:
+    """[N, Hkv, d] -> [N, Hq, d]."""
+    return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1)
+
+
+def _sum_query_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """[N, Hq, d] -> [N, Hkv, d]."""
+    return x.view(x.shape[0], kv_heads, -1, x.shape[2]).sum(2)
+
+
+def _diagonal_score(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale * q . k of each row and head, [N, Hq], in the wide type."""
+    dtype = wide(q.dtype)
+    return (q.to(dtype) * _per_query_head(k, q).to(dtype)).sum(-1) * scale

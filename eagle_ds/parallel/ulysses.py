@@ -1,0 +1,82 @@
+"""DeepSpeed-Ulysses: all-to-all between sequence-sharded rows and head-sharded rows (arXiv:2309.14509).
+
+DeepSpeed's own ``DistributedAttention`` is not used: it wants equal row counts on every rank and at least as many
+KV heads as ranks, and it would send K and V again in every TTT step. Here row counts come from the plan, query and
+key rows differ, KV heads are replicated where U does not divide them, and K_0/V_0 travel once per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from eagle_ds.parallel.topology import Group
+
+
+class UlyssesExchange:
+    """Moves tensors [rows, heads, width] within one Ulysses group.
+
+    Query heads are cut into U equal runs. A run may need parts of KV heads: with g = gcd(Hq/U, Hq/Hkv) consecutive
+    query heads always share one KV head, so each rank gets Hq/(U*g) KV *slots*, each serving g query heads. Where U
+    divides Hkv the slots are simply its KV heads; otherwise some KV heads are sent to several ranks.
+
+    Raises ValueError if U does not divide Hq or Hkv does not divide Hq.
+    """
+
+    def __init__(self, group: Group, query_heads: int, kv_heads: int) -> None:
+        if query_heads % group.size:
+            works = [u for u in range(1, query_heads + 1) if query_heads % u == 0]
+            raise ValueError(f"ulysses={group.size} does not divide {query_heads} query heads; use one of {works}, or raise ring")
+        if query_heads % kv_heads:
+            raise ValueError(f"{kv_heads} key/value heads do not divide {query_heads} query heads")
+        self.group = group
+        self.kv_heads = kv_heads
+        heads_per_rank, heads_per_kv = query_heads // group.size, query_heads // kv_heads
+        per_slot = math.gcd(heads_per_rank, heads_per_kv)
+        self.slots = heads_per_rank // per_slot
+        self.slot_heads = [head // heads_per_kv for head in range(0, query_heads, per_slot)]
+        self._replicates = self.slot_heads != list(range(kv_heads))
+
+    def to_heads(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """[own rows, U*h, w] -> [all rows of the group, h, w]; ``counts`` are the rows of each rank. Collective."""
+        u = self.group.size
+        if u == 1:
+            return rows
+        own, heads, width = rows.shape
+        sent = rows.view(own, u, heads // u, width).transpose(0, 1).contiguous()
+        received = rows.new_empty(sum(counts), heads // u, width)
+        unit = heads // u * width
+        self._all_to_all(received, sent, [c * unit for c in counts], [own * unit] * u)
+        return received
+
+    def to_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """[all rows of the group, h, w] -> [own rows, U*h, w], the inverse of ``to_heads``. Collective."""
+        u = self.group.size
+        if u == 1:
+            return rows
+        _, heads, width = rows.shape
+        own, unit = counts[self.group.rank], heads * width
+        received = rows.new_empty(u, own, heads, width)
+        self._all_to_all(received, rows.contiguous(), [own * unit] * u, [c * unit for c in counts])
+        return received.transpose(0, 1).reshape(own, u * heads, width)
+
+    def kv_to_slots(self, kv: Tensor, counts: Sequence[int]) -> Tensor:
+        """[own rows, Hkv, w] -> [all rows of the group, slots, w]. Collective."""
+        if self._replicates:
+            kv = kv[:, self.slot_heads]
+        return self.to_heads(kv, counts)
+
+    def slots_to_kv(self, slots: Tensor, counts: Sequence[int]) -> Tensor:
+        """The transpose of ``kv_to_slots``, for gradients: copies of one KV head are summed. Collective."""
+        rows = self.to_rows(slots, counts)
+        if not self._replicates:
+            return rows
+        summed = rows.new_zeros(rows.shape[0], self.kv_heads, rows.shape[2])
+        return summed.index_add_(1, torch.tensor(self.slot_heads, device=rows.device), rows)
+
+    def _all_to_all(self, received: Tensor, sent: Tensor, received_splits: list[int], sent_splits: list[int]) -> None:
+        dist.all_to_all_single(received.view(-1), sent.view(-1), received_splits, sent_splits, group=self.group.handle)

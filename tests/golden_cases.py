@@ -1,0 +1,74 @@
+"""The golden files: one EAGLE-3 training step each, as a peer's trainer computed it (see tests/golden/README.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eagle_ds.config import RopeScaling
+from eagle_ds.data.batch import TokenFacts
+from eagle_ds.layout import Document
+from eagle_ds.model.arch import DraftArch
+from eagle_ds.model.draft import Eagle3Draft
+
+FOLDER = Path(os.environ.get("EAGLE_DS_GOLDEN_DIR", Path(__file__).parent / "golden"))
+SERVED_NAMES = {"head.norm_weight": "norm.weight", "head.weight": "lm_head.weight"}
+
+
+def case_names() -> list[str]:
+    """Every case in the folder; EAGLE_DS_GOLDEN_DIR names another one."""
+    return sorted(p.stem for p in FOLDER.glob("*.npz"))
+
+
+@dataclass
+class GoldenCase:
+    """One case: arrays as tensors, and the architecture that its configuration describes."""
+
+    arrays: dict[str, Tensor]
+    config: dict
+    arch: DraftArch
+
+    @classmethod
+    def load(cls, name: str) -> GoldenCase:
+        raw = np.load(FOLDER / f"{name}.npz")
+        arrays = {key: torch.from_numpy(np.array(raw[key])) for key in raw.files}
+        c = json.loads((FOLDER / f"{name}.json").read_text())["config"]
+        scaling = c["rope_scaling"]
+        arch = DraftArch(
+            hidden_size=c["hidden_size"],
+            intermediate_size=c["intermediate_size"],
+            num_attention_heads=c["num_attention_heads"],
+            num_key_value_heads=c["num_key_value_heads"],
+            head_dim=c["head_dim"],
+            draft_vocab_size=c["draft_vocab_size"],
+            target_hidden_size=c["target_hidden_size"],
+            target_vocab_size=c["vocab_size"],
+            max_position_embeddings=c["max_position_embeddings"],
+            rope_theta=c["rope_theta"],
+            rope_scaling=RopeScaling(**scaling) if scaling else None,
+            rms_norm_eps=c["rms_norm_eps"],
+        )
+        return cls(arrays, c, arch)
+
+    def draft(self, dtype: torch.dtype) -> Eagle3Draft:
+        """The draft with the case's weights; a frozen embedding also where D != H, as the producer has it."""
+        model = Eagle3Draft(self.arch).to(dtype)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self.arrays["w." + SERVED_NAMES.get(name, name)])
+            model.embed_tokens.weight.copy_(self.arrays["w.embed_tokens.weight"])
+        return model
+
+    def document(self) -> Document:
+        mask = self.arrays["in.loss_mask"].numpy()
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
+        return Document(len(mask), tuple((int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)))
+
+    def token_facts(self) -> TokenFacts:
+        return TokenFacts(self.arrays["in.input_ids"].numpy().astype(np.int32), self.arrays["in.loss_mask"].numpy().astype(np.uint8))
