@@ -21,7 +21,6 @@ from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.rope import inverse_frequencies, rotate, rotation
 from eagle_ds.model.ttt import PrefixAttention
 
-
 HeadLoss = Callable[[list[Tensor], Tensor, Tensor, float], Any]
 """(T states [N, D], norm weight [D], head weight [Vd, D], eps) -> a differentiable loss and what goes with it."""
 

@@ -45,8 +45,8 @@ class RingExchange:
         block = block.contiguous()
         received = block.new_empty(arriving_rows, *block.shape[1:])
         ops = [
-            torch.distributed.P2POp(torch.distributed.isend, block, ranks[(rank + 1) % len(ranks)], self.group.handle),
-            torch.distributed.P2POp(torch.distributed.irecv, received, ranks[rank - 1], self.group.handle),
+            dist.P2POp(dist.isend, block, ranks[(rank + 1) % len(ranks)], self.group.handle),
+            dist.P2POp(dist.irecv, received, ranks[rank - 1], self.group.handle),
         ]
         return Transfer(received, block, dist.batch_isend_irecv(ops))
 
