@@ -80,7 +80,7 @@ class TargetConfig(Section):
     @model_validator(mode="after")
     def _layers_exist(self) -> TargetConfig:
         if any(not 0 <= layer < self.num_layers for layer in self.aux_ids):
-            raise ValueError(f"aux_layer_ids={list(self.aux_ids)} must lie in 0..{self.num_layers - 1}: the target has {self.num_layers} layers")
+            raise ValueError(f"aux_layer_ids={list(self.aux_ids)} must lie in 0..{self.num_layers - 1} (num_layers={self.num_layers})")
         return self
 
 

@@ -16,11 +16,42 @@ from eagle_ds.config import Recipe, data_parallel_size
 from eagle_ds.settings import join_or, nearest, read_json
 
 KNOWN_KEYS = frozenset(
-    "activation_checkpointing aio bf16 checkpoint comet comms_logger communication_data_type compile csv_monitor data_types "
-    "disable_allgather disable_python_gc dump_state flops_profiler fp16 gradient_accumulation_steps gradient_clipping "
-    "gradient_predivide_factor log_level memory_breakdown optimizer prescale_gradients scheduler sequence_parallel_size steps_per_print "
-    "tensorboard timers train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer zero_optimization".split()
+    {
+        "activation_checkpointing",
+        "aio",
+        "bf16",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "csv_monitor",
+        "data_types",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "scheduler",
+        "sequence_parallel_size",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
 )
 
 RECIPE_OWNS = {

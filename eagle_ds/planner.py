@@ -141,12 +141,13 @@ def predict_memory(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, 
     steps, rows = recipe.training.ttt_steps, step.query_rows
     kept = saved_per_query_row(recipe, element, eager=cpu)
     width = len(recipe.target.aux_ids) * recipe.target.hidden_size * step.aux_rows + recipe.target.hidden_size * step.target_rows
+    draft = recipe.draft
     return {
         "process": GIB * 6 // 10 if cpu else GIB * 3 // 2,  # Python, PyTorch, DeepSpeed | CUDA context, NCCL, workspaces
         **_model_bytes(recipe, ds_json, world_size, element),
         "hidden states (this sequence, next)": 2 * width * element,
         "K_0/V_0 and gradients": prefix_bytes(recipe, prefix_rows, element),
-        "context rows": step.context_rows * (4 * recipe.draft.hidden_size + 2 * recipe.draft.num_key_value_heads * recipe.draft.head_dim) * element,
+        "context rows": step.context_rows * (4 * draft.hidden_size + 2 * draft.num_key_value_heads * draft.head_dim) * element,
         **{f"query rows: {name}": rows * steps * size for name, size in kept.items()},
         "workspace": _workspace_bytes(recipe, rows, element),
     }

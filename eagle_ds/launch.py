@@ -1,0 +1,224 @@
+"""What every ``recipes/NAME.sh`` calls: help, plan, start the launcher, or train as one of its ranks.
+
+A recipe is bash and Python at once. Under ``deepspeed --num_gpus 8 recipes/NAME.sh`` it runs as Python with RANK
+set and trains. Under ``bash recipes/NAME.sh`` its header hands it to Python with no RANK: then this module starts
+the DeepSpeed launcher with as many processes as fit. Nothing heavy is imported before it is needed, so that
+``--help``, ``--plan`` and every complaint about a recipe come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eagle_ds.config import Recipe, load_recipe
+from eagle_ds.preflight import check_files, check_layout
+from eagle_ds.settings import dotted_fields, section_of
+
+logger = logging.getLogger(__name__)
+
+USAGE_ERROR = 2
+DEEPSPEED_PORT = 29500
+
+USAGE = """\
+Train:       deepspeed --num_gpus {world} {script}
+             bash {script}                      (starts the launcher with as many processes as fit)
+Look first:  {script} --plan                    (resolved recipe, sharding, memory, time, files; starts nothing)
+Change:      {script} --training.max_steps 10 --parallel.ring 2
+
+options:
+  --help            this text
+  --plan            print what a run would do, and start nothing
+  --num_gpus N      under bash or --plan: processes to start, or to plan for
+  --gpu NAME        under --plan: plan for h200, h100, a100, b200 or cpu (default: what is here, else h200)
+  --fresh           move the run folder aside and start anew; without it a run resumes from its newest checkpoint
+  --local_rank I    given by the DeepSpeed launcher
+  --SECTION.NAME V  any setting below; V is JSON or text; relative paths start at the repository
+
+settings (with this recipe's values):
+"""
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """One way of calling a recipe: its two files, its flags, the dotted overrides, and where it runs."""
+
+    script: Path
+    options: argparse.Namespace
+    overrides: tuple[str, ...]
+    accelerator: str | None
+
+    @property
+    def recipe_json(self) -> Path:
+        """The JSON beside the script, relative to the repository where it lies inside."""
+        path = self.script.with_suffix(".json")
+        return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def main(script: str, accelerator: str | None = None) -> None:
+    """Run the recipe whose ``.sh`` file is ``script`` with the arguments of this process, and exit.
+
+    ``accelerator``: DS_ACCELERATOR where the environment sets none ("cpu": the recipe is meant for CPUs).
+    """
+    path = Path(script).resolve()
+    os.chdir(Path(__file__).resolve().parent.parent)
+    options, overrides = _parse(sys.argv[1:])
+    if accelerator:
+        os.environ.setdefault("DS_ACCELERATOR", accelerator)
+    call = Invocation(path, options, tuple(overrides), os.environ.get("DS_ACCELERATOR"))
+    rank = int(os.environ.get("RANK", -1))
+    level = logging.INFO if rank <= 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    try:
+        recipe = load_recipe(call.recipe_json, overrides)
+        if options.help or options.plan:
+            if rank <= 0:
+                sys.stdout.write(help_text(call, recipe) if options.help else _plan_text(call, recipe))
+            return
+        check_files(recipe, call.recipe_json)
+        world_size = int(os.environ["WORLD_SIZE"]) if rank >= 0 else choose_world_size(recipe, options.num_gpus, call.accelerator)
+        check_layout(recipe, world_size)
+    except ValueError as error:
+        if rank <= 0:  # every rank found the same
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(USAGE_ERROR)
+    if options.fresh and rank <= 0:
+        set_aside(recipe.run_dir)
+    if rank < 0:
+        _start_launcher(call, world_size)
+    _train(recipe, rank)
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--help", "--plan", "--fresh"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("-h", dest="help", action="store_true")
+    parser.add_argument("--num_gpus", type=int)
+    parser.add_argument("--gpu")
+    parser.add_argument("--local_rank", "--local-rank", type=int)
+    return parser.parse_known_args(argv)
+
+
+def help_text(call: Invocation, recipe: Recipe) -> str:
+    """The recipe's own header comments, the ways to call it, and every setting with its value here."""
+    comments = [line for line in call.script.read_text(encoding="utf-8").splitlines() if line.startswith("#") and not line.startswith("#!")]
+    about = "\n".join(line.removeprefix("#").removeprefix(" ") for line in comments)
+    script = call.script.relative_to(Path.cwd()) if call.script.is_relative_to(Path.cwd()) else call.script
+    values = recipe.model_dump()
+    rows = []
+    for name, field in dotted_fields(Recipe):
+        value = values
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        text = field.description if section_of(field) and value is not None else f"{value}  {field.description}"
+        rows.append(f"  --{name:<34} {text}")
+    return f"{about}\n\n{USAGE.format(script=script, world=recipe.parallel.size)}" + "\n".join(rows) + "\n"
+
+
+def _plan_text(call: Invocation, recipe: Recipe) -> str:
+    from eagle_ds.plan import describe_plan
+
+    world_size = int(os.environ.get("WORLD_SIZE", 0)) or call.options.num_gpus or recipe.parallel.size
+    gpu = call.options.gpu or ("cpu" if call.accelerator == "cpu" else None)
+    return describe_plan(recipe, call.recipe_json, world_size, gpu)
+
+
+def choose_world_size(recipe: Recipe, wanted: int | None, accelerator: str | None) -> int:
+    """Processes that ``bash NAME.sh`` starts: what was asked for, else all GPUs that make whole sequence groups.
+
+    Raises ValueError if the GPUs do not suffice. On CPU one sequence group is started.
+    """
+    size = recipe.parallel.size
+    if accelerator == "cpu":
+        return wanted or size
+    import torch
+
+    here = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    world_size = wanted or here // size * size
+    if not size <= world_size <= here:
+        raise ValueError(
+            f"{recipe.name} needs ulysses {recipe.parallel.ulysses} * ring {recipe.parallel.ring} = {size} GPUs"
+            f"{f' and {wanted} were asked for' if wanted else ''}, but {here} can be seen; lower --parallel.ulysses or --parallel.ring"
+            f"{'' if here else ', or set DS_ACCELERATOR=cpu to run on the CPU'}"
+        )
+    return world_size
+
+
+def launcher_command(call: Invocation, world_size: int) -> list[str]:
+    """The DeepSpeed launcher on this machine, with the flags that the ranks need."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    chosen = devices.split(",")[:world_size]
+    if call.accelerator != "cpu" and len(chosen) == world_size and all(d.isdigit() for d in chosen):
+        where = ["--include", f"localhost:{','.join(chosen)}"]  # --num_gpus would ignore CUDA_VISIBLE_DEVICES
+    else:
+        where = ["--num_gpus", str(world_size)]
+    return [
+        *(sys.executable, "-m", "deepspeed.launcher.runner", *where),
+        *("--master_port", str(_free_port()), str(call.script), *call.overrides),
+    ]
+
+
+def _start_launcher(call: Invocation, world_size: int) -> None:
+    command = launcher_command(call, world_size)
+    logger.info("starting %d processes: %s", world_size, " ".join(command))
+    _prepare_environment(world_size, call.accelerator)
+    os.execv(command[0], command)
+
+
+def _train(recipe: Recipe, rank: int) -> None:
+    _prepare_environment(int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])), os.environ.get("DS_ACCELERATOR"))
+    from eagle_ds.engine.train import train
+
+    try:
+        train(recipe, int(os.environ.get("LOCAL_RANK", 0)))
+    except ValueError as error:
+        logger.debug("%s", traceback.format_exc())
+        sys.stderr.write(f"error (rank {rank}): {error}\n")
+        sys.exit(1)
+
+
+def _prepare_environment(local_processes: int, accelerator: str | None) -> None:
+    """Before torch is imported: find ninja beside this Python, and share the cores among CPU processes."""
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
+    if accelerator == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // local_processes, 1)))
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and the container's CPU quota if there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.is_file():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            cores = min(cores, max(int(quota) // int(period), 1))
+    return cores
+
+
+def set_aside(run_dir: Path) -> None:
+    """Rename an existing run folder; nothing is ever deleted."""
+    if run_dir.exists():
+        kept = run_dir.with_name(f"{run_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+        run_dir.rename(kept)
+        logger.info("--fresh: the earlier run is kept in %s", kept)
+
+
+def _free_port() -> int:
+    """DeepSpeed's usual port, or any free one if another run has it."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", DEEPSPEED_PORT)) != 0:
+            return DEEPSPEED_PORT
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,60 @@
+"""Everything that can be known to be wrong before a process group forms: layout, DeepSpeed JSON, stores, draft to start from.
+
+Reads small JSON files only; each complaint is one sentence that says how to mend it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from eagle_ds.config import Recipe, data_parallel_size
+from eagle_ds.data.manifest import FACTS_NAME, read_facts
+from eagle_ds.ds_config import deepspeed_config, read_ds_json
+
+
+def check_layout(recipe: Recipe, world_size: int) -> None:
+    """Raise ValueError unless ``world_size`` ranks carry the layout and the DeepSpeed JSON agrees with the recipe."""
+    data_parallel_size(recipe, world_size)
+    deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world_size)
+
+
+def check_files(recipe: Recipe, recipe_json: Path, overrides: Sequence[str] = ()) -> None:
+    """Raise ValueError for a store that is missing or was captured from something else, or a missing draft."""
+    command = capture_command(recipe_json, overrides)
+    check_store(recipe, Path(recipe.data.store), command)
+    if recipe.data.eval_store is not None and recipe.training.eval_interval:
+        check_store(recipe, Path(recipe.data.eval_store), command)
+    start = recipe.draft.init_from
+    if start is not None and not (Path(start) / "config.json").is_file():
+        raise ValueError(f"draft.init_from = {start} holds no config.json; give the folder of an exported EAGLE-3 draft, or null")
+
+
+def capture_command(recipe_json: Path, overrides: Sequence[str] = ()) -> str:
+    """What makes the stores of a recipe."""
+    return shlex.join(["python", "tools/prepare_hidden_states.py", "--recipe", str(recipe_json), *overrides])
+
+
+def check_store(recipe: Recipe, root: Path, command: str) -> None:
+    """Raise ValueError unless ``root`` is a store of the recipe's target, sizes and layers."""
+    if not (root / FACTS_NAME).is_file():
+        raise ValueError(f"the store {root} does not exist; capture it first: {command}")
+    facts = read_facts(root)
+    wanted = {
+        "hidden_size": (facts.hidden_size, recipe.target.hidden_size),
+        "vocab_size": (facts.vocab_size, recipe.target.vocab_size),
+        "aux_layer_ids": (list(facts.aux_layer_ids), list(recipe.target.aux_ids)),
+        "target": (_last_part(facts.target), _last_part(recipe.target.model)),
+    }
+    for name, (there, here) in wanted.items():
+        if there and there != here:
+            raise ValueError(
+                f"the store {root} was captured with {name} {there}, the recipe says {here}; "
+                f"set --data.store to another folder and capture again: {command}"
+            )
+
+
+def _last_part(model: str) -> str:
+    """Name of a model without organisation or folder: a local copy of a hub model is the same model."""
+    return model.rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# smollm2_cpu: an EAGLE-3 draft for SmolLM2-135M-Instruct on two CPU processes; what `make demo` trains.
+#
+# Small enough for two cores and 8 GB, and the same code path as the largest run: capture, store, a ring of two, DeepSpeed.
+#
+# Why these values:
+#   target.dtype float32          the CPU path is exact, and acceptance is checked token for token in float32
+#   draft sizes                   the target's own layer (so the frozen embedding is shared)
+#   draft.vocab_size 8192         a sixth of the target's 49152: the head is most of the work at this width
+#   draft.rope_theta 100000       the target's own
+#   parallel.ring 2               9 query heads divide by 1, 3 and 9 only, so two processes make a ring
+#   data.max_length, pack_tokens  a sequence of 2048 tokens keeps a step short enough to watch
+#   training.learning_rate 5e-4   a small draft on few tokens takes a larger step than the 1e-4 of the 8B recipe
+""":"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3
+exec "$python" -u "${BASH_SOURCE[0]}" "$@"
+":"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eagle_ds.launch import main
+
+if __name__ == "__main__":
+    main(__file__, accelerator="cpu")
