@@ -125,7 +125,7 @@ def _blocks(q: Tensor, bounds: KeyBounds) -> list[tuple[slice, slice]]:
 def _to_kv_heads(x: Tensor, kv_heads: int) -> Tensor:
     """[n, Hq, w] -> [Hkv, n * group, w]: the query heads of one KV head side by side."""
     n, heads, width = x.shape
-    return x.view(n, kv_heads, heads // kv_heads, width).permute(1, 0, 2, 3).reshape(kv_heads, -1, width)
+    return x.view(n, kv_heads, heads // kv_heads, width).permute(1, 0, 2, 3).reshape(kv_heads, n * (heads // kv_heads), width)
 
 
 def _from_kv_heads(x: Tensor, heads: int) -> Tensor:

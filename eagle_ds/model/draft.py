@@ -66,7 +66,7 @@ class DraftAttention(nn.Module):
     def __init__(self, arch: DraftArch) -> None:
         super().__init__()
         width, d, bias = 2 * arch.hidden_size, arch.head_dim, arch.attention_bias
-        self.head_dim = d
+        self.heads, self.kv_heads, self.head_dim = arch.num_attention_heads, arch.num_key_value_heads, d
         self.q_proj = nn.Linear(width, arch.num_attention_heads * d, bias=bias)
         self.k_proj = nn.Linear(width, arch.num_key_value_heads * d, bias=bias)
         self.v_proj = nn.Linear(width, arch.num_key_value_heads * d, bias=bias)
@@ -80,11 +80,11 @@ class DraftAttention(nn.Module):
 
     def project_q(self, z: Tensor, positions: Tensor) -> Tensor:
         """z [M, 2D] -> rotated queries [M, Hq, d]."""
-        return rotate(self.q_proj(z).unflatten(-1, (-1, self.head_dim)), *self.rotation(positions, z.dtype))
+        return rotate(self.q_proj(z).unflatten(-1, (self.heads, self.head_dim)), *self.rotation(positions, z.dtype))
 
     def project_kv(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """z [M, 2D] -> rotated keys and plain values, each [M, Hkv, d]."""
-        k, v = (proj(z).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        k, v = (proj(z).unflatten(-1, (self.kv_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         return rotate(k, *self.rotation(positions, z.dtype)), v
 
 

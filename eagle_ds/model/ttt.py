@@ -202,7 +202,7 @@ def _per_query_head(kv: Tensor, q: Tensor) -> Tensor:
 
 def _sum_query_heads(x: Tensor, kv_heads: int) -> Tensor:
     """[N, Hq, d] -> [N, Hkv, d]."""
-    return x.view(x.shape[0], kv_heads, -1, x.shape[2]).sum(2)
+    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).sum(2)
 
 
 def _diagonal_score(q: Tensor, k: Tensor, scale: float) -> Tensor:
