@@ -1,0 +1,310 @@
+"""Read row ranges of one sample: only the chunks that hold them, each read and inflated once, in threads.
+
+Opening a file lets HDF5 check its header and list where every chunk lies; from then on chunks are positional reads of
+neighbours in one go, inflated and unshuffled straight into the destination, without HDF5's global lock. `read_rows_h5py`
+gives the same rows by plain h5py: the reference in tests, and the path taken for a file that somebody rewrote
+with another filter pipeline.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import h5py
+import numpy as np
+import torch
+
+from eagle_ds.data.codec import DamagedChunk, inflate, merge_planes
+from eagle_ds.data.format import (
+    CHUNK_ROWS,
+    SMALL_DTYPES,
+    TORCH_DTYPES,
+    WIDE_NAMES,
+    Header,
+    check_datasets,
+    filters,
+    raw_view,
+    read_header,
+)
+from eagle_ds.data.manifest import SampleEntry, StoreError, StoreFacts, trained_spans
+
+logger = logging.getLogger(__name__)
+
+RowRange = tuple[int, int]
+Result = TypeVar("Result")
+SHUFFLE_GZIP = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE]
+MAX_READ_BYTES = 4 << 20  # neighbours fetched by one system call
+
+
+@dataclass
+class ReadStats:
+    """What reading cost: bytes from the file, bytes after inflating, bytes that were asked for."""
+
+    bytes_read: int = 0
+    bytes_inflated: int = 0
+    bytes_used: int = 0
+
+    def __add__(self, other: ReadStats) -> ReadStats:
+        return ReadStats(
+            self.bytes_read + other.bytes_read,
+            self.bytes_inflated + other.bytes_inflated,
+            self.bytes_used + other.bytes_used,
+        )
+
+    @property
+    def amplification(self) -> float:
+        """Inflated over used: 1.0 is perfect."""
+        return self.bytes_inflated / max(1, self.bytes_used)
+
+
+@dataclass(frozen=True)
+class ChunkIndex:
+    """Where the chunks of a wide dataset lie in the file, by [chunk of rows, layer]."""
+
+    offsets: np.ndarray  # int64
+    sizes: np.ndarray  # int64
+    chunk_rows: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a chunk that go to row ``out_row`` and on of the destination."""
+
+    start: int
+    stop: int
+    out_row: int
+
+
+@dataclass
+class ChunkJob:
+    """One chunk to read and inflate, and where its rows go."""
+
+    chunk: int
+    layer: int
+    offset: int
+    size: int
+    pieces: list[Piece] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """All that is kept of a file once HDF5 has closed it again."""
+
+    header: Header
+    descriptor: int
+    small: dict[str, torch.Tensor]
+    wide: dict[str, ChunkIndex | None]  # None: not our pipeline, read by h5py
+
+
+class SampleReader:
+    """Rows of one stored sample. Opens at the first read; pickles and forks freely (positional reads share no state).
+
+    Every failure is a `StoreError` that names the file and, for hidden states, the rows.
+    """
+
+    def __init__(self, path: Path, entry: SampleEntry | None = None, facts: StoreFacts | None = None, *, threads: int = 2) -> None:
+        self.path = path
+        self.entry = entry
+        self.facts = facts
+        self.threads = threads
+        self.stats = ReadStats()
+        self._opened: Opened | None = None
+
+    @property
+    def header(self) -> Header:
+        return self._open().header
+
+    def read_small(self, name: str) -> torch.Tensor | None:
+        """A whole dataset of one number a token, or None where an optional one was not stored."""
+        if name not in SMALL_DTYPES:
+            raise ValueError(f"{name!r} is not a small dataset; use read_rows or one of {', '.join(SMALL_DTYPES)}")
+        return self._open().small.get(name)
+
+    def read_rows(self, name: str, ranges: Sequence[RowRange], out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of ``ranges`` one after the other, [sum of lengths, width], into ``out`` (pinned, if you like) or a new tensor."""
+        opened = self._open()
+        if name not in WIDE_NAMES:
+            raise ValueError(f"{name!r} is not a hidden-state dataset; use read_small or one of {', '.join(WIDE_NAMES)}")
+        out = self._destination(opened.header, name, ranges, out)
+        index = opened.wide[name]
+        if index is None:
+            out.copy_(self._guarded(lambda: read_rows_h5py(self.path, name, ranges)))
+            self.stats += ReadStats(out.nbytes, out.nbytes, out.nbytes)
+            return out
+        batches = list(_batches(_jobs(index, ranges)))
+        rows = raw_view(out)
+        if self.threads == 1 or len(batches) == 1:
+            done = [self._read_batch(opened, name, index, batch, rows) for batch in batches]
+        else:
+            with ThreadPoolExecutor(self.threads) as pool:
+                done = list(pool.map(lambda batch: self._read_batch(opened, name, index, batch, rows), batches))
+        self.stats += sum(done, ReadStats(bytes_used=out.nbytes))
+        return out
+
+    def close(self) -> None:
+        if self._opened is not None:
+            os.close(self._opened.descriptor)
+            self._opened = None
+
+    def __enter__(self) -> SampleReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_opened": None}
+
+    def _open(self) -> Opened:
+        if self._opened is None:
+            self._opened = self._guarded(self._open_checked)
+        return self._opened
+
+    def _guarded(self, action: Callable[[], Result]) -> Result:
+        """Run ``action``; whatever HDF5 or the system says comes out as one StoreError with the file's name."""
+        try:
+            return action()
+        except StoreError as error:
+            raise StoreError(f"{self.path}: {error}") from error
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise StoreError(f"{self.path}: HDF5 cannot read it ({error}); verify the store and write this sample again") from error
+
+    def _open_checked(self) -> Opened:
+        if self.entry is not None and (size := self.path.stat().st_size) != self.entry.bytes:
+            raise StoreError(f"{size} bytes long, the manifest says {self.entry.bytes}; the file was cut or replaced")
+        with h5py.File(self.path, "r", locking=False) as file:
+            header = read_header(file)
+            check_datasets(file, header)
+            wide = {name: chunk_index(file[name], header) for name in WIDE_NAMES}
+            small = {name: torch.from_numpy(file[name][()]) for name in SMALL_DTYPES if name in file}
+            stored_bytes = sum(file[name].id.get_storage_size() for name in small)
+        self._check_identity(header, small["loss_mask"])
+        used = sum(tensor.nbytes for tensor in small.values())
+        self.stats += ReadStats(stored_bytes, used, used)
+        return Opened(header, os.open(self.path, os.O_RDONLY), small, wide)
+
+    def _check_identity(self, header: Header, loss_mask: torch.Tensor) -> None:
+        """The file must be the one that the manifest and ``store.json`` speak of."""
+        if (entry := self.entry) is not None:
+            if (header.id, header.num_tokens) != (entry.id, entry.num_tokens):
+                raise StoreError(f"holds {header.id!r} of {header.num_tokens} tokens, expected {entry.id!r} of {entry.num_tokens}")
+            if trained_spans(loss_mask.numpy()) != entry.trained_spans:
+                raise StoreError("its loss_mask is not the one in the manifest")
+        for name in ("target", "target_hash", "tokenizer_hash", "hidden_size", "aux_layer_ids", "dtype"):
+            if self.facts is not None and getattr(header, name) != getattr(self.facts, name):
+                raise StoreError(f"{name} is {getattr(header, name)!r}, the store's is {getattr(self.facts, name)!r}")
+
+    def _destination(self, header: Header, name: str, ranges: Sequence[RowRange], out: torch.Tensor | None) -> torch.Tensor:
+        for start, stop in ranges:
+            if not 0 <= start <= stop <= header.num_tokens:
+                raise ValueError(f"{self.path}: rows {start}:{stop} of {name} are outside 0:{header.num_tokens}")
+        width = header.hidden_size * (len(header.aux_layer_ids) if name == "aux_hidden_state" else 1)
+        shape = (sum(stop - start for start, stop in ranges), width)
+        dtype = TORCH_DTYPES[header.dtype]
+        if out is None:
+            return torch.empty(shape, dtype=dtype)
+        if tuple(out.shape) != shape or out.dtype != dtype or out.device.type != "cpu":
+            raise ValueError(f"out is {out.dtype} {list(out.shape)} on {out.device}, expected {dtype} {list(shape)} on the CPU")
+        return out
+
+    def _read_batch(self, opened: Opened, name: str, index: ChunkIndex, batch: list[ChunkJob], out: np.ndarray) -> ReadStats:
+        """Read neighbours in one go, then inflate each and put its rows in place."""
+        begin, end = batch[0].offset, batch[-1].offset + batch[-1].size
+        width = opened.header.hidden_size
+        block = memoryview(os.pread(opened.descriptor, end - begin, begin))
+        chunk_bytes = index.chunk_rows * width * out.itemsize
+        for job in batch:
+            try:
+                stream = block[job.offset - begin : job.offset - begin + job.size]
+                planes = inflate(stream, chunk_bytes).reshape(out.itemsize, index.chunk_rows, width)
+            except DamagedChunk as error:
+                first = job.chunk * index.chunk_rows
+                last = min(first + index.chunk_rows, opened.header.num_tokens)
+                raise StoreError(f"{self.path}: {name} rows {first}:{last}, layer {job.layer}: {error}; write this sample again") from error
+            columns = slice(job.layer * width, (job.layer + 1) * width)
+            for piece in job.pieces:
+                rows = slice(piece.out_row, piece.out_row + piece.stop - piece.start)
+                merge_planes(planes[:, piece.start : piece.stop], out[rows, columns])
+        return ReadStats(bytes_read=len(block), bytes_inflated=chunk_bytes * len(batch))
+
+
+def chunk_index(dataset: h5py.Dataset, header: Header) -> ChunkIndex | None:
+    """Chunk addresses, each checked to be there once and whole; None for a gzip pipeline that is not shuffle + gzip."""
+    pipeline = filters(dataset)
+    chunk_rows = min(CHUNK_ROWS, header.num_tokens)
+    if h5py.h5z.FILTER_DEFLATE not in pipeline:
+        raise StoreError(f"{dataset.name[1:]} is not gzip-filtered, so nothing guards its bytes; write it again")
+    if pipeline != SHUFFLE_GZIP or dataset.chunks != (chunk_rows, header.hidden_size):
+        logger.info("%s: filters %s, chunks %s; read by plain h5py", dataset.file.filename, pipeline, dataset.chunks)
+        return None
+    grid = (-(-header.num_tokens // chunk_rows), dataset.shape[1] // header.hidden_size)
+    offsets, sizes = np.zeros(grid, np.int64), np.zeros(grid, np.int64)
+
+    def note(chunk: h5py.h5d.StoreInfo) -> None:
+        if chunk.filter_mask:
+            raise StoreError(f"{dataset.name[1:]} rows from {chunk.chunk_offset[0]}: stored unfiltered, so nothing guards them")
+        at = chunk.chunk_offset[0] // chunk_rows, chunk.chunk_offset[1] // header.hidden_size
+        offsets[at], sizes[at] = chunk.byte_offset, chunk.size
+
+    dataset.id.chunk_iter(note)
+    if not sizes.all():
+        row, layer = np.argwhere(sizes == 0)[0].tolist()
+        raise StoreError(f"{dataset.name[1:]} rows from {row * chunk_rows}, layer {layer}: never written")
+    return ChunkIndex(offsets, sizes, chunk_rows)
+
+
+def read_rows_h5py(path: str | Path, name: str, ranges: Sequence[RowRange]) -> torch.Tensor:
+    """Rows by plain h5py with the file's own type as memory type, so that HDF5 converts nothing; any schema-1 file."""
+    with h5py.File(path, "r", locking=False) as file:
+        dataset = file[name]
+        kind = dataset.id.get_type()
+        torch_dtype = TORCH_DTYPES[read_header(file).dtype]
+        out = torch.empty((sum(stop - start for start, stop in ranges), dataset.shape[1]), dtype=torch_dtype)
+        rows, done = raw_view(out), 0
+        for start, stop in ranges:
+            if stop > start:
+                space = dataset.id.get_space()
+                space.select_hyperslab((start, 0), (stop - start, dataset.shape[1]))
+                part = rows[done : done + stop - start]
+                dataset.id.read(h5py.h5s.create_simple(part.shape), space, part, kind)
+                done += stop - start
+    return out
+
+
+def _jobs(index: ChunkIndex, ranges: Sequence[RowRange]) -> list[ChunkJob]:
+    """Each chunk that holds wanted rows, once, in file order."""
+    pieces: dict[int, list[Piece]] = {}
+    out_row = 0
+    for start, stop in ranges:
+        for chunk in range(start // index.chunk_rows, -(-stop // index.chunk_rows) if stop > start else 0):
+            first = chunk * index.chunk_rows
+            piece = Piece(max(start, first) - first, min(stop, first + index.chunk_rows) - first, out_row)
+            pieces.setdefault(chunk, []).append(piece)
+            out_row += piece.stop - piece.start
+    jobs = [
+        ChunkJob(chunk, layer, int(index.offsets[chunk, layer]), int(index.sizes[chunk, layer]), wanted)
+        for chunk, wanted in pieces.items()
+        for layer in range(index.offsets.shape[1])
+    ]
+    return sorted(jobs, key=lambda job: job.offset)
+
+
+def _batches(jobs: list[ChunkJob]) -> Iterator[list[ChunkJob]]:
+    """Group jobs that touch one another in the file, up to MAX_READ_BYTES."""
+    batch: list[ChunkJob] = []
+    for job in jobs:
+        if batch and (job.offset != batch[-1].offset + batch[-1].size or job.offset + job.size - batch[0].offset > MAX_READ_BYTES):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch

@@ -1,0 +1,190 @@
+"""Write samples into a store so that a crash, a full disk or a second writer can never leave something to trust.
+
+A sample goes to ``writing/`` first, is closed, fsynced, renamed into place, and only then gets its manifest line, fsynced
+too. The line is what counts: a file without one is written again (its path follows from its id, so nothing piles up), and
+whatever lies in ``writing/`` is swept by the next writer. A line whose file is gone or has another size does not count as
+done either, so deleting a damaged file and running again mends a store.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import threading
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+import h5py
+import numpy as np
+
+from eagle_ds.data import format as layout
+from eagle_ds.data.codec import encode_chunk
+from eagle_ds.data.format import CHUNK_ROWS, WIDE_NAMES, Sample
+from eagle_ds.data.manifest import (
+    FACTS_NAME,
+    MANIFEST_NAME,
+    SampleEntry,
+    StoreFacts,
+    differing_facts,
+    manifest_line,
+    read_facts,
+    read_manifest,
+    sample_path,
+    sync_folder,
+    trained_spans,
+    write_facts,
+)
+
+
+class StoreWriter:
+    """Appends to the store at ``root``, creating it or going on where an earlier writer of equal facts stopped.
+
+    ``add`` may be called from several threads. ``workers`` threads encode; memory beyond the sample stays under
+    a few chunks a worker, so the tensors of a sample may be memory maps.
+    """
+
+    def __init__(self, root: str | Path, facts: StoreFacts, *, workers: int = 2) -> None:
+        self.root = Path(root)
+        self.facts = facts
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock_store(self.root)
+        try:
+            self.done_ids = self._settle()
+        except BaseException:
+            self._lock.close()
+            raise
+        self._busy_ids: set[str] = set()
+        self._mutex = threading.Lock()
+        self._window = 3 * workers
+        self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+
+    def add(self, sample: Sample) -> SampleEntry:
+        """Store one sample durably; ValueError if it does not fit the facts or its id is already stored."""
+        layout.check_sample(sample, self.facts)
+        with self._mutex:
+            if sample.id in self.done_ids or sample.id in self._busy_ids:
+                raise ValueError(f"sample {sample.id!r} is already in the store {self.root}; ids must be unique")
+            self._busy_ids.add(sample.id)
+        try:
+            entry = self._write_file(sample)
+            with self._mutex:
+                self._append(entry)
+                self.done_ids.add(sample.id)
+        finally:
+            self._busy_ids.discard(sample.id)
+        return entry
+
+    def close(self) -> None:
+        """Let the next writer in; every sample added is already durable."""
+        self._encoders.shutdown()
+        self._lock.close()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _settle(self) -> set[str]:
+        """Bring the folder into a sound state and return the ids that need no writing."""
+        shutil.rmtree(self.root / "writing", ignore_errors=True)
+        (self.root / "writing").mkdir()
+        if not (self.root / FACTS_NAME).exists():
+            write_facts(self.root, self.facts)
+        elif differences := differing_facts(self.facts, read_facts(self.root)):
+            raise ValueError(f"the store {self.root} was made with other facts: {'; '.join(differences)}; choose another folder")
+        entries, whole_lines = read_manifest(self.root)
+        with (self.root / MANIFEST_NAME).open("ab") as manifest:
+            manifest.truncate(len(whole_lines))
+        return {entry.id for entry in entries if _size(self.root / entry.path) == entry.bytes}
+
+    def _write_file(self, sample: Sample) -> SampleEntry:
+        temporary = self.root / "writing" / f"{uuid.uuid4().hex}.h5"
+        path = sample_path(sample.id)
+        try:
+            with layout.create_file(temporary) as file:
+                for name in WIDE_NAMES:
+                    self._write_wide(file, name, layout.raw_view(getattr(sample, name)))
+                layout.write_small(file, sample)
+                layout.write_header(file, sample, self.facts)
+            _sync_file(temporary)
+            num_bytes = temporary.stat().st_size
+            _rename(temporary, self.root / path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        mask = sample.loss_mask.numpy()
+        return SampleEntry(sample.id, path, sample.num_tokens, int(mask.sum()), trained_spans(mask), num_bytes)
+
+    def _write_wide(self, file: h5py.File, name: str, rows: np.ndarray) -> None:
+        """Encode in the worker threads, a window ahead of the one thread that writes, in file order."""
+        dataset = layout.create_wide(file, name, *rows.shape, self.facts)
+        chunk_rows = min(CHUNK_ROWS, len(rows))
+        pending: deque[tuple[tuple[int, int], Future[bytes]]] = deque()
+        for offset in self._chunk_offsets(*rows.shape):
+            if len(pending) == self._window:
+                _write_oldest(dataset, pending)
+            row, column = offset
+            chunk = rows[row : row + chunk_rows, column : column + self.facts.hidden_size]
+            pending.append((offset, self._encoders.submit(encode_chunk, chunk, chunk_rows)))
+        while pending:
+            _write_oldest(dataset, pending)
+
+    def _chunk_offsets(self, num_tokens: int, width: int) -> Iterator[tuple[int, int]]:
+        """Rows first, so that a range of rows is one stretch of the file."""
+        for row in range(0, num_tokens, CHUNK_ROWS):
+            for column in range(0, width, self.facts.hidden_size):
+                yield row, column
+
+    def _append(self, entry: SampleEntry) -> None:
+        """Add the manifest line; a line that does not fit on the disk is taken back whole."""
+        with (self.root / MANIFEST_NAME).open("ab", buffering=0) as manifest:
+            start = manifest.seek(0, os.SEEK_END)
+            line = manifest_line(entry)
+            try:
+                if manifest.write(line) != len(line):
+                    raise OSError(f"{manifest.name}: the disk took only a part of a line")
+                os.fsync(manifest.fileno())
+            except OSError:
+                manifest.truncate(start)
+                raise
+
+
+def _write_oldest(dataset: h5py.h5d.DatasetID, pending: deque[tuple[tuple[int, int], Future[bytes]]]) -> None:
+    offset, stream = pending.popleft()
+    dataset.write_direct_chunk(offset, stream.result())
+
+
+def _lock_store(root: Path) -> TextIO:
+    """One writer a store, released by the kernel when the process ends, however it ends."""
+    file = (root / "writer.lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(f"another writer is at work on the store {root}; wait for it or choose another folder") from error
+    return file
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _rename(source: Path, destination: Path) -> None:
+    """Durable rename: the subfolder's own entry is synced before the file's."""
+    if not destination.parent.exists():
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        sync_folder(destination.parent.parent)
+        sync_folder(destination.parent.parent.parent)
+    source.replace(destination)
+    sync_folder(destination.parent)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
