@@ -42,69 +42,23 @@ from eagle_ds.data.manifest import (
 )
 
 
-class StoreWriter:
-    """Appends to the store at ``root``, creating it or going on where an earlier writer of equal facts stopped.
+class SampleFiles:
+    """Writes sample files alone, without their manifest lines: what `StoreWriter` is made of, and what other processes
+    use that help the one which holds the `StoreWriter` (it then takes their entries by `StoreWriter.register`).
 
-    ``add`` may be called from several threads. ``workers`` threads encode; memory beyond the sample stays under
-    a few chunks a worker, so the tensors of a sample may be memory maps.
+    ``workers`` threads encode; memory beyond the sample stays under a few chunks a worker, so the tensors of a sample may
+    be memory maps. ``write`` may be called from several threads.
     """
 
     def __init__(self, root: str | Path, facts: StoreFacts, *, workers: int = 2) -> None:
         self.root = Path(root)
         self.facts = facts
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock_store(self.root)
-        try:
-            self.done_ids = self._settle()
-        except BaseException:
-            self._lock.close()
-            raise
-        self._busy_ids: set[str] = set()
-        self._mutex = threading.Lock()
         self._window = 3 * workers
         self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
 
-    def add(self, sample: Sample) -> SampleEntry:
-        """Store one sample durably; ValueError if it does not fit the facts or its id is already stored."""
+    def write(self, sample: Sample) -> SampleEntry:
+        """Store one sample's file durably, replacing one of the same id; ValueError if it does not fit the facts."""
         layout.check_sample(sample, self.facts)
-        with self._mutex:
-            if sample.id in self.done_ids or sample.id in self._busy_ids:
-                raise ValueError(f"sample {sample.id!r} is already in the store {self.root}; ids must be unique")
-            self._busy_ids.add(sample.id)
-        try:
-            entry = self._write_file(sample)
-            with self._mutex:
-                self._append(entry)
-                self.done_ids.add(sample.id)
-        finally:
-            self._busy_ids.discard(sample.id)
-        return entry
-
-    def close(self) -> None:
-        """Let the next writer in; every sample added is already durable."""
-        self._encoders.shutdown()
-        self._lock.close()
-
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _settle(self) -> set[str]:
-        """Bring the folder into a sound state and return the ids that need no writing."""
-        shutil.rmtree(self.root / "writing", ignore_errors=True)
-        (self.root / "writing").mkdir()
-        if not (self.root / FACTS_NAME).exists():
-            write_facts(self.root, self.facts)
-        elif differences := differing_facts(self.facts, read_facts(self.root)):
-            raise ValueError(f"the store {self.root} was made with other facts: {'; '.join(differences)}; choose another folder")
-        entries, whole_lines = read_manifest(self.root)
-        with (self.root / MANIFEST_NAME).open("ab") as manifest:
-            manifest.truncate(len(whole_lines))
-        return {entry.id for entry in entries if _size(self.root / entry.path) == entry.bytes}
-
-    def _write_file(self, sample: Sample) -> SampleEntry:
         temporary = self.root / "writing" / f"{uuid.uuid4().hex}.h5"
         path = sample_path(sample.id)
         try:
@@ -140,6 +94,79 @@ class StoreWriter:
         for row in range(0, num_tokens, CHUNK_ROWS):
             for column in range(0, width, self.facts.hidden_size):
                 yield row, column
+
+    def close(self) -> None:
+        self._encoders.shutdown()
+
+    def __enter__(self) -> SampleFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class StoreWriter:
+    """Appends to the store at ``root``, creating it or going on where an earlier writer of equal facts stopped.
+
+    ``add`` may be called from several threads. ``workers`` threads encode (see `SampleFiles`).
+    """
+
+    def __init__(self, root: str | Path, facts: StoreFacts, *, workers: int = 2) -> None:
+        self.root = Path(root)
+        self.facts = facts
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock_store(self.root)
+        try:
+            self.done_ids = self._settle()
+        except BaseException:
+            self._lock.close()
+            raise
+        self._busy_ids: set[str] = set()
+        self._mutex = threading.Lock()
+        self._files = SampleFiles(self.root, facts, workers=workers)
+
+    def add(self, sample: Sample) -> SampleEntry:
+        """Store one sample durably; ValueError if it does not fit the facts or its id is already stored."""
+        with self._mutex:
+            if sample.id in self.done_ids or sample.id in self._busy_ids:
+                raise ValueError(f"sample {sample.id!r} is already in the store {self.root}; ids must be unique")
+            self._busy_ids.add(sample.id)
+        try:
+            entry = self._files.write(sample)
+            self.register(entry)
+        finally:
+            self._busy_ids.discard(sample.id)
+        return entry
+
+    def register(self, entry: SampleEntry) -> None:
+        """Make a file that `SampleFiles` wrote, here or in another process, part of the store."""
+        with self._mutex:
+            self._append(entry)
+            self.done_ids.add(entry.id)
+
+    def close(self) -> None:
+        """Let the next writer in; every sample added is already durable."""
+        self._files.close()
+        self._lock.close()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _settle(self) -> set[str]:
+        """Bring the folder into a sound state and return the ids that need no writing."""
+        shutil.rmtree(self.root / "writing", ignore_errors=True)
+        (self.root / "writing").mkdir()
+        if not (self.root / FACTS_NAME).exists():
+            write_facts(self.root, self.facts)
+        elif differences := differing_facts(self.facts, read_facts(self.root)):
+            raise ValueError(f"the store {self.root} was made with other facts: {'; '.join(differences)}; choose another folder")
+        entries, whole_lines = read_manifest(self.root)
+        with (self.root / MANIFEST_NAME).open("ab") as manifest:
+            manifest.truncate(len(whole_lines))
+        return {entry.id for entry in entries if _size(self.root / entry.path) == entry.bytes}
 
     def _append(self, entry: SampleEntry) -> None:
         """Add the manifest line; a line that does not fit on the disk is taken back whole."""
