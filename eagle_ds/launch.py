@@ -87,14 +87,21 @@ def main(script: str, accelerator: str | None = None) -> None:
         world_size = int(os.environ["WORLD_SIZE"]) if rank >= 0 else choose_world_size(recipe, options.num_gpus, call.accelerator)
         check_layout(recipe, world_size)
     except ValueError as error:
-        if rank <= 0:  # every rank found the same
-            sys.stderr.write(f"error: {error}\n")
-        sys.exit(USAGE_ERROR)
+        _complain_once(error)
     if options.fresh and rank <= 0:
         set_aside(recipe.run_dir)
     if rank < 0:
         _start_launcher(call, world_size)
     _train(recipe, rank)
+
+
+def _complain_once(error: ValueError) -> None:
+    """Exit with the message from a node's first rank alone. The others found the same and leave quietly: were they to fail
+    too, the launcher might kill the first one before it has spoken."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        sys.exit(0)
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(USAGE_ERROR)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

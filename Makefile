@@ -1,0 +1,37 @@
+# Every target does its own set-up: a virtual environment in .venv, filled once, refilled when requirements.txt changes.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?= -q -n 2
+
+.PHONY: help venv demo test lint
+
+help:  ## what there is to make
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+venv: $(STAMP)  ## the virtual environment alone
+
+$(STAMP): requirements.txt
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "error: no C++ compiler found; install g++ (or clang as c++)"; exit 1; }
+	@if [ ! -x $(PY) ]; then \
+	  for name in python3.12 python3.11 python3 python; do \
+	    if command -v $$name >/dev/null && $$name -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))'; then found=$$name; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then echo "error: Python 3.11 or 3.12 is needed and neither is on PATH; install one"; exit 1; fi; \
+	  echo "creating $(VENV) with $$($$found --version)"; \
+	  $$found -m venv $(VENV) || { rm -rf $(VENV); echo "error: python -m venv failed; Debian and Ubuntu want the package python3-venv"; exit 1; }; \
+	fi
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+test: $(STAMP)  ## all tests that this machine can run (GPU tests are skipped without one)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff over everything
+	$(PY) -m ruff check .
+
+demo: $(STAMP)  ## SmolLM2 on two CPU processes: capture, train, export, measured acceptance length, report
+	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/demo.sh

@@ -1,0 +1,95 @@
+"""The house rules: dependencies run one way, files and functions stay small, nothing lies about that is not named here."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted((ROOT / "eagle_ds").rglob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+
+# A module may import its own layer and those above it in this list.
+LAYERS = (
+    {"settings", "config", "ds_config", "ranges", "layout", "planner"},
+    {"data", "target"},
+    {"parallel"},
+    {"model"},
+    {"loss"},
+    {"capture", "drafts", "served", "export", "acceptance", "report"},
+    {"engine"},
+    {"preflight", "plan", "launch"},
+)
+TOP_LEVEL = {
+    *("recipes", "eagle_ds", "ds_configs", "tools", "tests", "docs"),
+    *("requirements.txt", "requirements-sglang.txt", "README.md", "pyproject.toml", "Makefile", "LICENSE"),
+}
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 60
+
+
+def layer_of(module: str) -> int:
+    """Index of the layer of a dotted module below eagle_ds; -1 for the package itself."""
+    if not module:
+        return -1
+    part = module.split(".")[0]
+    for index, names in enumerate(LAYERS):
+        if part in names:
+            return index
+    raise AssertionError(f"eagle_ds.{part} has no place in the house; add it to LAYERS in {Path(__file__).name}")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Modules below eagle_ds that a file imports anywhere, lazily too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "eagle_ds" else [node.module]
+        yield from (name.removeprefix("eagle_ds").lstrip(".") for name in names if name.split(".")[0] == "eagle_ds")
+
+
+def identify(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=identify)
+def test_dependencies_run_one_way(path: Path) -> None:
+    own = ".".join(path.relative_to(ROOT / "eagle_ds").with_suffix("").parts).removesuffix("__init__").rstrip(".")
+    for module in imports_of(path):
+        assert layer_of(module) <= layer_of(own), f"eagle_ds.{own} imports eagle_ds.{module}, which stands below it"
+
+
+@pytest.mark.parametrize("path", MODULES + TOOLS, ids=identify)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=identify)
+def test_the_library_logs_and_never_prints(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"), f"line {node.lineno}"
+
+
+def test_the_top_level_holds_what_every_repository_has() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    found = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert {name for name in found if not name.startswith(".")} <= TOP_LEVEL
+
+
+def test_ruff_is_clean() -> None:
+    checked = subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "."], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
