@@ -21,7 +21,7 @@ LAYERS = (
     {"parallel"},
     {"model"},
     {"loss"},
-    {"capture", "drafts", "served", "export", "acceptance", "report"},
+    {"capture", "decoding", "drafts", "served", "served_check", "decoding", "export", "acceptance", "figures", "report"},
     {"engine"},
     {"preflight", "plan", "launch"},
 )
