@@ -54,6 +54,10 @@ class Completer:
         token, logsumexp = self._token_facts(raw, last)
         return Sample(sample_id, ids, mask, aux, last, token, logsumexp)
 
+    def head(self) -> torch.Tensor | None:
+        """The target's head [V, H] where token facts are to be computed."""
+        return _head(self.target) if self.token_facts and self.target is not None else None
+
     def _check_sizes(self, place: str, raw: RawSample) -> None:
         num_tokens, width = raw.last.shape
         if num_tokens == 0:
@@ -117,8 +121,8 @@ class Completer:
         return norm(last) if norm is not None and apply else last
 
     def _token_facts(self, raw: RawSample, last: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if self.token_facts:
-            return head_facts(last, _head(self.target))
+        if (head := self.head()) is not None:
+            return head_facts(last, head)
         token, logsumexp = raw.target_token_id, raw.target_logsumexp
         return None if token is None else token.to(torch.int32), None if logsumexp is None else logsumexp.to(torch.float32)
 

@@ -46,9 +46,9 @@ class RawSample:
         return self.aux.nbytes + self.last.nbytes
 
 
-def read_torch(path: Path) -> RawSample:
+def read_torch(path: Path, checksums: bool = True) -> RawSample:
     """SpecForge's and Model-Optimizer's dicts, plain or gzipped."""
-    tensors = load_torch(path)
+    tensors = load_torch(path, checksums)
     mask = tensors.get("loss_mask")
     return canonical(path, _pick(path, tensors, IDS_NAMES), _pick(path, tensors, AUX_NAMES), _pick(path, tensors, LAST_NAMES), mask)
 

@@ -24,6 +24,7 @@ class Reason(StrEnum):
     FINAL_NORM = "final norm"
     DUPLICATE = "duplicate id"
     READBACK = "read-back differs"
+    WORKER = "worker died"
 
 
 class Rejected(ValueError):

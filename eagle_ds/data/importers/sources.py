@@ -37,12 +37,12 @@ class SourceItem:
         """Path, and group where there is one, for messages."""
         return f"{self.path}/{self.group}" if self.group else str(self.path)
 
-    def read(self) -> RawSample:
-        """What the file holds. Raises `Rejected`."""
+    def read(self, checksums: bool = True) -> RawSample:
+        """What the file holds. Raises `Rejected`. Without ``checksums`` a plain torch file is only mapped, not read."""
         suffix = known_suffix(self.path)
         try:
             if suffix in TORCH_SUFFIXES:
-                return read_torch(self.path)
+                return read_torch(self.path, checksums)
             if suffix in SAFETENSORS_SUFFIXES:
                 return read_safetensors(self.path)
             return read_hdf5(self.path, self.mapping or IDENTITY, self.group)

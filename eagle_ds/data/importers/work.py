@@ -1,0 +1,198 @@
+"""The workers of a conversion: processes that each turn one source item after the other into a store file.
+
+A plain pool over pipes, so that a worker killed by the system (out of memory) is known together with the file it was at, and
+costs that file only. Workers write files; the one manifest stays with the parent.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from eagle_ds.data.format import SMALL_DTYPES, WIDE_NAMES, Sample
+from eagle_ds.data.importers.completion import Completer
+from eagle_ds.data.importers.rejected import Reason, Rejected
+from eagle_ds.data.importers.sources import SourceItem
+from eagle_ds.data.manifest import SampleEntry, StoreError, StoreFacts, trained_spans
+from eagle_ds.data.reader import SampleReader
+from eagle_ds.data.writer import SampleFiles
+
+SOURCE_NAMES = ("input_ids", "loss_mask")  # what a later run can compare: it may compute the head's facts in another order
+COMPARE_ROWS = 4096  # a multiple of the chunk's rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """Convert an item, or, where ``entry`` is given, only compare what an earlier run stored."""
+
+    item: SourceItem
+    entry: SampleEntry | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: an entry for the manifest, or a rejection; ``failure`` is of the machine, not of the file."""
+
+    job: Job
+    entry: SampleEntry | None = None
+    rejected: Rejected | None = None
+    failure: str | None = None
+    raw_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Converts items into files under ``root``. Pickles to its process."""
+
+    root: Path
+    facts: StoreFacts
+    completer: Completer
+    verify: bool
+    encoders: int
+
+    def run(self, job: Job, files: SampleFiles) -> Outcome:
+        try:
+            sample = job.item.load(self.completer)
+            entry = job.entry or files.write(sample)
+            if self.verify:
+                names = SOURCE_NAMES if job.entry else tuple(SMALL_DTYPES)
+                compare(sample, names, self.root, entry, self.facts, job.item.place)
+        except Rejected as error:
+            return Outcome(job, rejected=error)
+        except OSError as error:
+            return Outcome(job, failure=f"{self.root}: {error.strerror or error}")
+        except ValueError as error:
+            return Outcome(job, failure=str(error))
+        return Outcome(job, entry, raw_bytes=sample.aux_hidden_state.nbytes + sample.hidden_state.nbytes)
+
+
+def compare(sample: Sample, names: Sequence[str], root: Path, entry: SampleEntry, facts: StoreFacts, place: str) -> None:
+    """Read the stored file back from the disk and hold the hidden states and the small datasets ``names`` against the
+    sample, bit for bit; `Rejected` where they differ."""
+    path = root / entry.path
+    _drop_cache(path)
+    try:
+        with SampleReader(path, entry, facts, threads=1) as reader:
+            for name in names:
+                ours, theirs = getattr(sample, name), reader.read_small(name)
+                if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(_bits(ours), _bits(theirs))):
+                    raise Rejected(place, Reason.READBACK, f"{name} in {path} is not what the source holds; the source is kept")
+            for name in WIDE_NAMES:
+                _compare_rows(reader, name, getattr(sample, name), place)
+    except StoreError as error:
+        raise Rejected(place, Reason.READBACK, f"{error}; the source is kept") from error
+    if trained_spans(sample.loss_mask.numpy()) != entry.trained_spans:
+        raise Rejected(place, Reason.READBACK, "the manifest's trained spans are not those of the source; the source is kept")
+
+
+def _compare_rows(reader: SampleReader, name: str, ours: torch.Tensor, place: str) -> None:
+    for start in range(0, len(ours), COMPARE_ROWS):
+        stop = min(start + COMPARE_ROWS, len(ours))
+        if not torch.equal(_bits(ours[start:stop]), _bits(reader.read_rows(name, [(start, stop)]))):
+            detail = f"{name} rows {start}:{stop} in {reader.path} are not what the source holds; the source is kept"
+            raise Rejected(place, Reason.READBACK, detail)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Floats as integers, so that NaN equals itself and -0 differs from 0."""
+    integers = {2: torch.int16, 4: torch.int32}
+    return tensor.view(integers[tensor.element_size()]) if tensor.is_floating_point() else tensor
+
+
+def _drop_cache(path: Path) -> None:
+    """Forget the page cache's copy of a synced file, so that what is compared comes from the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def run_jobs(jobs: Iterable[Job], worker: Worker, workers: int) -> Iterator[Outcome]:
+    """Outcomes in the order they come. One worker runs here, in this process. Closing the generator ends the workers."""
+    if workers == 1:
+        with SampleFiles(worker.root, worker.facts, workers=worker.encoders) as files:
+            for job in jobs:
+                yield worker.run(job, files)
+        return
+    with _Pool(worker, workers) as pool:
+        yield from pool.run(iter(jobs))
+
+
+class _Pool:
+    def __init__(self, worker: Worker, workers: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._context, self._worker = context, worker
+        self._busy: dict[Connection, Job] = {}
+        self._processes: dict[Connection, BaseProcess] = {}
+        self._size = workers
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection, process in self._processes.items():
+            process.terminate()
+            process.join()
+            connection.close()
+
+    def run(self, jobs: Iterator[Job]) -> Iterator[Outcome]:
+        for _ in range(self._size):
+            self._give(jobs)
+        while self._busy:
+            for connection in wait(list(self._busy)):
+                assert isinstance(connection, Connection)
+                job = self._busy.pop(connection)
+                try:
+                    outcome = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    outcome = self._bury(connection, job)
+                    self._give(jobs)
+                else:
+                    self._give(jobs, connection)
+                yield outcome
+
+    def _give(self, jobs: Iterator[Job], connection: Connection | None = None) -> None:
+        """The next job to a worker, a new one if none is named; nothing where no job is left."""
+        if (job := next(jobs, None)) is not None:
+            connection = connection or self._start()
+            connection.send(job)
+            self._busy[connection] = job
+
+    def _start(self) -> Connection:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs, self._worker), daemon=True)
+        process.start()
+        theirs.close()
+        self._processes[ours] = process
+        return ours
+
+    def _bury(self, connection: Connection, job: Job) -> Outcome:
+        process = self._processes.pop(connection)
+        process.join()
+        connection.close()
+        cause = f"the worker that converted it died (exit code {process.exitcode}"
+        hint = "; -9 is mostly the system's out-of-memory killer: use fewer --workers)"
+        return Outcome(job, rejected=Rejected(job.item.place, Reason.WORKER, cause + hint))
+
+
+def _serve(connection: Connection, worker: Worker) -> None:
+    """A worker process: one job after the other until the parent goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    torch.set_num_threads(1)
+    with SampleFiles(worker.root, worker.facts, workers=worker.encoders) as files:
+        while True:
+            try:
+                job = connection.recv()
+            except EOFError:
+                return
+            connection.send(worker.run(job, files))
