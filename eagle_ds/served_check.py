@@ -28,7 +28,7 @@ class Probe:
 
     @classmethod
     def random(cls, aux_width: int, hidden_size: int, spread: int, rows: int = 24, seed: int = 0) -> Probe:
-        """Positions grow to ``spread`` (1: they are 0, 1, 2, ...): a few thousand are far enough to see a wrong rope, near enough for float32 angles."""
+        """Positions grow to about ``spread``: far enough to see a wrong rope, near enough for float32. With 1 they are 0, 1, 2, ..."""
         generator = torch.Generator().manual_seed(seed)
         far = torch.logspace(0, 1, rows, base=spread, dtype=torch.float64).long() - 1
         positions = far + torch.arange(rows)
