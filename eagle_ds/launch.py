@@ -117,8 +117,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def help_text(call: Invocation, recipe: Recipe) -> str:
     """The recipe's own header comments, the ways to call it, and every setting with its value here."""
-    comments = [line for line in call.script.read_text(encoding="utf-8").splitlines() if line.startswith("#") and not line.startswith("#!")]
-    about = "\n".join(line.removeprefix("#").removeprefix(" ") for line in comments)
+    comments = [line for line in call.script.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    about = "\n".join(line.removeprefix("#").removeprefix(" ") for line in comments[1:-1])  # between shebang and end
     script = call.script.relative_to(Path.cwd()) if call.script.is_relative_to(Path.cwd()) else call.script
     values = recipe.model_dump()
     rows = []

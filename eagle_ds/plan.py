@@ -12,6 +12,8 @@ from typing import Any
 from eagle_ds import ranges as rg
 from eagle_ds.config import Recipe, data_parallel_size
 from eagle_ds.data.manifest import FACTS_NAME, read_manifest
+from eagle_ds.data.packing import screen
+from eagle_ds.data.sampler import Sampler
 from eagle_ds.ds_config import bf16_enabled, deepspeed_config, derived_rows, read_ds_json
 from eagle_ds.layout import Document, SequencePlan
 from eagle_ds.planner import (
@@ -38,17 +40,17 @@ def describe_plan(recipe: Recipe, recipe_json: Path, world_size: int, device_nam
     ds_json = read_ds_json(recipe.deepspeed)
     config = deepspeed_config(recipe, ds_json, world_size)
     device = find_device(device_name)
-    documents, origin = sequence_to_plan(recipe)
+    dp = data_parallel_size(recipe, world_size)
+    documents, origin = heaviest_sequence(recipe, dp)
     tokens = sum(document.num_tokens for document in documents)
     mode = choose_ring_mode(recipe, tokens, 2 if bf16_enabled(ds_json) else 4, device.usable_bytes if device.memory_gib < 1e6 else 16 * GIB)
     plan = plan_for(recipe, documents, mode)
     parallel = recipe.parallel
-    dp = data_parallel_size(recipe, world_size)
     parts = [
         f"{recipe.name}: world_size {world_size} = dp {dp} * ulysses {parallel.ulysses} * ring {parallel.ring}\n",
         _title(f"Recipe, resolved ({recipe_json})") + json.dumps(recipe.model_dump(), indent=2) + "\n",
         _title(f"DeepSpeed ({recipe.deepspeed} and what follows from the recipe)") + _deepspeed_text(recipe, config, world_size),
-        _title(f"Sharding of {origin}: {tokens} tokens, {plan.num_queries} trained rows") + sharding_table(plan),
+        _title("Sharding") + f"{origin}: {tokens} tokens, {plan.num_queries} trained rows\n" + sharding_table(plan),
         _title(f"Memory a process, predicted ({device.name})") + _memory_text(recipe, ds_json, world_size, plan, device),
         _title("Time of a sequence, forward and backward") + _time_text(recipe, plan, device),
         _title("Files") + _files_text(recipe, recipe_json),
@@ -69,24 +71,29 @@ def find_device(name: str | None) -> Device:
     return DEVICES[name.lower()]
 
 
-def sequence_to_plan(recipe: Recipe) -> tuple[list[Document], str]:
-    """The longest sequence that the store yields; without a store, ``max_length`` tokens, all trained."""
-    root = Path(recipe.data.store)
+def heaviest_sequence(recipe: Recipe, dp: int) -> tuple[list[Document], str]:
+    """The sequence of the first epoch that costs most; before there is a store, ``max_length`` tokens, all trained."""
+    root, data, training = Path(recipe.data.store), recipe.data, recipe.training
     entries = read_manifest(root)[0] if (root / FACTS_NAME).is_file() else []
-    limit = recipe.data.max_length
-    if recipe.data.overlong == "skip":
-        entries = [entry for entry in entries if entry.num_tokens <= limit]
     if not entries:
-        return [in_turns(limit, 1.0)], f"one sample of max_length, all trained (no samples in {root} yet)"
-    sizes = [Document(min(e.num_tokens, limit), rg.clip(e.trained_spans, 0, limit)) for e in entries]
-    sizes.sort(key=lambda document: -document.num_tokens)
-    chosen = [sizes[0]]
-    room = (recipe.data.pack_tokens or 0) - sizes[0].num_tokens
-    for document in sizes[1:]:
-        if document.num_tokens <= room:
-            chosen.append(document)
-            room -= document.num_tokens
-    return chosen, f"the longest sequence of {root} ({len(entries)} samples; {len(chosen)} in this sequence)"
+        return [in_turns(data.max_length, 1.0)], f"no samples in {root} yet: one sample of max_length, all trained"
+    samples, screening = screen(
+        entries, max_length=data.max_length, overlong=data.overlong, ttt_steps=training.ttt_steps, alignment=training.mask_alignment
+    )
+    sampler = Sampler(
+        samples,
+        dp=dp,
+        accumulation=training.gradient_accumulation,
+        pack_tokens=data.pack_tokens,
+        seed=training.seed,
+        ttt_steps=training.ttt_steps,
+    )
+    packs = sampler.epoch_packs(0)
+    heaviest = max(packs, key=lambda pack: sum(sampler.costs[number] for number in pack))
+    steps = sampler.count_steps(training.epochs, training.max_steps)
+    epoch = f"{len(packs)} sequences an epoch, {steps} optimizer steps in all"
+    origin = f"{root}: {screening}\n{epoch}; the heaviest sequence, {len(heaviest)} samples"
+    return [samples[number].document for number in heaviest], origin
 
 
 def sharding_table(plan: SequencePlan) -> str:

@@ -15,6 +15,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3
 exec "$python" -u "${BASH_SOURCE[0]}" "$@"
+: <<'# end of recipe'
 ":"""
 
 import sys
@@ -26,3 +27,4 @@ from eagle_ds.launch import main
 
 if __name__ == "__main__":
     main(__file__, accelerator="cpu")
+# end of recipe

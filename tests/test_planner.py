@@ -1,0 +1,118 @@
+"""The planner's floor is DESIGN's arithmetic, its memory falls as layouts promise, and a shape that cannot fit says what would."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from eagle_ds import ranges as rg
+from eagle_ds.config import Recipe, load_recipe
+from eagle_ds.ds_config import read_ds_json
+from eagle_ds.planner import (
+    DEVICES,
+    GIB,
+    check_fits,
+    choose_ring_mode,
+    draft_parameters,
+    floor_seconds,
+    in_turns,
+    kv_slots,
+    largest_length,
+    plan_for,
+    predict_memory,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+ZERO1 = read_ds_json(ROOT / "ds_configs/llama3_8b_zero1.json")
+H200 = DEVICES["h200"]
+
+
+def llama(*overrides: str) -> Recipe:
+    return load_recipe(ROOT / "recipes/llama3_128k.json", overrides)
+
+
+def total(recipe: Recipe, tokens: int, fraction: float = 1.0) -> float:
+    plan = plan_for(recipe, [in_turns(tokens, fraction)])
+    return sum(predict_memory(recipe, ZERO1, recipe.parallel.size, plan).values()) / GIB
+
+
+def test_parameters_are_those_of_a_llama_layer_twice_as_wide_at_its_input() -> None:
+    assert sum(draft_parameters(llama()).values()) == 424_673_280
+
+
+@pytest.mark.parametrize(("ulysses", "seconds"), [(1, 9.3), (4, 2.32)])
+def test_the_floor_at_128k_is_attention_and_matmuls_at_the_measured_rates(ulysses: int, seconds: float) -> None:
+    recipe = llama("--parallel.ulysses", str(ulysses))
+    floor = floor_seconds(recipe, plan_for(recipe, [in_turns(131072, 1.0)]), H200)
+    assert sum(floor.values()) == pytest.approx(seconds, rel=0.01)
+
+
+def test_the_floor_falls_with_the_trained_rows() -> None:
+    recipe = llama("--parallel.ulysses", "4")
+    all_rows, tenth = (sum(floor_seconds(recipe, plan_for(recipe, [in_turns(131072, f)]), H200).values()) for f in (1.0, 0.1))
+    assert tenth < 0.12 * all_rows
+
+
+def test_turns_have_the_fraction_that_was_asked_for() -> None:
+    for fraction in (0.1, 0.5, 1.0):
+        assert rg.count(in_turns(131072, fraction).trained_spans) == pytest.approx(131072 * fraction, rel=0.03)
+
+
+def test_what_is_sharded_falls_as_one_over_the_ranks() -> None:
+    def sharded(ulysses: int) -> float:
+        recipe = llama("--parallel.ulysses", str(ulysses))
+        parts = predict_memory(recipe, ZERO1, ulysses, plan_for(recipe, [in_turns(131072, 1.0)]))
+        return sum(size for name, size in parts.items() if name.startswith(("query rows", "context rows", "K_0")))
+
+    assert sharded(1) / sharded(4) == pytest.approx(4, rel=0.01)
+
+
+def test_recomputing_more_keeps_less() -> None:
+    none, mlp, full = (total(llama("--training.recompute", mode), 131072) for mode in ("none", "mlp", "full"))
+    assert none > mlp > full
+
+
+def test_zero_stages_and_offload_take_the_model_off_the_gpu() -> None:
+    recipe = llama()
+    plan = plan_for(recipe, [in_turns(1024, 1.0)])
+    sizes = []
+    for name in ("llama3_8b_zero1", "llama3_8b_zero2", "llama3_8b_zero3"):
+        sizes.append(sum(predict_memory(recipe, read_ds_json(ROOT / f"ds_configs/{name}.json"), 8, plan).values()))
+    assert sizes == sorted(sizes, reverse=True)
+    assert predict_memory(recipe, read_ds_json(ROOT / "ds_configs/llama3_8b_zero2_offload.json"), 8, plan)["optimizer state"] == 0
+
+
+@pytest.mark.parametrize(("ulysses", "slots"), [(1, 8), (4, 2), (8, 1), (16, 1), (32, 1)])
+def test_kv_heads_that_ulysses_does_not_divide_are_replicated(ulysses: int, slots: int) -> None:
+    assert kv_slots(llama().draft, ulysses) == slots
+
+
+def test_the_ring_keeps_all_keys_while_they_fit_and_rotates_them_after() -> None:
+    recipe = llama("--parallel.ulysses", "1", "--parallel.ring", "8")
+    assert choose_ring_mode(recipe, 131072, 2, 80 * GIB) == "gather"
+    assert choose_ring_mode(recipe, 1 << 24, 2, 80 * GIB) == "p2p"
+    assert choose_ring_mode(llama("--parallel.ring_mode", "p2p"), 1024, 2, 80 * GIB) == "p2p"
+
+
+def test_the_largest_length_fits_and_a_longer_one_does_not() -> None:
+    recipe = llama("--parallel.ulysses", "4")
+    length = largest_length(recipe, ZERO1, 4, H200)
+    assert length % 1024 == 0
+    assert total(recipe, length) <= H200.usable_bytes / GIB < total(recipe, length + 1024)
+
+
+def test_a_shape_that_cannot_fit_is_refused_with_gib_length_and_setting() -> None:
+    recipe = llama("--parallel.ulysses", "4", "--training.recompute", "none")
+    plan = plan_for(recipe, [in_turns(524288, 1.0)])
+    needed, mended = r"524288 tokens .* needs about [\d.]+ GiB a GPU on ulysses 4 \* ring 1", r"--training\.recompute \w+ makes it fit"
+    with pytest.raises(ValueError, match=rf"{needed}.* \d+ tokens would fit; {mended}"):
+        check_fits(recipe, ZERO1, 4, plan, H200)
+    check_fits(llama("--parallel.ulysses", "4"), ZERO1, 4, plan_for(recipe, [in_turns(131072, 1.0)]), H200)
+
+
+def test_a_cpu_has_no_floor_and_no_limit() -> None:
+    recipe = load_recipe(ROOT / "recipes/smollm2_cpu.json")
+    assert floor_seconds(recipe, plan_for(recipe, [in_turns(1024, 1.0)]), DEVICES["cpu"]) == {}
+    assert math.isinf(DEVICES["cpu"].memory_gib)

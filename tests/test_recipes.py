@@ -1,0 +1,188 @@
+"""Every recipe is valid data and a valid program, twice: as bash and as Python."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from eagle_ds import launch
+from eagle_ds.config import Recipe, load_recipe
+from eagle_ds.data.manifest import StoreFacts, write_facts
+from eagle_ds.ds_config import deepspeed_config, read_ds_json
+from eagle_ds.settings import dotted_fields
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [*sorted((ROOT / "recipes").glob("*.sh")), *sorted((ROOT / "tests/recipes").glob("*.sh"))]
+DS_JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def identify(path: Path) -> str:
+    return path.stem
+
+
+def run(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command under this test's Python, with a clean idea of ranks."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
+    environment.update(PATH=f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", **variables)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=identify)
+def test_a_recipe_is_valid_bash_and_valid_python(script: Path) -> None:
+    source = script.read_text(encoding="utf-8")
+    ast.parse(source)
+    assert run("bash", "-n", str(script)).returncode == 0
+    assert source.startswith("#!/usr/bin/env bash\n# " + script.stem)
+    assert source.endswith("\n# end of recipe\n")
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=identify)
+def test_a_recipe_and_its_deepspeed_json_agree(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(script.with_suffix(".json"))
+    assert recipe.name == script.stem
+    assert deepspeed_config(recipe, read_ds_json(recipe.deepspeed), recipe.parallel.size)["train_batch_size"] == 1
+
+
+@pytest.mark.parametrize("path", DS_JSONS, ids=identify)
+def test_a_deepspeed_json_is_valid_as_it_stands_and_with_a_recipe(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    monkeypatch.chdir(ROOT)
+    own = read_ds_json(path)
+    assert DeepSpeedConfig(json.loads(path.read_text())).train_micro_batch_size_per_gpu == 1
+    recipe = load_recipe("recipes/llama3_128k.json", ["--deepspeed", str(path), "--parallel.ulysses", "1"])
+    config = DeepSpeedConfig(deepspeed_config(recipe, own, 1))
+    assert (config.gradient_clipping, config.optimizer_name, config.gradient_accumulation_steps) == (0.5, "adamw", 1)
+    assert config.zero_optimization_stage == own.get("zero_optimization", {}).get("stage", 0)
+    assert config.bfloat16_config.enabled == own.get("bf16", {}).get("enabled", False)
+
+
+def test_the_pinned_target_sizes_are_the_models_own() -> None:
+    recipe = load_recipe(ROOT / "recipes/llama3_128k.json")
+    assert recipe.target.aux_ids == (1, 15, 28)
+    assert (recipe.data.max_length, recipe.parallel.size, recipe.training.ttt_steps, recipe.draft.vocab_size) == (131072, 8, 7, 32000)
+    assert recipe.draft.rope_scaling is not None
+    assert recipe.draft.rope_scaling.rope_type == "llama3"
+
+
+def test_help_under_bash_gives_reasons_and_lists_every_setting() -> None:
+    shown = run("bash", "recipes/llama3_128k.sh", "--help")
+    assert shown.returncode == 0
+    assert "Why these values" in shown.stdout
+    for name, _ in dotted_fields(Recipe):
+        assert f"--{name} " in shown.stdout
+    assert re.search(r"--draft\.rope_theta +500000\.0 ", shown.stdout)
+
+
+def test_plan_under_bash_from_another_folder_starts_nothing(tmp_path: Path) -> None:
+    shown = run("bash", str(ROOT / "recipes/smollm2_cpu.sh"), "--plan", "--data.max_length", "999", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "world_size 2 = dp 1 * ulysses 1 * ring 2" in shown.stdout
+    assert '"max_length": 999' in shown.stdout
+    assert "999 tokens, 997 trained rows" in shown.stdout
+    assert "runs/smollm2_cpu/log.jsonl" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_imports_neither_torch_nor_deepspeed() -> None:
+    code = (
+        "import sys; sys.path.insert(0, '.'); sys.argv = ['x', '--plan']\n"
+        "from eagle_ds.launch import main; main('recipes/llama3_128k.sh')\n"
+        "sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    )
+    assert run(sys.executable, "-c", code).returncode == 0
+
+
+def test_the_deepspeed_launcher_runs_a_recipe_and_one_rank_plans() -> None:
+    shown = run("deepspeed", "--num_gpus", "8", "recipes/llama3_128k.sh", "--plan", DS_ACCELERATOR="cpu")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("world_size 8 = dp 1 * ulysses 8 * ring 1") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--training.max_step", "3"], "training.max_step is not a setting; did you mean training.max_steps?"),
+        (["--parallel.ulysses", "2"], "ulysses=2 does not divide 9 query heads; use 1, 3 or 9, or raise ring"),
+        (["--num_gpus", "3", "--plan"], "3 ranks are no multiple of ulysses 1 * ring 2 = 2"),
+        (["--deepspeed", "ds_configs/absent.json", "--plan"], "cannot read ds_configs/absent.json"),
+        (["--data.store", "absent"], "python tools/prepare_hidden_states.py --recipe recipes/smollm2_cpu.json"),
+        (["--gpu", "tpu", "--plan"], "--gpu tpu is not known to the planner; use h200"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_an_exit_code(arguments: list[str], message: str) -> None:
+    refused = run("bash", "recipes/smollm2_cpu.sh", *arguments)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+    assert refused.stderr.count("\n") == 1
+    assert message in refused.stderr
+
+
+def test_a_missing_store_stops_all_ranks_with_one_message() -> None:
+    said = []
+    for rank in ("0", "1"):
+        command = (sys.executable, "-u", "recipes/smollm2_cpu.sh", f"--local_rank={rank}", "--data.store", "absent")
+        refused = run(*command, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_SIZE="2")
+        said.append((refused.returncode, refused.stderr.partition(";")[0]))
+    assert said == [(2, "error: the store absent does not exist"), (0, "")]
+
+
+@pytest.fixture
+def twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The twin's overrides for a store that is there, in a process without ranks, and nothing really started."""
+    (tmp_path / "store").mkdir()
+    write_facts(tmp_path / "store", StoreFacts("t", "", "", hidden_size=64, aux_layer_ids=(1, 3, 4), vocab_size=256))
+    monkeypatch.chdir(ROOT)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    yield ["--data.store", str(tmp_path / "store"), "--output_dir", str(tmp_path / "run")]
+
+
+def test_bash_starts_the_launcher_with_as_many_processes_as_fit(twin: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def instead(path: str, command: list[str]) -> None:
+        started.append(command)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execv", instead)
+    monkeypatch.setattr(sys, "argv", ["twin", *twin, "--fresh"])
+    with pytest.raises(SystemExit):
+        launch.main("tests/recipes/llama3_128k_twin.sh", accelerator="cpu")
+    (command,) = started
+    assert command[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "8"]
+    assert command[-len(twin) - 1 :] == [str(ROOT / "tests/recipes/llama3_128k_twin.sh"), *twin]
+
+
+def test_a_rank_trains_and_does_not_start_a_launcher(twin: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[str, int]] = []
+    stub = types.ModuleType("eagle_ds.engine.train")
+    stub.train = lambda recipe, local_rank: trained.append((recipe.name, local_rank))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "eagle_ds.engine.train", stub)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(sys, "argv", ["twin", "--local_rank=0", *twin, "--fresh"])
+    launch.main("tests/recipes/llama3_128k_twin.sh", accelerator="cpu")
+    assert trained == [("llama3_128k_twin", 0)]
+    assert [path.name.split("-")[0] for path in tmp_path.glob("run*")] == ["run.before"], "--fresh keeps the earlier run"
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_store_of_other_layers_is_refused_before_anything_starts(twin: list[str]) -> None:
+    refused = run("bash", "tests/recipes/llama3_128k_twin.sh", *twin, "--target.aux_layer_ids", "[1, 2, 3]")
+    assert refused.returncode == 2
+    assert "was captured with aux_layer_ids [1, 3, 4], the recipe says [1, 2, 3]" in refused.stderr
