@@ -1,0 +1,199 @@
+"""One rank's training data: from a step's packs to batches that hold this rank's rows only.
+
+The number of counted rows of a whole step (all its micro-batches) must be known before its first backward. It follows
+from small arrays alone where the store has label facts; where it lacks them ``labeler`` makes them from the target rows,
+and then a step's batches are all read before the first is handed out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eagle_ds import ranges as rg
+from eagle_ds.data.batch import Batch, TokenFacts, assemble
+from eagle_ds.data.format import TORCH_DTYPES
+from eagle_ds.data.packing import Pack, TrainSample
+from eagle_ds.data.sampler import Step
+from eagle_ds.data.store import ReadStats, SampleReader, Store, StoreError
+from eagle_ds.layout import Alignment, RingMode, SequencePlan, plan_sequence
+
+Labeler = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Target hidden states [M, H] on the CPU -> (argmax int64 [M], log-sum-exp float32 [M]) over the full vocabulary."""
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What a sharding plan depends on besides the documents."""
+
+    ulysses: int = 1
+    ring: int = 1
+    ring_mode: RingMode = "gather"
+    ttt_steps: int = 7
+    alignment: Alignment = "serving"
+    trained_rows_only: bool = True
+
+    def plan(self, samples: Sequence[TrainSample]) -> SequencePlan:
+        """The plan of ``samples`` laid end to end."""
+        return plan_sequence(
+            [s.document for s in samples],
+            ulysses=self.ulysses,
+            ring=self.ring,
+            ring_mode=self.ring_mode,
+            ttt_steps=self.ttt_steps,
+            alignment=self.alignment,
+            trained_rows_only=self.trained_rows_only,
+        )
+
+
+@dataclass
+class MicroBatch:
+    """One rank's share of one pack, and what must be known about the step that it belongs to."""
+
+    step: Step
+    index: int  # of the micro-batch in its step
+    batch: Batch
+    counted: Tensor  # int64 [T]: rows of the whole step that this rank counts; the same in all its micro-batches
+    global_names: tuple[tuple[str, ...], ...]  # sample ids of this micro-batch, by dp rank
+    global_tokens: int  # of the whole step, over all dp ranks
+    stats: ReadStats = field(default_factory=ReadStats)
+    read_s: float = 0.0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the optimizer step follows."""
+        return self.index + 1 == len(self.step.packs)
+
+    def fingerprints(self) -> tuple[int, int]:
+        """63-bit hashes that must agree: (place and samples, over all ranks; plan, over one sequence-parallel group)."""
+        return _hash63(self.step.number, self.index, self.global_names), _hash63(self.batch.names, self.batch.plan.digest)
+
+
+class RankDataset:
+    """Reads what sequence-parallel rank ``sp_rank`` of data-parallel rank ``dp_rank`` needs of each step.
+
+    ``t2d`` bool [V] says which labels are in the draft vocabulary. With ``pin`` hidden states are read into pinned memory.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        samples: Sequence[TrainSample],
+        settings: PlanSettings,
+        *,
+        t2d: Tensor,
+        dp_rank: int = 0,
+        sp_rank: int = 0,
+        labeler: Labeler | None = None,
+        threads: int = 2,
+        pin: bool = False,
+    ) -> None:
+        self.store, self.samples, self.settings, self.t2d = store, samples, settings, t2d
+        self.dp_rank, self.sp_rank = dp_rank, sp_rank
+        self.labeler, self.threads, self.pin = labeler, threads, pin
+        self.dtype = TORCH_DTYPES[store.facts.dtype]
+
+    def batches(self, steps: Iterable[Step]) -> Iterator[MicroBatch]:
+        """Every micro-batch of ``steps`` in order. Raises StoreError for a file that cannot be read."""
+        for step in steps:
+            yield from self._step(step)
+
+    def _step(self, step: Step) -> Iterator[MicroBatch]:
+        opened = deque(_OpenPack(self, packs[self.dp_rank]) for packs in step.packs)
+        if not all(pack.has_labels for pack in opened):
+            for pack in opened:
+                pack.fill()
+        counted = torch.stack([pack.count() for pack in opened]).sum(0)
+        tokens = sum(self.samples[n].document.num_tokens for packs in step.packs for pack in packs for n in pack)
+        for index, packs in enumerate(step.packs):
+            yield opened.popleft().finish(step, index, counted, tuple(map(self._names, packs)), tokens)
+
+    def _names(self, pack: Pack) -> tuple[str, ...]:
+        return tuple(self.samples[number].entry.id for number in pack)
+
+
+class _OpenPack:
+    """A pack on its way into memory: first the small arrays and all index arithmetic, then the hidden states."""
+
+    def __init__(self, dataset: RankDataset, pack: Pack) -> None:
+        started = time.perf_counter()
+        self.dataset = dataset
+        self.samples = [dataset.samples[number] for number in pack]
+        self.readers = [dataset.store.reader(s.entry, threads=dataset.threads) for s in self.samples]
+        self.plan = dataset.settings.plan(self.samples)
+        self.filled = False
+        rank, settings = dataset.sp_rank, dataset.settings
+        aux, hidden = (torch.empty(rg.count(rows), 0) for rows in (self.plan.aux_rows(rank), self.plan.target_rows(rank)))
+        facts = [_token_facts(s, reader) for s, reader in zip(self.samples, self.readers, strict=True)]
+        names = tuple(s.entry.id for s in self.samples)
+        self.batch = assemble(self.plan, rank, facts, aux, hidden, alignment=settings.alignment, names=names)
+        self.read_s = time.perf_counter() - started
+
+    @property
+    def has_labels(self) -> bool:
+        return self.batch.target_token is not None
+
+    def count(self) -> Tensor:
+        """int64 [T]: trained rows of this rank whose label's argmax is in the draft vocabulary."""
+        token = self.batch.target_token
+        assert token is not None
+        counted = self.batch.trained & self.dataset.t2d[token[self.batch.target_index]] if len(token) else self.batch.trained
+        return counted.sum(0)
+
+    def fill(self) -> None:
+        """Read the hidden states, and make label facts where the store has none."""
+        if self.filled:
+            return
+        started = time.perf_counter()
+        rank, facts = self.dataset.sp_rank, self.dataset.store.facts
+        aux = self._read("aux_hidden_state", self.plan.aux_rows(rank), len(facts.aux_layer_ids) * facts.hidden_size)
+        hidden = self._read("hidden_state", self.plan.target_rows(rank), facts.hidden_size)
+        self.batch = replace(self.batch, aux=aux, target_hidden=hidden)
+        if not self.has_labels:
+            if self.dataset.labeler is None:
+                raise StoreError(
+                    f"{self.readers[0].path} has no target_token_id and no target_logsumexp, and no head is at hand to make them from; "
+                    "give the target's weights"
+                )
+            token, logsumexp = self.dataset.labeler(hidden)
+            self.batch = replace(self.batch, target_token=token, target_logsumexp=logsumexp)
+        self.filled = True
+        self.read_s += time.perf_counter() - started
+
+    def finish(self, step: Step, index: int, counted: Tensor, names: tuple[tuple[str, ...], ...], tokens: int) -> MicroBatch:
+        """The filled batch with its step's facts; the files are closed."""
+        self.fill()
+        stats = sum((reader.stats for reader in self.readers), ReadStats())
+        for reader in self.readers:
+            reader.close()
+        return MicroBatch(step, index, self.batch, counted, names, tokens, stats, self.read_s)
+
+    def _read(self, name: str, rows: rg.Ranges, width: int) -> Tensor:
+        out = torch.empty(rg.count(rows), width, dtype=self.dataset.dtype, pin_memory=self.dataset.pin)
+        done = 0
+        for number, wanted in self.plan.file_rows(rows):
+            stop = done + rg.count(wanted)
+            self.readers[number].read_rows(name, wanted, out[done:stop])
+            done = stop
+        return out
+
+
+def _token_facts(sample: TrainSample, reader: SampleReader) -> TokenFacts:
+    """The small arrays, cut to what is trained on."""
+    size = sample.document.num_tokens
+    arrays: dict[str, np.ndarray | None] = {}
+    for name in ("input_ids", "loss_mask", "target_token_id", "target_logsumexp"):
+        values = reader.read_small(name)
+        arrays[name] = None if values is None else values[:size].numpy()
+    return TokenFacts(**arrays)
+
+
+def _hash63(*values: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,51 @@
+"""The way of a batch to the device: read and inflated in one thread, copied in a second, while the one before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from eagle_ds.data.dataset import MicroBatch, RankDataset
+from eagle_ds.data.prefetch import DeviceCopy, Prefetcher, adopt
+from eagle_ds.data.sampler import Step
+from eagle_ds.engine.agreement import Agreement, attempt
+
+
+class Feed:
+    """Micro-batches of ``steps`` on ``device``, in order; ``depth`` are read ahead and one more is copied ahead."""
+
+    def __init__(self, dataset: RankDataset, steps: Iterable[Step], *, depth: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self._ttt_steps = device, dataset.settings.ttt_steps
+        read = Prefetcher(dataset.batches(steps), depth, "read")
+        self._batches = Prefetcher(DeviceCopy(read, device, dtype), 1, "copy")
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        return adopt(next(self._batches), self.device)
+
+    def take(self, agreement: Agreement) -> tuple[MicroBatch, Tensor]:
+        """The next micro-batch and its step's counted rows int64 [T] summed over all ranks, once all ranks have agreed on it.
+
+        Collective. Raises RankFailure on all ranks if any could not read its data, or reads other data than the rest.
+        """
+        item, error = attempt(lambda: next(self))
+        if item is None:
+            agreement.check_micro_batch(error, (0, 0), "", [0] * self._ttt_steps)
+        assert item is not None, "the agreement raises on every rank where one has an error"
+        what = f"step {item.step.number + 1} micro-batch {item.index}: {', '.join(item.batch.names)} (plan {item.batch.plan.digest})"
+        return item, torch.from_numpy(agreement.check_micro_batch(error, item.fingerprints(), what, item.counted.tolist()))
+
+    def close(self) -> None:
+        """End both threads."""
+        self._batches.close()
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,147 @@
+"""One micro-batch through draft and loss, and one optimizer step of several, under any ZeRO stage.
+
+DeepSpeed divides a loss by the accumulation steps and averages gradients over all ranks. The loss given to it is
+therefore world_size * accumulation * sum_k decay^k * (this rank's sum of step k) / N_k, with N_k counted over the whole
+step: then every stage and layout arrives at the gradient of the true global loss.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from eagle_ds.config import TrainingConfig
+from eagle_ds.data.batch import Batch
+from eagle_ds.data.dataset import MicroBatch
+from eagle_ds.data.sampler import Step
+from eagle_ds.data.store import ReadStats
+from eagle_ds.engine.feed import Feed
+from eagle_ds.engine.metrics import add, step_weights
+from eagle_ds.engine.world import World
+from eagle_ds.loss import HeadTargets, LossSettings, StepSums, TargetHead, counted_rows, head_loss, uniform_decay
+from eagle_ds.model.arch import DraftArch
+from eagle_ds.model.attention import BlockAttention
+from eagle_ds.model.ttt import PrefixAttention
+
+
+class MicroBatchRunner:
+    """Runs the draft on one batch. Holds what does not change from batch to batch."""
+
+    def __init__(
+        self, engine: DeepSpeedEngine, arch: DraftArch, head: TargetHead, kernel: BlockAttention, training: TrainingConfig, world: World
+    ) -> None:
+        self.engine, self.arch, self.head, self.kernel = engine, arch, head, kernel
+        self.training, self.world = training, world
+
+    def __call__(self, batch: Batch, weights: Tensor) -> tuple[Tensor, StepSums]:
+        """(sum_k weights[k] * sum of this rank's row losses, metric sums). Collective over the sequence-parallel group."""
+        arch, training = self.arch, self.training
+        prefix = PrefixAttention(
+            batch.plan,
+            self.world.groups,
+            self.kernel,
+            query_heads=arch.num_attention_heads,
+            kv_heads=arch.num_key_value_heads,
+            head_dim=arch.head_dim,
+            sliding_window=arch.sliding_window,
+            device=self.world.device,
+        )
+        targets = self._targets(batch)
+        settings = LossSettings(
+            weights.to(self.world.device), training.loss, training.kl_scale, training.kl_decay, alpha_mean=self._alpha_mean
+        )
+        return self.engine(batch, prefix, lambda *states: head_loss(*states, targets, settings), training.recompute)
+
+    def _targets(self, batch: Batch) -> HeadTargets:
+        token, logsumexp = batch.target_token, batch.target_logsumexp
+        assert token is not None and logsumexp is not None, "the dataset makes label facts where the store has none"
+        counted = counted_rows(batch.trained, token, batch.target_index, self.head.t2d)
+        return HeadTargets(self.head, batch.target_hidden, logsumexp, token, batch.target_index, batch.trained, counted)
+
+    def _alpha_mean(self, alpha: Tensor, rows: Tensor) -> Tensor:
+        """Mean over the counted rows of all ranks, float32 [T]. Collective over the world."""
+        both = torch.stack([alpha, rows])
+        if self.world.topology.world_size > 1:
+            dist.all_reduce(both)
+        return (both[0] / both[1].clamp(min=1)).float()
+
+
+@dataclass
+class StepOutcome:
+    """What one optimizer step did on this rank; ``sums`` are not yet added over ranks."""
+
+    step: Step
+    sums: StepSums
+    grad_norm: float
+    applied: bool
+    culprits: tuple[str, ...]  # samples of this rank's micro-batches whose loss was not finite
+    tokens: int  # of all ranks
+    positions: int | None
+    stats: ReadStats
+    wait_s: float
+    read_s: float
+
+
+class OptimizerStep:
+    """Takes the micro-batches of one step from the feed, accumulates their gradients and updates the weights."""
+
+    def __init__(self, runner: MicroBatchRunner) -> None:
+        self.runner, self.engine, self.world, self.training = runner, runner.engine, runner.world, runner.training
+        self.decay = uniform_decay(self.training.step_decay, self.training.ttt_steps)
+        self._plain = self.engine.zero_optimization_stage() == 0 and not self.engine.bfloat16_enabled()
+
+    def run(self, feed: Feed, learning_rate: float) -> StepOutcome:
+        """Collective over the world. Raises RankFailure on all ranks if any could not read its data or reads other data.
+
+        With a loss or gradient that is not finite the weights are left alone (``applied`` False).
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums, losses, names, stats, wait_s, read_s = None, [], [], ReadStats(), 0.0, 0.0
+        weights = torch.zeros(0)
+        while True:
+            started = time.perf_counter()
+            item, counted = feed.take(self.world.agreement)
+            wait_s += time.perf_counter() - started
+            if item.index == 0:
+                weights = self._weights(item, counted)
+            loss, local = self.runner(item.batch, weights)
+            losses.append(loss.detach())
+            names.append(item.batch.names)
+            self.engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
+            sums, stats, read_s = add(sums, local), stats + item.stats, read_s + item.read_s
+            if item.is_last:
+                break
+            self.engine.step()  # counts the micro-batch; DeepSpeed updates at the last one
+        grad_norm, applied = self._update()
+        culprits = () if applied else tuple(n for loss, ns in zip(losses, names, strict=True) if not torch.isfinite(loss) for n in ns)
+        return StepOutcome(
+            item.step, sums, grad_norm, applied, culprits, item.global_tokens, self.positions(item.global_tokens), stats, wait_s, read_s
+        )
+
+    def positions(self, tokens: int) -> int | None:
+        """B * S where the loss is normalised by positions, else None."""
+        return tokens if self.training.loss_normalization == "positions" else None
+
+    def _weights(self, item: MicroBatch, counted: Tensor) -> Tensor:
+        scale = self.world.topology.world_size * len(item.step.packs)
+        return scale * step_weights(counted, self.decay, self.positions(item.global_tokens))
+
+    def _update(self) -> tuple[float, bool]:
+        """(global gradient norm before clipping, whether it was finite and the weights were updated)."""
+        if not self._plain:
+            self.engine.step()  # every ZeRO stage, and bf16 without ZeRO, skips by itself where the norm is not finite
+            norm = float(self.engine.get_global_grad_norm())
+            return norm, bool(self.engine.was_step_applied())
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        finite = norm < float("inf")
+        if not finite:
+            self.engine.zero_grad()  # AdamW passes over parameters without a gradient
+        self.engine.step()
+        return norm, finite

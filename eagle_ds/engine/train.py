@@ -1,0 +1,218 @@
+"""The training loop: read, agree, step, log; evaluate and save every so often; resume where an earlier run stopped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from eagle_ds.config import Recipe
+from eagle_ds.data.dataset import PlanSettings, RankDataset
+from eagle_ds.data.sampler import Sampler
+from eagle_ds.ds_config import deepspeed_config, read_ds_json
+from eagle_ds.engine.build import Trainable, build
+from eagle_ds.engine.checkpoint import Best, Checkpoints, RunState
+from eagle_ds.engine.evaluate import Evaluator
+from eagle_ds.engine.feed import Feed
+from eagle_ds.engine.inputs import Inputs, OpenStore, open_inputs
+from eagle_ds.engine.metrics import metrics_of, sum_over_ranks
+from eagle_ds.engine.resume import find_resumable
+from eagle_ds.engine.runlog import GIB, RunLog, peak_bytes
+from eagle_ds.engine.schedule import learning_rate
+from eagle_ds.engine.step import MicroBatchRunner, OptimizerStep, StepOutcome
+from eagle_ds.engine.world import World, join_world
+from eagle_ds.model.attention_cuda import choose_attention
+from eagle_ds.planner import choose_ring_mode
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, local_rank: int) -> None:
+    """Train as one rank of the DeepSpeed launcher's world, until the recipe's last step. Resumes by itself.
+
+    Raises ValueError, on every rank and with the same sentence, for anything that is wrong with recipe, files or data.
+    """
+    world = join_world(recipe.parallel, local_rank)
+    world_size = world.topology.world_size
+    config = world.agreement.together(lambda: deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world_size))
+    inputs = open_inputs(recipe, world)
+    resumed = world.agreement.together(lambda: find_resumable(recipe, inputs.train.store.manifest_hash, world_size))
+    world.agreement.same({"checkpoint to resume from": resumed.step if resumed else None})
+    Trainer(recipe, world, inputs, build(recipe, config, inputs, world)).run(resumed)
+
+
+@dataclass
+class Pace:
+    """Time and tokens since the last line of the log."""
+
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    tokens: int = 0
+    wait_s: float = 0.0
+
+    def add(self, outcome: StepOutcome) -> None:
+        self.steps, self.tokens, self.wait_s = self.steps + 1, self.tokens + outcome.tokens, self.wait_s + outcome.wait_s
+
+
+class Trainer:
+    """A run in progress."""
+
+    def __init__(self, recipe: Recipe, world: World, inputs: Inputs, trainable: Trainable) -> None:
+        self.recipe, self.training, self.world, self.trainable = recipe, recipe.training, world, trainable
+        self.manifest_hash = inputs.train.store.manifest_hash
+        self.sampler = world.agreement.together(lambda: self._make_sampler(inputs))
+        self.total_steps = self.sampler.count_steps(self.training.epochs, self.training.max_steps)
+        self.plans = self._plan_settings(inputs)
+        self.dataset = self._dataset(inputs, inputs.train)
+        kernel = choose_attention(world.device, trainable.dtype, inputs.arch.head_dim)
+        runner = MicroBatchRunner(trainable.engine, inputs.arch, trainable.head, kernel, self.training, world)
+        self.step = OptimizerStep(runner)
+        self._feed_settings: dict[str, Any] = {"depth": recipe.data.prefetch, "device": world.device, "dtype": trainable.dtype}
+        self.evaluator = None
+        if inputs.held_out is not None:
+            held_out = self._dataset(inputs, inputs.held_out)
+            self.evaluator = Evaluator(runner, held_out, recipe.data.pack_tokens, self._feed_settings)
+        self.checkpoints = Checkpoints(
+            recipe.run_dir, self.training.keep_checkpoints, trainable.engine, inputs.arch, inputs.vocab, world
+        )
+        self.log = RunLog(recipe.run_dir, trainable.engine, self.total_steps) if world.is_first else None
+        self.best: Best | None = None
+        self.skipped_steps = 0
+        logger.info("%d optimizer steps over %d samples", self.total_steps, len(self.dataset.samples))
+
+    def run(self, resumed: RunState | None) -> None:
+        """From ``resumed``, or the start, to the last step."""
+        start = self._resume(resumed) if resumed else 0
+        if self.log:
+            self.log.start(self.recipe, start)
+        if start >= self.total_steps:
+            logger.info("nothing left to do: %s already stands at step %d of %d", self.recipe.run_dir, start, self.total_steps)
+            return
+        if not resumed:
+            self._evaluate(0)
+        pace = Pace()
+        with Feed(self.dataset, self.sampler.steps(start, self.total_steps), **self._feed_settings) as feed:
+            for number in range(start, self.total_steps):
+                rate = learning_rate(number, self.total_steps, self.training)
+                outcome = self.step.run(feed, rate)
+                pace.add(outcome)
+                done = number + 1
+                if not outcome.applied:
+                    self._not_finite(outcome, done)
+                elif self._due(done, self.training.log_interval):
+                    self._log(outcome, done, rate, pace)
+                    pace = Pace()
+                if self._pause(done):
+                    pace = Pace()
+
+    def _pause(self, done: int) -> bool:
+        """Evaluate and save where that is due; whether it was."""
+        evaluates, saves = self._due(done, self.training.eval_interval), self._due(done, self.training.save_interval)
+        if evaluates:
+            self._evaluate(done)
+        if saves:
+            self.checkpoints.save(self._state(done))
+        return evaluates or saves
+
+    def _state(self, done: int) -> RunState:
+        recipe = self.recipe.model_dump(mode="json")
+        return RunState(done, self.world.topology.world_size, self.manifest_hash, recipe, self.skipped_steps, self.best)
+
+    def _due(self, done: int, interval: int) -> bool:
+        """Every ``interval`` steps, and after the last one."""
+        return done == self.total_steps or (interval > 0 and done % interval == 0)
+
+    def _resume(self, state: RunState) -> int:
+        self.checkpoints.load(state)
+        self.best, self.skipped_steps = state.best, state.skipped_steps
+        logger.info("resuming %s at step %d of %d", self.recipe.run_dir, state.step, self.total_steps)
+        return state.step
+
+    def _evaluate(self, done: int) -> None:
+        if self.evaluator is None:
+            return
+        metrics = self.evaluator.run()
+        if self.log:
+            self.log.evaluation({"step": done, **metrics.as_dict()})
+        if done and (self.best is None or metrics.simulated_length > self.best.length):
+            self.best = Best(done, metrics.simulated_length)
+            self.checkpoints.save_best()
+
+    def _log(self, outcome: StepOutcome, done: int, rate: float, pace: Pace) -> None:
+        metrics = metrics_of(sum_over_ranks(outcome.sums, self.world.topology.world_size), self.step.decay, outcome.positions)
+        elapsed = (time.perf_counter() - pace.started) / pace.steps
+        stats = outcome.stats
+        own = (peak_bytes(self.world.device), int(pace.wait_s * 1e6), int(outcome.read_s * 1e6))
+        table = self.world.agreement.gather((*own, stats.bytes_read, stats.bytes_inflated, stats.bytes_used))
+        if self.log is None:
+            return
+        peak, wait, read = table[:, :3].max(0).tolist()
+        totals = dict(zip(("bytes_read", "bytes_inflated", "bytes_used"), table[:, 3:].sum(0).tolist(), strict=True))
+        self.log.step(
+            {
+                "step": done,
+                **metrics.as_dict(),
+                "lr": rate,
+                "grad_norm": outcome.grad_norm,
+                "tokens_per_s": pace.tokens / pace.steps / elapsed,
+                "tokens": outcome.tokens,
+                "step_s": elapsed,
+                "data_wait_s": wait / 1e6 / pace.steps,
+                "read_s": read / 1e6,
+                "peak_gib": peak / GIB,
+                "epoch": outcome.step.epoch,
+                "skipped_steps": self.skipped_steps,
+                **totals,
+            }
+        )
+
+    def _not_finite(self, outcome: StepOutcome, done: int) -> None:
+        """All ranks know it from the gradient norm; together they find out whose samples did it, then stop or go on."""
+        named = [name for names in self.world.agreement.gather_objects(outcome.culprits) for name in names]
+        samples = ", ".join(dict.fromkeys(named)) or f"none alone; the step held {', '.join(self._names(outcome))}"
+        message = f"step {done}: a loss or gradient is not finite (gradient norm {outcome.grad_norm}); samples with such a loss: {samples}"
+        if self.training.non_finite == "stop":
+            raise ValueError(
+                f"{message}; the weights are as before this step. Check these samples (tools/inspect_hdf5.py --verify), lower "
+                "training.learning_rate, or set training.non_finite to skip"
+            )
+        self.skipped_steps += 1
+        logger.warning("%s; the step is skipped (%d so far)", message, self.skipped_steps)
+
+    def _names(self, outcome: StepOutcome) -> list[str]:
+        return [self.dataset.samples[n].entry.id for packs in outcome.step.packs for pack in packs for n in pack]
+
+    def _make_sampler(self, inputs: Inputs) -> Sampler:
+        return Sampler(
+            inputs.train.samples,
+            dp=self.world.topology.dp,
+            accumulation=self.training.gradient_accumulation,
+            pack_tokens=self.recipe.data.pack_tokens,
+            seed=self.training.seed,
+            ttt_steps=self.training.ttt_steps,
+        )
+
+    def _plan_settings(self, inputs: Inputs) -> PlanSettings:
+        parallel, training = self.recipe.parallel, self.training
+        stores = [inputs.train, *([inputs.held_out] if inputs.held_out else [])]
+        longest = max(self.recipe.data.pack_tokens or 0, *(s.document.num_tokens for store in stores for s in store.samples))
+        mode = choose_ring_mode(self.recipe, longest, self.trainable.dtype.itemsize, self.world.memory_bytes)
+        if parallel.ring > 1:
+            logger.info("K_0/V_0 of other ring ranks: %s (ring_mode %s, sequences of up to %d tokens)", mode, parallel.ring_mode, longest)
+        return PlanSettings(
+            parallel.ulysses, parallel.ring, mode, training.ttt_steps, training.mask_alignment, parallel.trained_rows_only
+        )
+
+    def _dataset(self, inputs: Inputs, opened: OpenStore) -> RankDataset:
+        return RankDataset(
+            opened.store,
+            opened.samples,
+            self.plans,
+            t2d=inputs.vocab.t2d,
+            dp_rank=self.world.topology.dp_rank,
+            sp_rank=self.world.topology.sp_rank,
+            labeler=self.trainable.labeler,
+            threads=self.recipe.data.read_threads,
+            pin=self.world.device.type == "cuda",
+        )
