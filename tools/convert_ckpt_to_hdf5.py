@@ -96,9 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     facts.add_argument("--target", help="the target's folder or Hugging Face id: sizes, layers, final norm, head, tokenizer")
     facts.add_argument("--revision", help="of a Hugging Face id")
     facts.add_argument("--target-name", help="name to store (default: --target as given)")
-    facts.add_argument(
-        "--aux-layer-ids", type=layer_ids, metavar="I,J,K", help="outputs of these layers, 0-based (default: 1,L//2-1,L-4)"
-    )
+    facts.add_argument("--aux-layer-ids", type=layer_ids, metavar="I,J,K", help="outputs of these layers, 0-based (default: 1,L//2-1,L-4)")
     facts.add_argument("--vocab-size", type=int, help="the target's (default: from --target)")
     facts.add_argument("--dataset", type=Path, metavar="JSONL", help="conversations, for the loss mask of formats that lack one")
     facts.add_argument("--max-length", type=int, default=1 << 20, help="tokens that the capture cut conversations at")

@@ -139,9 +139,7 @@ def _jobs(items: Sequence[SourceItem], stored: dict[str, SampleEntry], compare: 
     return [Job(item, stored.get(item.id)) for item in items if compare or item.id not in stored]
 
 
-def _take(
-    outcome: Outcome, compared: bool, writer: StoreWriter, summary: Summary, log: _RejectLog, deleter: _Deleter | None
-) -> None:
+def _take(outcome: Outcome, compared: bool, writer: StoreWriter, summary: Summary, log: _RejectLog, deleter: _Deleter | None) -> None:
     """Book one outcome; the manifest line comes before the source goes."""
     if outcome.failure is not None:
         raise ConversionStopped(f"{outcome.failure}; what was converted is kept, run the same command again to go on")

@@ -81,21 +81,17 @@ def _first_sentence(text: str) -> str:
 def _check_records(path: Path, file: BinaryIO) -> None:
     """Compare each record with its crc32, which torch itself does not do for a mapped file.
 
-    torch can be told to write no checksums; then the small first record's is wrong too, and nothing can be said.
+    torch can be told to write no checksums; then every record's is wrong, and nothing can be said.
     """
     try:
         records = [info for info in zipfile.ZipFile(file).infolist() if info.compress_type == zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         raise Rejected(path, Reason.CORRUPT, f"its zip directory is damaged ({error})") from error
-    if not records:
-        return
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         content.madvise(mmap.MADV_SEQUENTIAL)
-        if _record_crc32(path, content, records[0]) != records[0].CRC:
-            return
-        for info in records[1:]:
-            if _record_crc32(path, content, info) != info.CRC:
-                raise Rejected(path, Reason.CORRUPT, f"record {info.filename} does not match its crc32; the file changed once saved")
+        wrong = [info.filename for info in records if _record_crc32(path, content, info) != info.CRC]
+    if wrong and len(wrong) < len(records):
+        raise Rejected(path, Reason.CORRUPT, f"record {wrong[0]} does not match its crc32; the file changed after it was saved")
 
 
 def _record_crc32(path: Path, content: mmap.mmap, info: zipfile.ZipInfo) -> int:
