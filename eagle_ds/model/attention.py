@@ -10,7 +10,9 @@ j belongs to, so no gradient through lse is needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +31,28 @@ class KeyBounds:
     lo_device: Tensor
     hi_device: Tensor
 
+    @cached_property
+    def runs(self) -> list[tuple[int, int, bool]]:
+        """Maximal runs of rows [start, stop) that see the same first key, and either one key more from row to row (True:
+        a causal run) or all the same last key (False). Rows that see nothing are runs of their own."""
+        if not len(self.lo):
+            return []
+        grows = np.diff(self.hi)
+        sees = self.hi > self.lo
+        regular = (np.diff(self.lo) == 0) & ((grows == 1) | (grows == 0)) & (sees[1:] == sees[:-1])
+        runs, start = [], 0
+        while start < len(self.lo):
+            causal = start + 1 == len(self.lo) or bool(grows[start] == 1)
+            broken = np.flatnonzero(~regular[start:] | (grows[start:] != int(causal)))
+            stop = start + 1 + int(broken[0]) if len(broken) else len(self.lo)
+            runs.append((start, stop, causal))
+            start = stop
+        return runs
+
+    def rows(self, start: int, stop: int) -> KeyBounds:
+        """Bounds of the rows [start, stop)."""
+        return KeyBounds(self.lo[start:stop], self.hi[start:stop], self.lo_device[start:stop], self.hi_device[start:stop])
+
     @classmethod
     def make(cls, lo: np.ndarray, hi: np.ndarray, device: torch.device) -> KeyBounds:
         """Bounds on host and device."""
@@ -36,16 +60,30 @@ class KeyBounds:
 
 
 class BlockAttention(Protocol):
-    """What every backend offers. q [N, Hq, d]; k, v [M, Hkv, d]; Hkv divides Hq; lse [N, Hq] float32 (float64 for float64 inputs)."""
+    """What every backend offers. q [N, Hq, d]; k, v [M, Hkv, d]; Hkv divides Hq; lse [N, Hq] float32 (float64 for float64 inputs).
+
+    ``diagonals`` = [K_1, V_1, K_2, V_2, ...], each [N, Hkv, d]: keys and values that row p alone sees. One such key has
+    the score s = scale * q . K, so dK = ds * scale * q and dV = p * dout, summed over the query heads of its KV head.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
         """(out [N, Hq, d], lse [N, Hq])."""
         ...
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv) given the final out and lse of the joint softmax."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float, dk: Tensor, dv: Tensor
+    ) -> Tensor:
+        """dq, given the final out and lse of the joint softmax; adds to ``dk`` and ``dv`` (float32 or float64) in place."""
+        ...
+
+    def diagonal_forward(self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        """(out, lse) with the diagonals merged in; out in the dtype of q."""
+        ...
+
+    def diagonal_backward(
+        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float, dq: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(``dq`` plus the diagonals' part, [dK_1, dV_1, ...]) given the final out and lse."""
         ...
 
 
@@ -79,11 +117,11 @@ class ReferenceAttention:
         return out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``BlockAttention``; gradients in float32 or float64."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float, dk: Tensor, dv: Tensor
+    ) -> Tensor:
+        """See ``BlockAttention``."""
         dtype = wide(q.dtype)
-        dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
+        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
         for rows, keys in _blocks(q, bounds):
             scores, heads_v = self._scores(q, k, v, bounds, rows, keys, scale)
@@ -95,7 +133,28 @@ class ReferenceAttention:
             dq[rows] = _from_kv_heads(ds @ heads_k, q.shape[1])
             dk[keys] += (ds.transpose(1, 2) @ heads_q).transpose(0, 1)
             dv[keys] += (p.transpose(1, 2) @ heads_dout).transpose(0, 1)
-        return dq, dk, dv
+        return dq.to(q.dtype)
+
+    def diagonal_forward(self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        """See ``BlockAttention``."""
+        for k, v in zip(diagonals[::2], diagonals[1::2], strict=True):
+            out, lse = merge(out.to(lse.dtype), lse, _per_query_head(v, q).to(lse.dtype), _diagonal_score(q, k, scale))
+        return out.to(q.dtype), lse
+
+    def diagonal_backward(
+        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float, dq: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See ``BlockAttention``."""
+        dtype, gradients = lse.dtype, []
+        wide_q, wide_dout, dq = q.to(dtype), dout.to(dtype), dq.to(dtype)
+        delta = (wide_dout * out.to(dtype)).sum(-1)
+        for k, v in zip(diagonals[::2], diagonals[1::2], strict=True):
+            p = torch.exp(_diagonal_score(q, k, scale) - lse)
+            ds = (p * ((wide_dout * _per_query_head(v, q).to(dtype)).sum(-1) - delta) * scale).unsqueeze(-1)
+            dq = dq + ds * _per_query_head(k, q).to(dtype)
+            gradients.append(_sum_query_heads(ds * wide_q, k.shape[1]).to(k.dtype))
+            gradients.append(_sum_query_heads(p.unsqueeze(-1) * wide_dout, v.shape[1]).to(v.dtype))
+        return dq.to(q.dtype), gradients
 
     @staticmethod
     def _scores(q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, rows: slice, keys: slice, scale: float) -> tuple[Tensor, Tensor]:
@@ -133,3 +192,19 @@ def _from_kv_heads(x: Tensor, heads: int) -> Tensor:
     kv_heads, rows, width = x.shape
     group = heads // kv_heads
     return x.view(kv_heads, rows // group, group, width).permute(1, 0, 2, 3).reshape(rows // group, heads, width)
+
+
+def _per_query_head(kv: Tensor, q: Tensor) -> Tensor:
+    """[N, Hkv, d] -> [N, Hq, d]."""
+    return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1)
+
+
+def _sum_query_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """[N, Hq, d] -> [N, Hkv, d]."""
+    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).sum(2)
+
+
+def _diagonal_score(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale * q . k of each row and head, [N, Hq], in the wide type."""
+    dtype = wide(q.dtype)
+    return (q.to(dtype) * _per_query_head(k, q).to(dtype)).sum(-1) * scale

@@ -94,22 +94,21 @@ class PrefixAttention:
         dout, out = (self.ulysses.to_heads(x, self.query_counts) for x in (dout_local, out_local))
         lse = self.ulysses.to_heads(lse_local.unsqueeze(-1), self.query_counts).squeeze(-1)
         if self.rotates:
-            dq = self._rotate_backward(dout, q, out, lse, step)
+            dq = self._rotate_backward(dout, q, out, lse, step).to(q.dtype)
         else:
-            dq, dkv = self._block_backward(dout, q, self.kv, out, lse, 0, step)
-            self.dkv += dkv
-        return self.ulysses.to_rows(dq.to(dout.dtype), self.query_counts)
+            dq = self._block_backward(dout, q, self.kv, out, lse, 0, step, self.dkv)
+        return self.ulysses.to_rows(dq, self.query_counts)
 
     def _block_forward(self, q: Tensor, kv: Tensor, block: int, step: int) -> tuple[Tensor, Tensor]:
         k, v = kv.chunk(2, dim=-1)
         return self.kernel.forward(q, k, v, self.bounds(block, step), self.scale)
 
     def _block_backward(
-        self, dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, block: int, step: int
-    ) -> tuple[Tensor, Tensor]:
+        self, dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, block: int, step: int, dkv: Tensor
+    ) -> Tensor:
+        """dq; dK_0 and dV_0 of the block are added to ``dkv``."""
         k, v = kv.chunk(2, dim=-1)
-        dq, dk, dv = self.kernel.backward(dout, q, k, v, out, lse, self.bounds(block, step), self.scale)
-        return dq, torch.cat([dk, dv], dim=-1)
+        return self.kernel.backward(dout, q, k, v, out, lse, self.bounds(block, step), self.scale, *dkv.chunk(2, dim=-1))
 
     def _rotate_forward(self, q: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Every block of the ring passes by; the next one travels while this one is attended to."""
@@ -130,12 +129,11 @@ class PrefixAttention:
         for i in range(size):
             block = (self.ring.group.rank - i) % size
             coming = self.ring.rotate(kv, self.ring.counts[block - 1]) if i + 1 < size else None
-            block_dq, block_dkv = self._block_backward(dout, q, kv, out, lse, block, step)
-            dq += block_dq
-            block_dkv = block_dkv.to(self.dkv.dtype)
+            dkv = torch.zeros(kv.shape, dtype=self.dkv.dtype, device=kv.device)
+            dq += self._block_backward(dout, q, kv, out, lse, block, step, dkv)
             if following:
-                block_dkv += following.wait()
-            following = self.ring.rotate(block_dkv, self.ring.counts[block - 1])
+                dkv += following.wait()
+            following = self.ring.rotate(dkv, self.ring.counts[block - 1])
             kv = coming.wait() if coming else kv
         self.dkv += following.wait()
         return dq
@@ -164,16 +162,12 @@ class _Exchange(torch.autograd.Function):
 
 
 class _JointAttention(torch.autograd.Function):
-    """Prefix and diagonals in one softmax. The derivation of the backward stands at the top of ``attention.py``;
-    for a diagonal key i of row p there is one score s_i = scale * q . K_i, so
-    dK_i = ds_i * scale * q, dV_i = p_i * dout, summed over the query heads that share the KV head."""
+    """Prefix and diagonals in one softmax; the derivation of the backward stands at the top of ``attention.py``."""
 
     @staticmethod
     def forward(ctx: Any, prefix: PrefixAttention, step: int, anchor: Tensor, q: Tensor, *diagonals: Tensor) -> Tensor:
         out, lse, q_heads = prefix.forward(q, step)
-        for k, v in zip(diagonals[::2], diagonals[1::2], strict=True):
-            out, lse = merge(out.to(lse.dtype), lse, _per_query_head(v, q).to(lse.dtype), _diagonal_score(q, k, prefix.scale))
-        out = out.to(q.dtype)
+        out, lse = prefix.kernel.diagonal_forward(q, out, lse, diagonals, prefix.scale)
         ctx.save_for_backward(q, q_heads, out, lse, *diagonals)
         ctx.prefix, ctx.step = prefix, step
         return out
@@ -182,30 +176,7 @@ class _JointAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, q_heads, out, lse, *diagonals = ctx.saved_tensors
         prefix: PrefixAttention = ctx.prefix
-        dtype, heads_kv = lse.dtype, prefix.ulysses.kv_heads
-        dq = prefix.backward(dout.contiguous(), q_heads, out, lse, ctx.step).to(dtype)
-        wide_q, wide_dout = q.to(dtype), dout.to(dtype)
-        delta = (wide_dout * out.to(dtype)).sum(-1)
-        gradients: list[Tensor] = []
-        for k, v in zip(diagonals[::2], diagonals[1::2], strict=True):
-            p = torch.exp(_diagonal_score(q, k, prefix.scale) - lse)
-            ds = (p * ((wide_dout * _per_query_head(v, q).to(dtype)).sum(-1) - delta) * prefix.scale).unsqueeze(-1)
-            dq = dq + ds * _per_query_head(k, q).to(dtype)
-            gradients += [_sum_query_heads(ds * wide_q, heads_kv).to(k.dtype), _sum_query_heads(p.unsqueeze(-1) * wide_dout, heads_kv).to(v.dtype)]
-        return None, None, dq.new_zeros(()).to(q.dtype), dq.to(q.dtype), *gradients
-
-
-def _per_query_head(kv: Tensor, q: Tensor) -> Tensor:
-    """[N, Hkv, d] -> [N, Hq, d]."""
-    return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1)
-
-
-def _sum_query_heads(x: Tensor, kv_heads: int) -> Tensor:
-    """[N, Hq, d] -> [N, Hkv, d]."""
-    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).sum(2)
-
-
-def _diagonal_score(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale * q . k of each row and head, [N, Hq], in the wide type."""
-    dtype = wide(q.dtype)
-    return (q.to(dtype) * _per_query_head(k, q).to(dtype)).sum(-1) * scale
+        dout = dout.contiguous()
+        dq = prefix.backward(dout, q_heads, out, lse, ctx.step)
+        dq, gradients = prefix.kernel.diagonal_backward(dout, q, out, lse, diagonals, prefix.scale, dq)
+        return None, None, dq.new_zeros(()), dq, *gradients

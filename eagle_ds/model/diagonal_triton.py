@@ -1,0 +1,100 @@
+"""The diagonal keys of a row on the GPU: merged into (out, lse) in one pass, and their whole backward in another.
+
+Elementwise work, bound by memory: a program handles one row and one KV head, loads its query heads once and walks
+over the row's keys, so nothing of size [N, Hq, d] is written but the result. The plain version, and what the methods
+take and return, are ``ReferenceAttention``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _forward_kernel(Q, Out, Lse, Merged, MergedLse, Ks, Vs, scale, COUNT: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+                    D: tl.constexpr):  # fmt: skip
+    row, kv_head, kv_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    group, width = tl.arange(0, GROUP_PADDED), tl.arange(0, D)
+    real = group < GROUP
+    heads = (row * kv_heads + kv_head) * GROUP + group
+    at = heads[:, None] * D + width[None, :]
+    kv_at = (row * kv_heads + kv_head) * D + width
+    q = tl.load(Q + at, mask=real[:, None], other=0.0).to(tl.float32)
+    out = tl.load(Out + at, mask=real[:, None], other=0.0).to(tl.float32)
+    lse = tl.load(Lse + heads, mask=real, other=0.0)
+    for i in tl.static_range(COUNT):
+        k = tl.load(Ks[i] + kv_at).to(tl.float32)
+        v = tl.load(Vs[i] + kv_at).to(tl.float32)
+        s = tl.sum(q * k[None, :], 1) * scale
+        peak = tl.maximum(lse, s)
+        a, b = tl.exp(lse - peak), tl.exp(s - peak)
+        out = (out * a[:, None] + v[None, :] * b[:, None]) / (a + b)[:, None]
+        lse = peak + tl.log(a + b)
+    tl.store(Merged + at, out.to(Merged.dtype.element_ty), mask=real[:, None])
+    tl.store(MergedLse + heads, lse, mask=real)
+
+
+@triton.jit
+def _backward_kernel(Q, DOut, Out, Lse, DQ, DQOut, Ks, Vs, DKs, DVs, scale, COUNT: tl.constexpr, GROUP: tl.constexpr,
+                     GROUP_PADDED: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    row, kv_head, kv_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    group, width = tl.arange(0, GROUP_PADDED), tl.arange(0, D)
+    real = group < GROUP
+    heads = (row * kv_heads + kv_head) * GROUP + group
+    at = heads[:, None] * D + width[None, :]
+    kv_at = (row * kv_heads + kv_head) * D + width
+    q = tl.load(Q + at, mask=real[:, None], other=0.0).to(tl.float32)
+    dout = tl.load(DOut + at, mask=real[:, None], other=0.0).to(tl.float32)
+    out = tl.load(Out + at, mask=real[:, None], other=0.0).to(tl.float32)
+    dq = tl.load(DQ + at, mask=real[:, None], other=0.0).to(tl.float32)
+    lse = tl.load(Lse + heads, mask=real, other=0.0)
+    delta = tl.sum(dout * out, 1)
+    for i in tl.static_range(COUNT):
+        k = tl.load(Ks[i] + kv_at).to(tl.float32)
+        v = tl.load(Vs[i] + kv_at).to(tl.float32)
+        p = tl.where(real, tl.exp(tl.sum(q * k[None, :], 1) * scale - lse), 0.0)
+        ds = p * (tl.sum(dout * v[None, :], 1) - delta) * scale
+        dq += ds[:, None] * k[None, :]
+        tl.store(DKs[i] + kv_at, tl.sum(ds[:, None] * q, 0).to(DKs[i].dtype.element_ty))
+        tl.store(DVs[i] + kv_at, tl.sum(p[:, None] * dout, 0).to(DVs[i].dtype.element_ty))
+    tl.store(DQOut + at, dq.to(DQOut.dtype.element_ty), mask=real[:, None])
+
+
+def diagonal_forward(q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """See ``BlockAttention.diagonal_forward``; q, out [N, Hq, d] and lse [N, Hq] contiguous."""
+    if not diagonals or not q.shape[0]:
+        return out, lse
+    q, out, lse, ks, vs = _dense(q, out, lse, diagonals)
+    merged, merged_lse = torch.empty_like(out), torch.empty_like(lse)
+    _forward_kernel[(q.shape[0], ks[0].shape[1])](q, out, lse, merged, merged_lse, ks, vs, scale, **_sizes(q, ks), num_warps=1)
+    return merged, merged_lse
+
+
+def diagonal_backward(
+    dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float, dq: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """See ``BlockAttention.diagonal_backward``."""
+    if not diagonals or not q.shape[0]:
+        return dq, [torch.zeros_like(x) for x in diagonals]
+    q, out, lse, ks, vs = _dense(q, out, lse, diagonals)
+    dks, dvs = tuple(map(torch.empty_like, ks)), tuple(map(torch.empty_like, vs))
+    total = torch.empty_like(q)
+    _backward_kernel[(q.shape[0], ks[0].shape[1])](
+        q, dout.contiguous(), out, lse, dq.contiguous(), total, ks, vs, dks, dvs, scale, **_sizes(q, ks), num_warps=1
+    )
+    return total, [g for pair in zip(dks, dvs, strict=True) for g in pair]
+
+
+def _dense(q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, tuple, tuple]:
+    dense = [x.contiguous() for x in diagonals]
+    return q.contiguous(), out.contiguous(), lse.contiguous(), tuple(dense[::2]), tuple(dense[1::2])
+
+
+def _sizes(q: Tensor, ks: Sequence[Tensor]) -> dict[str, int]:
+    group = q.shape[1] // ks[0].shape[1]
+    return {"COUNT": len(ks), "GROUP": group, "GROUP_PADDED": triton.next_power_of_2(group), "D": q.shape[2]}
