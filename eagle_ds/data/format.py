@@ -24,7 +24,7 @@ WIDE_NAMES = ("aux_hidden_state", "hidden_state")
 SMALL_DTYPES = {"input_ids": np.int32, "loss_mask": np.uint8, "target_token_id": np.int32, "target_logsumexp": np.float32}
 OPTIONAL_NAMES = ("target_token_id", "target_logsumexp")
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_RAW = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
+_INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 
 
 @dataclass
@@ -73,8 +73,12 @@ def storage_type(dtype: str) -> h5py.h5t.TypeFloatID:
 
 def raw_view(tensor: torch.Tensor) -> np.ndarray:
     """The same memory as unsigned integers of the same width, because numpy knows no bfloat16."""
-    as_integer, unsigned = _RAW[tensor.element_size()]
-    return tensor.detach().view(as_integer).numpy().view(unsigned)
+    return tensor.detach().view(_INTEGERS[tensor.itemsize][0]).numpy().view(unsigned(tensor.itemsize))
+
+
+def unsigned(itemsize: int) -> type[np.unsignedinteger]:
+    """The numpy type that hidden states of so many bytes are handled as."""
+    return _INTEGERS[itemsize][1]
 
 
 def check_sample(sample: Sample, facts: StoreFacts) -> None:
@@ -146,8 +150,10 @@ def write_header(file: h5py.File, sample: Sample, facts: StoreFacts) -> None:
 def read_header(file: h5py.File) -> Header:
     """Decode the attributes; raises StoreError for a missing one, an unknown schema or an unfinished file."""
     attrs = file.attrs
-    if (schema := attrs.get("schema")) != SCHEMA:
-        raise StoreError(f"schema is {schema}, expected {SCHEMA}; convert the file with tools/convert_ckpt_to_hdf5.py --map")
+    if (schema := attrs.get("schema")) is None:
+        raise StoreError("it has no readable schema attribute: a damaged file, or not one of ours (tools/convert_ckpt_to_hdf5.py --map)")
+    if schema != SCHEMA:
+        raise StoreError(f"schema is {schema}, this version reads {SCHEMA}; write the store again")
     if attrs.get("complete") != 1:
         raise StoreError("the file was never completed; delete it and write the sample again")
     missing = [name for name in Header.__dataclass_fields__ if name not in attrs]
@@ -179,6 +185,17 @@ def check_datasets(file: h5py.File, header: Header) -> None:
         kind = storage_type(header.dtype) if name in width else h5py.h5t.py_create(np.dtype(SMALL_DTYPES[name]))
         if not dataset.id.get_type().equal(kind):
             raise StoreError(f"{name} has another type than {header.dtype if name in width else SMALL_DTYPES[name].__name__}")
+
+
+def read_small(dataset: h5py.Dataset) -> torch.Tensor:
+    """A whole small dataset; every chunk must lie under a gzip stream's checksum."""
+    name = dataset.name[1:]
+    if h5py.h5z.FILTER_DEFLATE not in filters(dataset):
+        raise StoreError(f"{name} is not gzip-filtered, so nothing guards its bytes; write this sample again")
+    try:
+        return torch.from_numpy(dataset[()])
+    except OSError as error:
+        raise StoreError(f"{name} is damaged ({error}); write this sample again") from error
 
 
 def filters(dataset: h5py.Dataset) -> list[int]:

@@ -8,11 +8,10 @@ with another filter pipeline.
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,26 +19,12 @@ import h5py
 import numpy as np
 import torch
 
+from eagle_ds.data.chunks import ChunkIndex, ChunkJob, RowRange, chunk_index, plan_reads
 from eagle_ds.data.codec import DamagedChunk, inflate, merge_planes
-from eagle_ds.data.format import (
-    CHUNK_ROWS,
-    SMALL_DTYPES,
-    TORCH_DTYPES,
-    WIDE_NAMES,
-    Header,
-    check_datasets,
-    filters,
-    raw_view,
-    read_header,
-)
+from eagle_ds.data.format import SMALL_DTYPES, TORCH_DTYPES, WIDE_NAMES, Header, check_datasets, raw_view, read_header, read_small, unsigned
 from eagle_ds.data.manifest import SampleEntry, StoreError, StoreFacts, trained_spans
 
-logger = logging.getLogger(__name__)
-
-RowRange = tuple[int, int]
 Result = TypeVar("Result")
-SHUFFLE_GZIP = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE]
-MAX_READ_BYTES = 4 << 20  # neighbours fetched by one system call
 
 
 @dataclass
@@ -61,35 +46,6 @@ class ReadStats:
     def amplification(self) -> float:
         """Inflated over used: 1.0 is perfect."""
         return self.bytes_inflated / max(1, self.bytes_used)
-
-
-@dataclass(frozen=True)
-class ChunkIndex:
-    """Where the chunks of a wide dataset lie in the file, by [chunk of rows, layer]."""
-
-    offsets: np.ndarray  # int64
-    sizes: np.ndarray  # int64
-    chunk_rows: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows [start, stop) of a chunk that go to row ``out_row`` and on of the destination."""
-
-    start: int
-    stop: int
-    out_row: int
-
-
-@dataclass
-class ChunkJob:
-    """One chunk to read and inflate, and where its rows go."""
-
-    chunk: int
-    layer: int
-    offset: int
-    size: int
-    pieces: list[Piece] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -137,7 +93,7 @@ class SampleReader:
             out.copy_(self._guarded(lambda: read_rows_h5py(self.path, name, ranges)))
             self.stats += ReadStats(out.nbytes, out.nbytes, out.nbytes)
             return out
-        batches = list(_batches(_jobs(index, ranges)))
+        batches = plan_reads(index, ranges)
         rows = raw_view(out)
         if self.threads == 1 or len(batches) == 1:
             done = [self._read_batch(opened, name, index, batch, rows) for batch in batches]
@@ -179,13 +135,15 @@ class SampleReader:
             raise StoreError(f"{self.path}: HDF5 cannot read it ({error}); verify the store and write this sample again") from error
 
     def _open_checked(self) -> Opened:
+        if not self.path.exists():
+            raise StoreError("the file is missing; write this sample again")
         if self.entry is not None and (size := self.path.stat().st_size) != self.entry.bytes:
             raise StoreError(f"{size} bytes long, the manifest says {self.entry.bytes}; the file was cut or replaced")
         with h5py.File(self.path, "r", locking=False) as file:
             header = read_header(file)
             check_datasets(file, header)
             wide = {name: chunk_index(file[name], header) for name in WIDE_NAMES}
-            small = {name: torch.from_numpy(file[name][()]) for name in SMALL_DTYPES if name in file}
+            small = {name: read_small(file[name]) for name in SMALL_DTYPES if name in file}
             stored_bytes = sum(file[name].id.get_storage_size() for name in small)
         self._check_identity(header, small["loss_mask"])
         used = sum(tensor.nbytes for tensor in small.values())
@@ -211,20 +169,20 @@ class SampleReader:
         shape = (sum(stop - start for start, stop in ranges), width)
         dtype = TORCH_DTYPES[header.dtype]
         if out is None:
-            return torch.empty(shape, dtype=dtype)
+            return _fresh(shape, dtype)
         if tuple(out.shape) != shape or out.dtype != dtype or out.device.type != "cpu":
             raise ValueError(f"out is {out.dtype} {list(out.shape)} on {out.device}, expected {dtype} {list(shape)} on the CPU")
         return out
 
     def _read_batch(self, opened: Opened, name: str, index: ChunkIndex, batch: list[ChunkJob], out: np.ndarray) -> ReadStats:
         """Read neighbours in one go, then inflate each and put its rows in place."""
-        begin, end = batch[0].offset, batch[-1].offset + batch[-1].size
+        begin, end = batch[0].offset, batch[-1].end
         width = opened.header.hidden_size
         block = memoryview(os.pread(opened.descriptor, end - begin, begin))
         chunk_bytes = index.chunk_rows * width * out.itemsize
         for job in batch:
             try:
-                stream = block[job.offset - begin : job.offset - begin + job.size]
+                stream = block[job.offset - begin : job.end - begin]
                 planes = inflate(stream, chunk_bytes).reshape(out.itemsize, index.chunk_rows, width)
             except DamagedChunk as error:
                 first = job.chunk * index.chunk_rows
@@ -237,38 +195,13 @@ class SampleReader:
         return ReadStats(bytes_read=len(block), bytes_inflated=chunk_bytes * len(batch))
 
 
-def chunk_index(dataset: h5py.Dataset, header: Header) -> ChunkIndex | None:
-    """Chunk addresses, each checked to be there once and whole; None for a gzip pipeline that is not shuffle + gzip."""
-    pipeline = filters(dataset)
-    chunk_rows = min(CHUNK_ROWS, header.num_tokens)
-    if h5py.h5z.FILTER_DEFLATE not in pipeline:
-        raise StoreError(f"{dataset.name[1:]} is not gzip-filtered, so nothing guards its bytes; write it again")
-    if pipeline != SHUFFLE_GZIP or dataset.chunks != (chunk_rows, header.hidden_size):
-        logger.info("%s: filters %s, chunks %s; read by plain h5py", dataset.file.filename, pipeline, dataset.chunks)
-        return None
-    grid = (-(-header.num_tokens // chunk_rows), dataset.shape[1] // header.hidden_size)
-    offsets, sizes = np.zeros(grid, np.int64), np.zeros(grid, np.int64)
-
-    def note(chunk: h5py.h5d.StoreInfo) -> None:
-        if chunk.filter_mask:
-            raise StoreError(f"{dataset.name[1:]} rows from {chunk.chunk_offset[0]}: stored unfiltered, so nothing guards them")
-        at = chunk.chunk_offset[0] // chunk_rows, chunk.chunk_offset[1] // header.hidden_size
-        offsets[at], sizes[at] = chunk.byte_offset, chunk.size
-
-    dataset.id.chunk_iter(note)
-    if not sizes.all():
-        row, layer = np.argwhere(sizes == 0)[0].tolist()
-        raise StoreError(f"{dataset.name[1:]} rows from {row * chunk_rows}, layer {layer}: never written")
-    return ChunkIndex(offsets, sizes, chunk_rows)
-
-
 def read_rows_h5py(path: str | Path, name: str, ranges: Sequence[RowRange]) -> torch.Tensor:
     """Rows by plain h5py with the file's own type as memory type, so that HDF5 converts nothing; any schema-1 file."""
     with h5py.File(path, "r", locking=False) as file:
         dataset = file[name]
         kind = dataset.id.get_type()
         torch_dtype = TORCH_DTYPES[read_header(file).dtype]
-        out = torch.empty((sum(stop - start for start, stop in ranges), dataset.shape[1]), dtype=torch_dtype)
+        out = _fresh((sum(stop - start for start, stop in ranges), dataset.shape[1]), torch_dtype)
         rows, done = raw_view(out), 0
         for start, stop in ranges:
             if stop > start:
@@ -280,31 +213,6 @@ def read_rows_h5py(path: str | Path, name: str, ranges: Sequence[RowRange]) -> t
     return out
 
 
-def _jobs(index: ChunkIndex, ranges: Sequence[RowRange]) -> list[ChunkJob]:
-    """Each chunk that holds wanted rows, once, in file order."""
-    pieces: dict[int, list[Piece]] = {}
-    out_row = 0
-    for start, stop in ranges:
-        for chunk in range(start // index.chunk_rows, -(-stop // index.chunk_rows) if stop > start else 0):
-            first = chunk * index.chunk_rows
-            piece = Piece(max(start, first) - first, min(stop, first + index.chunk_rows) - first, out_row)
-            pieces.setdefault(chunk, []).append(piece)
-            out_row += piece.stop - piece.start
-    jobs = [
-        ChunkJob(chunk, layer, int(index.offsets[chunk, layer]), int(index.sizes[chunk, layer]), wanted)
-        for chunk, wanted in pieces.items()
-        for layer in range(index.offsets.shape[1])
-    ]
-    return sorted(jobs, key=lambda job: job.offset)
-
-
-def _batches(jobs: list[ChunkJob]) -> Iterator[list[ChunkJob]]:
-    """Group jobs that touch one another in the file, up to MAX_READ_BYTES."""
-    batch: list[ChunkJob] = []
-    for job in jobs:
-        if batch and (job.offset != batch[-1].offset + batch[-1].size or job.offset + job.size - batch[0].offset > MAX_READ_BYTES):
-            yield batch
-            batch = []
-        batch.append(job)
-    if batch:
-        yield batch
+def _fresh(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised rows. numpy asks the kernel for huge pages, torch does not: first touch costs a third as much."""
+    return torch.from_numpy(np.empty(shape, unsigned(dtype.itemsize))).view(dtype)
