@@ -4,8 +4,11 @@ import os
 
 os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
 
-import deepspeed.comm  # noqa: E402, F401
-import torch  # noqa: E402, F401
+import deepspeed.comm
+import deepspeed.ops
+import torch  # noqa: F401
 
-import eagle_ds.loss  # noqa: E402, F401
-import eagle_ds.model.draft  # noqa: E402, F401
+import eagle_ds.loss  # noqa: F401
+import eagle_ds.model.draft  # noqa: F401
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else its first use compiles for a minute: engine/world.py

@@ -14,6 +14,11 @@ from eagle_ds.engine.agreement import Agreement
 from eagle_ds.parallel.topology import ProcessGroups, Topology, make_groups
 
 
+SHM_OP = "deepspeed_shm_comm"
+"""DeepSpeed compiles it on CPU at start (a minute of g++, and a killed compilation leaves a lock that hangs the next start),
+but only its ``inference_all_reduce`` uses it. Marked incompatible it is neither built nor missed."""
+
+
 @dataclass(frozen=True)
 class World:
     """Where this process stands and what it talks through."""
@@ -43,6 +48,7 @@ def join_world(parallel: ParallelConfig, local_rank: int) -> World:
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         accelerator.set_device(local_rank)
+    deepspeed.ops.__compatible_ops__[SHM_OP] = False
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if on_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     topology = Topology(dist.get_world_size(), dist.get_rank(), parallel.ulysses, parallel.ring)
