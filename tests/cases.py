@@ -89,7 +89,8 @@ class Case:
             for n, mask in zip(sizes, self.sequences[dp_rank], strict=True)
         ]
         width = self.arch.target_hidden_size
-        aux, hidden = (torch.from_numpy(rng.standard_normal((sum(sizes), w))).to(self.torch_dtype) for w in (self.arch.num_aux * width, width))
+        widths = (self.arch.num_aux * width, width)
+        aux, hidden = (torch.from_numpy(rng.standard_normal((sum(sizes), w))).to(self.torch_dtype) for w in widths)
         return WholeSequence(facts, aux, hidden)
 
     def head(self) -> TargetHead:
@@ -121,7 +122,7 @@ def reference_step(case: Case) -> tuple[Tensor, ReferenceSums, dict[str, Tensor]
     if case.kind == "lambda":  # w follows from the mean alpha, which no weight of the loss changes
         sums = _all_documents(case, lookup, head, torch.exp(-3.0 * sums.alpha / counted))
     loss = (uniform_decay(DECAY, case.steps).to(case.torch_dtype) * sums.loss / counted).sum()
-    names = [n for n in weights]
+    names = list(weights)
     grads = torch.autograd.grad(loss, [weights[n] for n in names], allow_unused=True)
     return loss.detach(), sums, {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(names, grads, strict=True)}
 
@@ -135,9 +136,19 @@ def _all_documents(case: Case, weights: dict[str, Tensor], head: TargetHead, mix
             ids = torch.from_numpy(facts.input_ids.astype(np.int64))
             parts.append(
                 document_sums(
-                    weights, case.arch, head.full, head.t2d, ids, mask_array(mask), whole.aux[rows], whole.hidden[rows],
-                    case.steps, case.alignment, case.kind, mix,
-                )  # fmt: skip
+                    weights,
+                    case.arch,
+                    head.full,
+                    head.t2d,
+                    ids,
+                    mask_array(mask),
+                    whole.aux[rows],
+                    whole.hidden[rows],
+                    case.steps,
+                    case.alignment,
+                    case.kind,
+                    mix,
+                )
             )
             start += len(mask)
     return ReferenceSums(**{f: torch.stack([getattr(p, f) for p in parts]).sum(0) for f in ReferenceSums.__dataclass_fields__})

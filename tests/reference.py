@@ -110,8 +110,12 @@ def document_sums(
         log_p, log_q, q_full = torch.log_softmax(logits, -1), torch.log_softmax(z[:, kept], -1), torch.softmax(z, -1)[:, kept]
         alpha = torch.minimum(q_full, log_p.exp()).sum(-1)
         cross = -(log_q.exp() * log_p).sum(-1)
-        loss = {"kl": lambda: cross, "alpha": lambda: -torch.log(alpha),
-                "lambda": lambda: mix[k] * (cross + (log_q.exp() * log_q).sum(-1)) + (1 - mix[k]) * (1 - alpha)}[kind]()  # fmt: skip
+        if kind == "kl":
+            loss = cross
+        elif kind == "alpha":
+            loss = -torch.log(alpha)
+        else:
+            loss = mix[k] * (cross + (log_q.exp() * log_q).sum(-1)) + (1 - mix[k]) * (1 - alpha)
         accepted[counted, k] = alpha.detach()[counted]
         any_trained |= trained
         rows["loss"].append(loss[counted].sum())

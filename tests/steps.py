@@ -29,11 +29,14 @@ class WholeSequence:
 
 def rank_batch(plan: SequencePlan, rank: int, whole: WholeSequence, alignment: str) -> Batch:
     """The rows that a store would give to ``rank``."""
-    aux, hidden = (x[torch.from_numpy(rg.rows(rows))] for x, rows in ((whole.aux, plan.aux_rows(rank)), (whole.hidden, plan.target_rows(rank))))
+    wanted = ((whole.aux, plan.aux_rows(rank)), (whole.hidden, plan.target_rows(rank)))
+    aux, hidden = (x[torch.from_numpy(rg.rows(rows))] for x, rows in wanted)
     return assemble(plan, rank, whole.facts, aux, hidden, alignment=alignment)
 
 
-def prefix_for(model: Eagle3Draft, plan: SequencePlan, groups: ProcessGroups = SOLO, kernel: BlockAttention | None = None) -> PrefixAttention:
+def prefix_for(
+    model: Eagle3Draft, plan: SequencePlan, groups: ProcessGroups = SOLO, kernel: BlockAttention | None = None
+) -> PrefixAttention:
     arch = model.arch
     return PrefixAttention(
         plan,

@@ -71,8 +71,9 @@ class BlockAttention(Protocol):
         ...
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float, dk: Tensor, dv: Tensor
-    ) -> Tensor:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
+        dk: Tensor, dv: Tensor,
+    ) -> Tensor:  # fmt: skip
         """dq, given the final out and lse of the joint softmax; adds to ``dk`` and ``dv`` (float32 or float64) in place."""
         ...
 
@@ -117,8 +118,9 @@ class ReferenceAttention:
         return out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float, dk: Tensor, dv: Tensor
-    ) -> Tensor:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
+        dk: Tensor, dv: Tensor,
+    ) -> Tensor:  # fmt: skip
         """See ``BlockAttention``."""
         dtype = wide(q.dtype)
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)

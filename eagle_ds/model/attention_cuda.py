@@ -53,8 +53,9 @@ class CudnnBackend(TritonBackend):
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
     def _backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float, dk: Tensor, dv: Tensor
-    ) -> Tensor:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
+        dk: Tensor, dv: Tensor,
+    ) -> Tensor:  # fmt: skip
         dq = []
         for a, b, causal in self._parts(bounds):
             rows = (dout[a:b], q[a:b], k, v, out[a:b], lse[a:b], bounds.rows(a, b))
@@ -126,7 +127,8 @@ def _cudnn_backward(
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         _heads_first(dout), _heads_first(q), _heads_first(k), _heads_first(v), _heads_first(out),
-        lse.t().contiguous().view(1, q.shape[1], q.shape[0], 1), seed, seed, None, None, None, q.shape[0], k.shape[0], 0.0, causal, scale=scale,
+        lse.t().contiguous().view(1, q.shape[1], q.shape[0], 1), seed, seed, None, None, None, q.shape[0], k.shape[0],
+        0.0, causal, scale=scale,
     )  # fmt: skip
     dq, dk, dv = (g.squeeze(0).transpose(0, 1) for g in grads)
     return dq, dk, dv

@@ -85,7 +85,8 @@ def _forward_kernel(Q, K, V, Out, Lse, Lo, Hi, N, M, scale_log2, stride_q, strid
     seen = total > 0
     out = acc / tl.where(seen, total, 1.0)[:, None]
     lse = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) / 1.4426950408889634, float("-inf"))
-    tl.store(Out + head * stride_oh + rows[:, None].to(tl.int64) * stride_o + width[None, :], out.to(Out.dtype.element_ty), mask=real[:, None])
+    to_out = Out + head * stride_oh + rows[:, None].to(tl.int64) * stride_o + width[None, :]
+    tl.store(to_out, out.to(Out.dtype.element_ty), mask=real[:, None])
     tl.store(Lse + rows.to(tl.int64) * stride_l + head, lse, mask=real)
 
 
@@ -105,8 +106,8 @@ def _dq_span(dq, q, dout, lse2, delta, K, V, stride_k, stride_v, start, stop, M,
 
 
 @triton.jit
-def _dq_kernel(Q, K, V, DOut, Lse, Delta, DQ, Lo, Hi, N, M, scale, scale_log2, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh,
-               stride_o, stride_oh, stride_dq, stride_dqh, stride_l,
+def _dq_kernel(Q, K, V, DOut, Lse, Delta, DQ, Lo, Hi, N, M, scale, scale_log2, stride_q, stride_qh, stride_k, stride_kh,
+               stride_v, stride_vh, stride_o, stride_oh, stride_dq, stride_dqh, stride_l,
                GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
@@ -131,9 +132,12 @@ def _dq_kernel(Q, K, V, DOut, Lse, Delta, DQ, Lo, Hi, N, M, scale, scale_log2, s
     K += head // GROUP * stride_kh
     V += head // GROUP * stride_vh
     dq = tl.zeros([BM, D], dtype=tl.float32)
-    dq = _dq_span(dq, q, dout, lse2, delta, K, V, stride_k, stride_v, first_key, tl.minimum(full_start, last_key), M, lo, hi, scale_log2, BN, D, True)
-    dq = _dq_span(dq, q, dout, lse2, delta, K, V, stride_k, stride_v, full_start, full_stop, M, lo, hi, scale_log2, BN, D, False)
-    dq = _dq_span(dq, q, dout, lse2, delta, K, V, stride_k, stride_v, full_stop, last_key, M, lo, hi, scale_log2, BN, D, True)
+    dq = _dq_span(dq, q, dout, lse2, delta, K, V, stride_k, stride_v, first_key, tl.minimum(full_start, last_key), M,
+                  lo, hi, scale_log2, BN, D, True)  # fmt: skip
+    dq = _dq_span(dq, q, dout, lse2, delta, K, V, stride_k, stride_v, full_start, full_stop, M,
+                  lo, hi, scale_log2, BN, D, False)  # fmt: skip
+    dq = _dq_span(dq, q, dout, lse2, delta, K, V, stride_k, stride_v, full_stop, last_key, M,
+                  lo, hi, scale_log2, BN, D, True)  # fmt: skip
     tl.store(DQ + head * stride_dqh + at * stride_dq + width[None, :], (dq * scale).to(DQ.dtype.element_ty), mask=real[:, None])
 
 
@@ -163,8 +167,8 @@ def _dkv_span(dk, dv, k, v, Q, DOut, Lse, Delta, Lo, Hi, columns, stride_q, stri
 
 @triton.jit
 def _dkv_kernel(Q, K, V, DOut, Lse, Delta, DK, DV, Lo, Hi, First, FullFirst, FullLast, Last, N, M, scale, scale_log2,
-                stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh, stride_dk, stride_dkh, stride_dv, stride_dvh,
-                stride_l, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh, stride_dk, stride_dkh,
+                stride_dv, stride_dvh, stride_l, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     block, kv_head = tl.program_id(0), tl.program_id(1)
     columns = block * BN + tl.arange(0, BN)
     inside = columns[:, None] < M
@@ -183,12 +187,12 @@ def _dkv_kernel(Q, K, V, DOut, Lse, Delta, DK, DV, Lo, Hi, First, FullFirst, Ful
     for g in tl.range(0, GROUP):
         head = kv_head * GROUP + g
         q, dout, lse, delta = Q + head * stride_qh, DOut + head * stride_oh, Lse + head, Delta + head
-        dk, dv = _dkv_span(dk, dv, k, v, q, dout, lse, delta, Lo, Hi, columns, stride_q, stride_o, stride_l, first, tl.minimum(full_first, last), N,
-                           scale_log2, BM, D, True)  # fmt: skip
-        dk, dv = _dkv_span(dk, dv, k, v, q, dout, lse, delta, Lo, Hi, columns, stride_q, stride_o, stride_l, full_first, full_last, N,
-                           scale_log2, BM, D, False)  # fmt: skip
-        dk, dv = _dkv_span(dk, dv, k, v, q, dout, lse, delta, Lo, Hi, columns, stride_q, stride_o, stride_l, full_last, last, N,
-                           scale_log2, BM, D, True)  # fmt: skip
+        dk, dv = _dkv_span(dk, dv, k, v, q, dout, lse, delta, Lo, Hi, columns, stride_q, stride_o, stride_l,
+                           first, tl.minimum(full_first, last), N, scale_log2, BM, D, True)  # fmt: skip
+        dk, dv = _dkv_span(dk, dv, k, v, q, dout, lse, delta, Lo, Hi, columns, stride_q, stride_o, stride_l,
+                           full_first, full_last, N, scale_log2, BM, D, False)  # fmt: skip
+        dk, dv = _dkv_span(dk, dv, k, v, q, dout, lse, delta, Lo, Hi, columns, stride_q, stride_o, stride_l,
+                           full_last, last, N, scale_log2, BM, D, True)  # fmt: skip
     to_k = DK + kv_head * stride_dkh + at * stride_dk + width[None, :]
     to_v = DV + kv_head * stride_dvh + at * stride_dv + width[None, :]
     tl.store(to_k, tl.load(to_k, mask=inside, other=0.0) + dk * scale, mask=inside)
@@ -217,8 +221,9 @@ class TritonAttention:
         return out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float, dk: Tensor, dv: Tensor
-    ) -> Tensor:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
+        dk: Tensor, dv: Tensor,
+    ) -> Tensor:  # fmt: skip
         """See ``BlockAttention``."""
         n, heads, d = q.shape
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -234,8 +239,9 @@ class TritonAttention:
         )  # fmt: skip
         bm, bn, warps, stages = self.dkv_blocks
         _dkv_kernel[(triton.cdiv(k.shape[0], bn), k.shape[1])](
-            q, k, v, dout, lse, delta, dk, dv, bounds.lo_device, bounds.hi_device, *_rows_of_key_blocks(bounds, k.shape[0], bn), n, k.shape[0],
-            scale, scale * LOG2E, *_strides(q, k, v, dout, dk, dv), lse.stride(0), BM=bm, BN=bn, num_warps=warps, num_stages=stages, **common,
+            q, k, v, dout, lse, delta, dk, dv, bounds.lo_device, bounds.hi_device, *_rows_of_key_blocks(bounds, k.shape[0], bn),
+            n, k.shape[0], scale, scale * LOG2E, *_strides(q, k, v, dout, dk, dv), lse.stride(0),
+            BM=bm, BN=bn, num_warps=warps, num_stages=stages, **common,
         )  # fmt: skip
         return dq
 

@@ -103,9 +103,7 @@ class PrefixAttention:
         k, v = kv.chunk(2, dim=-1)
         return self.kernel.forward(q, k, v, self.bounds(block, step), self.scale)
 
-    def _block_backward(
-        self, dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, block: int, step: int, dkv: Tensor
-    ) -> Tensor:
+    def _block_backward(self, dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, block: int, step: int, dkv: Tensor) -> Tensor:
         """dq; dK_0 and dV_0 of the block are added to ``dkv``."""
         k, v = kv.chunk(2, dim=-1)
         return self.kernel.backward(dout, q, k, v, out, lse, self.bounds(block, step), self.scale, *dkv.chunk(2, dim=-1))

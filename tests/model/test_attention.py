@@ -125,5 +125,6 @@ def test_gpu_backends_agree_with_the_dense_softmax(problem: str, heads: int, kv_
 
     kernel = attention_cuda.CudnnBackend(min_run=64) if backend == "CudnnBackend" else attention_cuda.TritonBackend()
     lo, hi, keys = gpu_problems()[problem]
-    for name, error in compare(kernel, lo, hi, keys, heads=heads, kv_heads=kv_heads, d=d, count=3, dtype=torch.bfloat16, device="cuda").items():
+    errors = compare(kernel, lo, hi, keys, heads=heads, kv_heads=kv_heads, d=d, count=3, dtype=torch.bfloat16, device="cuda")
+    for name, error in errors.items():
         assert error < BF16_BOUND, f"{name}: {error:.2e}"

@@ -50,7 +50,9 @@ def check(pool: GlooPool, case: Case) -> None:
 @pytest.mark.parametrize(("ulysses", "ring", "mode"), LAYOUTS)
 @pytest.mark.parametrize("trained_rows_only", [True, False])
 @pytest.mark.parametrize("masks", [(ONE,), PACK], ids=["alone", "packed"])
-def test_every_layout_gives_the_reference(pool: GlooPool, ulysses: int, ring: int, mode: str, trained_rows_only: bool, masks: tuple[str, ...]) -> None:
+def test_every_layout_gives_the_reference(
+    pool: GlooPool, ulysses: int, ring: int, mode: str, trained_rows_only: bool, masks: tuple[str, ...]
+) -> None:
     check(pool, Case((masks,), ulysses=ulysses, ring=ring, ring_mode=mode, trained_rows_only=trained_rows_only))
 
 
