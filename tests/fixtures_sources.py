@@ -47,8 +47,8 @@ def specforge_dict(made: Features) -> dict[str, Any]:
     }
 
 
-def write_specforge(root: Path, number: int, made: Features, gzipped: bool = False, **save: Any) -> Path:
-    """``rows_0-5000/data_N.ckpt``, or ``.ckpt.gz`` at level 6."""
+def write_specforge(root: Path, number: int, made: Features, gzipped: bool = False, level: int = 6, **save: Any) -> Path:
+    """``rows_0-5000/data_N.ckpt``, or ``.ckpt.gz``."""
     start = number // 5000 * 5000
     path = root / f"rows_{start}-{start + 5000}" / f"data_{number}.ckpt"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def write_specforge(root: Path, number: int, made: Features, gzipped: bool = Fal
     buffer = io.BytesIO()
     torch.save(specforge_dict(made), buffer, **save)
     path = path.with_suffix(".ckpt.gz")
-    path.write_bytes(gzip.compress(buffer.getvalue(), 6))
+    path.write_bytes(gzip.compress(buffer.getvalue(), level))
     return path
 
 

@@ -56,7 +56,9 @@ class Completer:
 
     def head(self) -> torch.Tensor | None:
         """The target's head [V, H] where token facts are to be computed."""
-        return _head(self.target) if self.token_facts and self.target is not None else None
+        if not self.token_facts or self.target is None or self.dtype is None:
+            return None
+        return _head(self.target, TORCH_DTYPES[self.dtype])
 
     def _check_sizes(self, place: str, raw: RawSample) -> None:
         num_tokens, width = raw.last.shape
@@ -203,7 +205,9 @@ def _final_norm(target: Path) -> FinalRmsNorm | None:
 
 
 @functools.cache
-def _head(target: Path) -> torch.Tensor:
+def _head(target: Path, states: torch.dtype) -> torch.Tensor:
+    """The head as it was when it made these states: weights stored in float32 are rounded to what the model ran in."""
     from eagle_ds.target import load_target_weights
 
-    return load_target_weights(target, names=("lm_head",))["lm_head"]
+    head = load_target_weights(target, names=("lm_head",))["lm_head"]
+    return head.to(states) if head.dtype == torch.float32 else head
