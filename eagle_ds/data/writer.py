@@ -23,9 +23,8 @@ from typing import TextIO
 import h5py
 import numpy as np
 
-from eagle_ds.data import format as layout
 from eagle_ds.data.codec import encode_chunk
-from eagle_ds.data.format import CHUNK_ROWS, WIDE_NAMES, Sample
+from eagle_ds.data.format import CHUNK_ROWS, WIDE_NAMES, Sample, check_sample, create_file, create_wide, raw_view, write_header, write_small
 from eagle_ds.data.manifest import (
     FACTS_NAME,
     MANIFEST_NAME,
@@ -40,6 +39,7 @@ from eagle_ds.data.manifest import (
     trained_spans,
     write_facts,
 )
+from eagle_ds.data.sink import DiskSink
 
 
 class SampleFiles:
@@ -58,42 +58,42 @@ class SampleFiles:
 
     def write(self, sample: Sample) -> SampleEntry:
         """Store one sample's file durably, replacing one of the same id; ValueError if it does not fit the facts."""
-        layout.check_sample(sample, self.facts)
+        check_sample(sample, self.facts)
         temporary = self.root / "writing" / f"{uuid.uuid4().hex}.h5"
         path = sample_path(sample.id)
         try:
-            with layout.create_file(temporary) as file:
-                for name in WIDE_NAMES:
-                    self._write_wide(file, name, layout.raw_view(getattr(sample, name)))
-                layout.write_small(file, sample)
-                layout.write_header(file, sample, self.facts)
-            _sync_file(temporary)
-            num_bytes = temporary.stat().st_size
+            with DiskSink(temporary) as sink:
+                with create_file(sink) as file:
+                    for name in WIDE_NAMES:
+                        self._write_wide(file, sink, name, raw_view(getattr(sample, name)))
+                    write_small(file, sample)
+                    write_header(file, sample, self.facts)
+                num_bytes = sink.sync()
             _rename(temporary, self.root / path)
         finally:
             temporary.unlink(missing_ok=True)
         mask = sample.loss_mask.numpy()
         return SampleEntry(sample.id, path, sample.num_tokens, int(mask.sum()), trained_spans(mask), num_bytes)
 
-    def _write_wide(self, file: h5py.File, name: str, rows: np.ndarray) -> None:
-        """Encode in the worker threads, a window ahead of the one thread that writes, in file order."""
-        dataset = layout.create_wide(file, name, *rows.shape, self.facts)
-        chunk_rows = min(CHUNK_ROWS, len(rows))
-        pending: deque[tuple[tuple[int, int], Future[bytes]]] = deque()
-        for offset in self._chunk_offsets(*rows.shape):
-            if len(pending) == self._window:
-                _write_oldest(dataset, pending)
-            row, column = offset
-            chunk = rows[row : row + chunk_rows, column : column + self.facts.hidden_size]
-            pending.append((offset, self._encoders.submit(encode_chunk, chunk, chunk_rows)))
-        while pending:
-            _write_oldest(dataset, pending)
+    def _write_wide(self, file: h5py.File, sink: DiskSink, name: str, rows: np.ndarray) -> None:
+        """Write chunks in file order: row by row, so that a range of rows is one stretch of the file."""
+        dataset = create_wide(file, name, *rows.shape, self.facts)
+        for offset, stream in self._encoded(rows):
+            dataset.write_direct_chunk(offset, stream)
+            sink.check()
 
-    def _chunk_offsets(self, num_tokens: int, width: int) -> Iterator[tuple[int, int]]:
-        """Rows first, so that a range of rows is one stretch of the file."""
-        for row in range(0, num_tokens, CHUNK_ROWS):
-            for column in range(0, width, self.facts.hidden_size):
-                yield row, column
+    def _encoded(self, rows: np.ndarray) -> Iterator[tuple[tuple[int, int], bytes]]:
+        """Each chunk's place and stream; the worker threads are a window ahead of the consumer."""
+        chunk_rows, width = min(CHUNK_ROWS, len(rows)), self.facts.hidden_size
+        pending: deque[tuple[tuple[int, int], Future[bytes]]] = deque()
+        for row in range(0, len(rows), chunk_rows):
+            for column in range(0, rows.shape[1], width):
+                chunk = rows[row : row + chunk_rows, column : column + width]
+                pending.append(((row, column), self._encoders.submit(encode_chunk, chunk, chunk_rows)))
+                if len(pending) > self._window:
+                    yield _finished(pending)
+        while pending:
+            yield _finished(pending)
 
     def close(self) -> None:
         self._encoders.shutdown()
@@ -182,9 +182,9 @@ class StoreWriter:
                 raise
 
 
-def _write_oldest(dataset: h5py.h5d.DatasetID, pending: deque[tuple[tuple[int, int], Future[bytes]]]) -> None:
+def _finished(pending: deque[tuple[tuple[int, int], Future[bytes]]]) -> tuple[tuple[int, int], bytes]:
     offset, stream = pending.popleft()
-    dataset.write_direct_chunk(offset, stream.result())
+    return offset, stream.result()
 
 
 def _lock_store(root: Path) -> TextIO:
@@ -196,11 +196,6 @@ def _lock_store(root: Path) -> TextIO:
         file.close()
         raise ValueError(f"another writer is at work on the store {root}; wait for it or choose another folder") from error
     return file
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _rename(source: Path, destination: Path) -> None:
