@@ -19,6 +19,8 @@ from eagle_ds.config import Recipe, load_recipe
 from eagle_ds.data.manifest import StoreFacts, write_facts
 from eagle_ds.ds_config import deepspeed_config, read_ds_json
 from eagle_ds.settings import dotted_fields
+from tests.engine.tiny import make_tiny
+from tests.gloo import GlooPool
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((ROOT / "recipes").glob("*.sh")), *sorted((ROOT / "tests/recipes").glob("*.sh"))]
@@ -142,7 +144,7 @@ def test_a_missing_store_stops_all_ranks_with_one_message() -> None:
 def twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The twin's overrides for a store that is there, in a process without ranks, and nothing really started."""
     (tmp_path / "store").mkdir()
-    write_facts(tmp_path / "store", StoreFacts("t", "", "", hidden_size=64, aux_layer_ids=(1, 3, 4), vocab_size=256))
+    write_facts(tmp_path / "store", StoreFacts("t", "", "", hidden_size=24, aux_layer_ids=(1, 3, 4), vocab_size=37))
     monkeypatch.chdir(ROOT)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -186,3 +188,21 @@ def test_a_store_of_other_layers_is_refused_before_anything_starts(twin: list[st
     refused = run("bash", "tests/recipes/llama3_128k_twin.sh", *twin, "--target.aux_layer_ids", "[1, 2, 3]")
     assert refused.returncode == 2
     assert "was captured with aux_layer_ids [1, 3, 4], the recipe says [1, 2, 3]" in refused.stderr
+
+
+def run_as_rank(rank: int, world: int, arguments: list[str]) -> None:
+    """What the launcher does for each process, RANK and the like being set by the pool."""
+    sys.argv = ["twin", f"--local_rank={rank}", *arguments]
+    launch.main(str(ROOT / "tests/recipes/llama3_128k_twin.sh"), accelerator="cpu")
+
+
+def test_the_scaled_down_twin_trains_on_eight_gloo_processes(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path, dtype="bfloat16")
+    arguments = ["--target.model", str(tiny.target), "--data.store", str(tmp_path / "train"), "--output_dir", str(tmp_path / "run")]
+    with GlooPool(8) as pool:
+        pool.run(run_as_rank, 8, [*arguments, "--training.max_steps", "2"])
+        pool.run(run_as_rank, 8, [*arguments, "--training.max_steps", "3"])
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3], "the second run resumes the first"
+    assert all(0 < line["loss"] < 100 for line in lines)
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["training"]["max_steps"] == 3

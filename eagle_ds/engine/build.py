@@ -44,6 +44,8 @@ def build(recipe: Recipe, config: dict[str, Any], inputs: Inputs, world: World) 
     dtype = torch.bfloat16 if bf16_enabled(config) else torch.float32
     weights = world.agreement.together(lambda: _target_weights(inputs))
     model = make_draft(recipe, inputs, weights)
+    if not inputs.arch.trains_embedding:
+        model.embed_tokens.to(dtype)  # a buffer: DeepSpeed casts parameters and leaves buffers as they came
     parameters = [p for p in model.parameters() if p.requires_grad]
     logger.info("draft: %.1f million trained parameters in %s", sum(p.numel() for p in parameters) / 1e6, str(dtype).removeprefix("torch."))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
