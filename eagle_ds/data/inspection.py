@@ -98,7 +98,7 @@ def _add_sizes(report: Report, path: Path) -> None:
         for name in (*WIDE_NAMES, *SMALL_DTYPES):
             if name in file:
                 size = report.sizes.setdefault(name, DatasetSize())
-                size.raw_bytes += file[name].nbytes
+                size.raw_bytes += file[name].size * file[name].id.get_type().get_size()  # nbytes counts bfloat16 as float32
                 size.stored_bytes += file[name].id.get_storage_size()
     report.sized_files += 1
 
