@@ -1,0 +1,69 @@
+"""Small samples and stores, and what it means for one to have come back unharmed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from eagle_ds.data.format import SMALL_DTYPES, TORCH_DTYPES, WIDE_NAMES, raw_view
+from eagle_ds.data.reader import SampleReader
+from eagle_ds.data.store import Sample, SampleEntry, Store, StoreFacts, StoreWriter
+
+VOCAB = 1000
+
+
+def make_facts(hidden_size: int = 8, num_aux: int = 3, dtype: str = "bfloat16", target: str = "some/target") -> StoreFacts:
+    return StoreFacts(target, "target-hash", "tokenizer-hash", hidden_size, tuple(range(num_aux)), VOCAB, dtype=dtype)
+
+
+def make_sample(name: str, num_tokens: int, facts: StoreFacts, seed: int = 0, labels: bool = True) -> Sample:
+    """Random bits for hidden states (NaN payloads, denormals, negative zeros and all)."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = TORCH_DTYPES[facts.dtype]
+
+    def bits(width: int) -> torch.Tensor:
+        raw = torch.randint(0, 256, (num_tokens, width * dtype.itemsize), generator=generator, dtype=torch.uint8)
+        return raw.view(dtype)
+
+    def integers(top: int, kind: torch.dtype) -> torch.Tensor:
+        return torch.randint(0, top, (num_tokens,), generator=generator, dtype=kind)
+
+    return Sample(
+        name,
+        input_ids=integers(VOCAB, torch.int32),
+        loss_mask=integers(2, torch.uint8),
+        aux_hidden_state=bits(len(facts.aux_layer_ids) * facts.hidden_size),
+        hidden_state=bits(facts.hidden_size),
+        target_token_id=integers(VOCAB, torch.int32) if labels else None,
+        target_logsumexp=torch.randn(num_tokens, generator=generator) if labels else None,
+    )
+
+
+def write_store(root: Path, facts: StoreFacts, *samples: Sample) -> Store:
+    with StoreWriter(root, facts) as writer:
+        for sample in samples:
+            writer.add(sample)
+    return Store(root)
+
+
+def rewrite_reader(root: Path, entry: SampleEntry, facts: StoreFacts) -> SampleReader:
+    """A reader that does not know the file's size, so that a changed file is judged by its content."""
+    return SampleReader(root / entry.path, None, facts, threads=1)
+
+
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and bool((raw_view(ours) == raw_view(theirs)).all())
+
+
+def assert_stored(reader: SampleReader, sample: Sample) -> None:
+    """What ``reader`` gives is ``sample``, every bit of it."""
+    with reader:
+        for name in SMALL_DTYPES:
+            ours, theirs = getattr(sample, name), reader.read_small(name)
+            assert (ours is None) == (theirs is None), name
+            assert ours is None or torch.equal(ours, theirs), name
+        for name in WIDE_NAMES:
+            assert same_bits(getattr(sample, name), reader.read_rows(name, [(0, sample.num_tokens)])), name
+        assert reader.header.id == sample.id
