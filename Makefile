@@ -5,7 +5,9 @@ SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-PYTEST_ARGS ?= -q -n 2
+PYTEST_ARGS ?= -q -n 2 --dist loadfile
+DEMO := recipes/smollm2_cpu
+DEMO_SAMPLES ?= 200
 
 .PHONY: help venv demo test lint
 
@@ -33,5 +35,10 @@ test: $(STAMP)  ## all tests that this machine can run (GPU tests are skipped wi
 lint: $(STAMP)  ## ruff over everything
 	$(PY) -m ruff check .
 
+demo: export PATH := $(abspath $(VENV))/bin:$(PATH)
 demo: $(STAMP)  ## SmolLM2 on two CPU processes: capture, train, export, measured acceptance length, report
-	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/demo.sh
+	tools/fetch_embedded_target.py
+	tools/prepare_hidden_states.py --recipe $(DEMO).json --limit $(DEMO_SAMPLES)
+	deepspeed --num_gpus 2 $(DEMO).sh
+	tools/export_draft.py runs/smollm2_cpu
+	tools/eval_acceptance.py --recipe $(DEMO).json --baseline untrained --num-prompts 12 --max-new-tokens 64

@@ -83,7 +83,7 @@ def main(script: str, accelerator: str | None = None) -> None:
             if rank <= 0:
                 sys.stdout.write(help_text(call, recipe) if options.help else _plan_text(call, recipe))
             return
-        check_files(recipe, call.recipe_json)
+        check_files(recipe, call.recipe_json, overrides)
         world_size = int(os.environ["WORLD_SIZE"]) if rank >= 0 else choose_world_size(recipe, options.num_gpus, call.accelerator)
         check_layout(recipe, world_size)
     except ValueError as error:
@@ -136,7 +136,7 @@ def _plan_text(call: Invocation, recipe: Recipe) -> str:
 
     world_size = int(os.environ.get("WORLD_SIZE", 0)) or call.options.num_gpus or recipe.parallel.size
     gpu = call.options.gpu or ("cpu" if call.accelerator == "cpu" else None)
-    return describe_plan(recipe, call.recipe_json, world_size, gpu)
+    return describe_plan(recipe, call.recipe_json, world_size, gpu, call.overrides)
 
 
 def choose_world_size(recipe: Recipe, wanted: int | None, accelerator: str | None) -> int:

@@ -35,8 +35,13 @@ from eagle_ds.settings import join_or
 RANKS_SHOWN = 16
 
 
-def describe_plan(recipe: Recipe, recipe_json: Path, world_size: int, device_name: str | None = None) -> str:
-    """The whole text. Raises ValueError where the recipe, its layout or its DeepSpeed JSON is wrong."""
+def describe_plan(
+    recipe: Recipe, recipe_json: Path, world_size: int, device_name: str | None = None, overrides: Sequence[str] = ()
+) -> str:
+    """The whole text; ``overrides`` are those that ``recipe`` was loaded with.
+
+    Raises ValueError where the recipe, its layout or its DeepSpeed JSON is wrong.
+    """
     ds_json = read_ds_json(recipe.deepspeed)
     config = deepspeed_config(recipe, ds_json, world_size)
     device = find_device(device_name)
@@ -53,7 +58,7 @@ def describe_plan(recipe: Recipe, recipe_json: Path, world_size: int, device_nam
         _title("Sharding") + f"{origin}: {tokens} tokens, {plan.num_queries} trained rows\n" + sharding_table(plan),
         _title(f"Memory a process, predicted ({device.name})") + _memory_text(recipe, ds_json, world_size, plan, device),
         _title("Time of a sequence, forward and backward") + _time_text(recipe, plan, device),
-        _title("Files") + _files_text(recipe, recipe_json),
+        _title("Files") + _files_text(recipe, capture_command(recipe_json, overrides)),
     ]
     return "\n".join(parts)
 
@@ -143,9 +148,8 @@ def _time_text(recipe: Recipe, plan: SequencePlan, device: Device) -> str:
     )
 
 
-def _files_text(recipe: Recipe, recipe_json: Path) -> str:
+def _files_text(recipe: Recipe, command: str) -> str:
     data, run = recipe.data, recipe.run_dir
-    command = capture_command(recipe_json)
     rows: list[Sequence[object]] = [("reads", recipe.target.model, "the target's embedding and head")]
     for store in filter(None, (data.store, data.eval_store)):
         state = "there" if (Path(store) / FACTS_NAME).is_file() else f"MISSING, capture it: {command}"

@@ -5,6 +5,7 @@ Reads small JSON files only; each complaint is one sentence that says how to men
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from eagle_ds.config import Recipe, data_parallel_size
 from eagle_ds.data.manifest import FACTS_NAME, read_facts
 from eagle_ds.ds_config import deepspeed_config, read_ds_json
+from eagle_ds.settings import parse_overrides
 
 
 def check_layout(recipe: Recipe, world_size: int) -> None:
@@ -32,8 +34,10 @@ def check_files(recipe: Recipe, recipe_json: Path, overrides: Sequence[str] = ()
 
 
 def capture_command(recipe_json: Path, overrides: Sequence[str] = ()) -> str:
-    """What makes the stores of a recipe."""
-    return shlex.join(["python", "tools/prepare_hidden_states.py", "--recipe", str(recipe_json), *overrides])
+    """What makes the stores of a recipe; of the overrides it repeats those that a capture reads."""
+    read = {name: value for name, value in parse_overrides(Recipe, overrides).items() if name.startswith(("target.", "data."))}
+    again = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in read.items()]
+    return shlex.join(["python", "tools/prepare_hidden_states.py", "--recipe", str(recipe_json), *again])
 
 
 def check_store(recipe: Recipe, root: Path, command: str) -> None:

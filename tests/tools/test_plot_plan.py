@@ -1,0 +1,28 @@
+"""tools/plot_plan.py draws a picture of any layout, and says what is wrong in a sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def plot(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/plot_plan.py", "recipes/llama3_128k.json", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_plan_becomes_a_picture(tmp_path: Path) -> None:
+    png = tmp_path / "plan.png"
+    drawn = plot(str(png), "--fraction", "0.1", "--parallel.ulysses", "2", "--parallel.ring", "2")
+    assert drawn.returncode == 0, drawn.stderr
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_typo_is_an_error_and_no_picture(tmp_path: Path) -> None:
+    refused = plot(str(tmp_path / "plan.png"), "--parallel.rings", "2")
+    assert refused.returncode == 1
+    assert refused.stderr == "error: parallel.rings is not a setting; did you mean parallel.ring?\n"
+    assert not list(tmp_path.iterdir())
