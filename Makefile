@@ -42,3 +42,4 @@ demo: $(STAMP)  ## SmolLM2 on two CPU processes: capture, train, export, measure
 	deepspeed --num_gpus 2 $(DEMO).sh
 	tools/export_draft.py runs/smollm2_cpu
 	tools/eval_acceptance.py --recipe $(DEMO).json --baseline untrained --num-prompts 12 --max-new-tokens 64
+	tools/make_report.py runs/smollm2_cpu

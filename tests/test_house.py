@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,9 +22,9 @@ LAYERS = (
     {"parallel"},
     {"model"},
     {"loss"},
-    {"capture", "decoding", "drafts", "served", "served_check", "decoding", "export", "acceptance", "figures", "report"},
+    {"capture", "decoding", "drafts", "served", "served_check", "export", "acceptance", "figures", "report"},
     {"engine"},
-    {"preflight", "plan", "launch"},
+    {"preflight", "plan", "launch", "bench"},
 )
 TOP_LEVEL = {
     *("recipes", "eagle_ds", "ds_configs", "tools", "tests", "docs"),
@@ -80,6 +81,14 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 def test_the_library_logs_and_never_prints(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         assert not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=identify)
+def test_a_tool_runs_from_anywhere(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert source.startswith("#!/usr/bin/env python")
+    assert os.access(path, os.X_OK)
+    assert "sys.path.insert" in source, "eagle_ds is not installed, so a tool finds it beside itself"
 
 
 def test_the_top_level_holds_what_every_repository_has() -> None:
