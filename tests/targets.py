@@ -13,7 +13,8 @@ CHATML = (
 # Llama 3: writes the BOS, trims contents, ends a turn without a line break, and 3.2 writes today's date.
 LLAMA3 = (
     "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ strftime_now('%d %b %Y') }}\n\n<|eot_id|>"
-    "{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}<|eot_id|>{% endfor %}"
+    "{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}"
+    "<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 # Qwen3: an empty thinking block before the last answer only, and thinking dropped from the history.
@@ -47,7 +48,10 @@ MISTRAL = (
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]{% else %} {{ message.content }}</s>{% endif %}{% endfor %}"
 )
-PLAIN = "{% for message in messages %}### {{ message.role }}: {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}### assistant: {% endif %}"
+PLAIN = (
+    "{% for message in messages %}### {{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant: {% endif %}"
+)
 
 SPECIAL = {
     "chatml": ("<|endoftext|>", "<|im_end|>", ["<|im_start|>"]),

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Capture the target's hidden states for a file of conversations into a store that training reads.
+
+    tools/prepare_hidden_states.py --recipe recipes/smollm2_cpu.json             # both stores that the recipe names
+    tools/prepare_hidden_states.py --recipe recipes/llama3_128k.json --dry-run   # bytes and hours first
+    tools/prepare_hidden_states.py --target Qwen/Qwen3-8B --conversations chats.jsonl --store stores/qwen3 --max-length 32768
+
+Conversations are JSONL: {"id", "conversations": [{"role", "content"}, ...]}, {"messages": [...]} or {"text": ...}. The
+tokenizer's own chat template is used; what the target generates is trained, its end-of-turn token included.
+
+Stopped at any moment, the same command goes on with what is missing. A store of another target or of other layers is
+refused. Settings after --recipe override the recipe: --data.max_length 16384 --target.dtype float32
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    source = parser.add_argument_group("what to capture, from a recipe")
+    source.add_argument("--recipe", type=Path, help="recipes/NAME.json; takes dotted overrides")
+    source.add_argument("--split", choices=["train", "eval", "both"], default="both", help="which of the recipe's stores (default: both)")
+    flags = parser.add_argument_group("what to capture, by flags")
+    flags.add_argument("--target", help="Hugging Face id or local folder")
+    flags.add_argument("--conversations", type=Path, help="JSONL file")
+    flags.add_argument("--store", type=Path, help="folder of the store, made or gone on with")
+    flags.add_argument("--max-length", type=int, help="longest sample in tokens")
+    flags.add_argument("--overlong", choices=["truncate", "skip"], default="truncate", help="what to do with longer ones")
+    flags.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the target's arithmetic")
+    flags.add_argument("--aux-layer-ids", type=int, nargs="+", help="layer outputs to capture (default: 1, L//2-1, L-4)")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--device", default="auto", help="cuda, cuda:1, cpu, or split: one target over all GPUs (default: a GPU if there is one)"
+    )
+    how.add_argument("--attention", default="sdpa", help="transformers' attention: sdpa, eager, flash_attention_2 (default: %(default)s)")
+    how.add_argument("--batch-tokens", type=int, help="tokens of short samples computed together")
+    how.add_argument("--chunk-tokens", type=int, help="longest piece of a sample computed at once")
+    how.add_argument("--limit", type=int, help="only the first so many samples of each file")
+    how.add_argument("--dry-run", action="store_true", help="print samples, bytes and hours, write nothing")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, overrides = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        run(args, overrides)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from eagle_ds.capture.run import plan_capture
+
+    for job in jobs(args, overrides):
+        plan = plan_capture(job)
+        print(f"{job.conversations} -> {job.store}: {plan.stats}; {plan.done} samples stored already, {len(plan.todo)} to do")
+        if args.dry_run:
+            forecast(plan)
+        else:
+            execute(plan)
+
+
+def jobs(args: argparse.Namespace, overrides: list[str]) -> list:
+    """The captures asked for, checked against the target where a recipe states its sizes."""
+    import torch
+
+    from eagle_ds.capture.hf import ForwardLimits
+    from eagle_ds.capture.run import CaptureJob, check_recipe_target
+
+    usual = ForwardLimits.for_device(torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"))
+    limits = ForwardLimits(args.batch_tokens or usual.batch_tokens, args.chunk_tokens or usual.chunk_tokens)
+    how = {"device": args.device, "attention": args.attention, "limits": limits, "limit_samples": args.limit}
+    if args.recipe:
+        from eagle_ds.config import load_recipe
+
+        recipe = load_recipe(args.recipe, overrides)
+        check_recipe_target(recipe)
+        splits = ["train", "eval"] if args.split == "both" else [args.split]
+        if args.split == "both" and not recipe.data.eval_store:
+            splits = ["train"]
+        return [CaptureJob.from_recipe(recipe, split, **how) for split in splits]
+    if overrides:
+        raise ValueError(f"unknown arguments {' '.join(overrides)}; dotted overrides need --recipe")
+    needed = ("target", "conversations", "store", "max_length")
+    if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
+        raise ValueError(f"give --recipe, or {', '.join(missing)} as well")
+    layers = tuple(args.aux_layer_ids) if args.aux_layer_ids else None
+    chosen = {name: getattr(args, name) for name in (*needed, "overlong", "dtype")}
+    return [CaptureJob(**chosen, aux_layer_ids=layers, **how)]
+
+
+def forecast(plan) -> None:
+    """What the capture will take on disk and in time, the latter from two timed passes of the target."""
+    from eagle_ds.capture.run import probe_seconds
+
+    stored, raw, free = (size / 1e9 for size in (plan.store_bytes, plan.raw_bytes, plan.free_bytes))
+    print(f"  to write: {stored:.2f} GB ({raw:.2f} GB of states before encoding); free: {free:.1f} GB")
+    if plan.todo:
+        seconds = probe_seconds(plan)
+        rate = plan.tokens / seconds
+        print(f"  to compute: {plan.tokens} tokens in about {seconds / 3600:.2f} hours at {rate:.0f} tokens/s on this machine")
+
+
+def execute(plan) -> None:
+    from tqdm import tqdm
+
+    from eagle_ds.capture.run import capture
+
+    with tqdm(total=plan.tokens, unit="tokens", unit_scale=True, smoothing=0.1) as bar:
+        count = capture(plan, bar.update)
+        rate = bar.n / max(bar.format_dict["elapsed"], 1e-9)
+    print(f"{plan.job.store}: {count} samples written, {plan.done} were there, {rate:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
