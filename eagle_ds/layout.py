@@ -151,7 +151,9 @@ class SequencePlan:
     @cached_property
     def digest(self) -> str:
         """Short hash of every number in the plan; ranks compare it."""
-        return hashlib.sha256(repr((self.documents, self.ulysses, self.ring, self.ring_mode, self.context, self.queries)).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            repr((self.documents, self.ulysses, self.ring, self.ring_mode, self.context, self.queries)).encode()
+        ).hexdigest()[:16]
 
 
 def plan_sequence(

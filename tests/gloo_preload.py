@@ -8,7 +8,7 @@ import deepspeed.comm
 import deepspeed.ops
 import torch  # noqa: F401
 
-import eagle_ds.loss  # noqa: F401
+import eagle_ds.loss
 import eagle_ds.model.draft  # noqa: F401
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else its first use compiles for a minute: engine/world.py

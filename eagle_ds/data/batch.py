@@ -34,10 +34,10 @@ class Batch:
     plan: SequencePlan
     names: tuple[str, ...]
     aux: Tensor  # [M_aux, A*H]
-    context_index: Tensor  # int64 [C], into aux
+    context_index: Tensor | None  # int64 [C], into aux; None: all of it in order
     context_ids: Tensor  # int64 [C], x[p+1]
     context_positions: Tensor  # int64 [C], rope position inside the document
-    query_index: Tensor  # int64 [N], into aux
+    query_index: Tensor | None  # int64 [N], likewise
     query_ids: Tensor  # int64 [N, T], x[p+1+k]
     query_positions: Tensor  # int64 [N]
     target_hidden: Tensor  # [M_target, H]
@@ -104,10 +104,10 @@ def assemble(
         plan=plan,
         names=tuple(names),
         aux=aux,
-        context_index=torch.from_numpy(rg.index_in(context, plan.aux_rows(rank))),
+        context_index=_index(context, plan.aux_rows(rank)),
         context_ids=_stack(context_ids),
         context_positions=_stack(context_positions),
-        query_index=torch.from_numpy(rg.index_in(queries, plan.aux_rows(rank))),
+        query_index=_index(queries, plan.aux_rows(rank)),
         query_ids=_stack(ids, steps),
         query_positions=_stack(positions),
         target_hidden=target_hidden,
@@ -116,6 +116,10 @@ def assemble(
         target_token=_target_facts(plan, facts, targets, "target_token_id", torch.int64),
         target_logsumexp=_target_facts(plan, facts, targets, "target_logsumexp", torch.float32),
     )
+
+
+def _index(members: rg.Ranges, held: rg.Ranges) -> Tensor | None:
+    return None if rg.normalize(members) == rg.normalize(held) else torch.from_numpy(rg.index_in(members, held))
 
 
 def _stack(parts: list[np.ndarray], width: int | None = None) -> Tensor:

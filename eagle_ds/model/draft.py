@@ -18,19 +18,17 @@ from torch.utils.checkpoint import checkpoint
 
 from eagle_ds.data.batch import Batch
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.model.rope import inverse_frequencies, rotate, rotation
+from eagle_ds.model.elementwise import rms_norm, rope, swiglu
+from eagle_ds.model.rope import inverse_frequencies, rotation
 from eagle_ds.model.ttt import PrefixAttention
 
 HeadLoss = Callable[[list[Tensor], Tensor, Tensor, float], Any]
 """(T states [N, D], norm weight [D], head weight [Vd, D], eps) -> a differentiable loss and what goes with it."""
 
 Recompute = Literal["none", "mlp", "full"]
+"""What is computed again in the backward: nothing; the MLP and output projection; also embedding, norms and q, k, v."""
 
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps), in float32 at least, returned in the type of x."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+TILE_ROWS = 8192  # rows of one recomputed tile: enough to fill a GPU, 1.4 GB of an 8B draft's MLP
 
 
 class RMSNorm(nn.Module):
@@ -80,12 +78,12 @@ class DraftAttention(nn.Module):
 
     def project_q(self, z: Tensor, positions: Tensor) -> Tensor:
         """z [M, 2D] -> rotated queries [M, Hq, d]."""
-        return rotate(self.q_proj(z).unflatten(-1, (self.heads, self.head_dim)), *self.rotation(positions, z.dtype))
+        return rope(self.q_proj(z).unflatten(-1, (self.heads, self.head_dim)), *self.rotation(positions, z.dtype))
 
     def project_kv(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """z [M, 2D] -> rotated keys and plain values, each [M, Hkv, d]."""
         k, v = (proj(z).unflatten(-1, (self.kv_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
-        return rotate(k, *self.rotation(positions, z.dtype)), v
+        return rope(k, *self.rotation(positions, z.dtype)), v
 
 
 class DraftMLP(nn.Module):
@@ -99,7 +97,7 @@ class DraftMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, D] -> [M, D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DraftLayer(nn.Module):
@@ -194,18 +192,45 @@ class Eagle3Draft(nn.Module):
 
     def unroll(self, batch: Batch, prefix: PrefixAttention, recompute: Recompute = "none") -> list[Tensor]:
         """[g_1 .. g_T] of the query rows, each [N, D], before the final norm. K_0/V_0 are computed for context rows only."""
-        layer, attention = self.midlayer, self.midlayer.self_attn
+        layer = self.midlayer
         fused = self.fuse(batch.aux)
-        z = layer.qkv_input(self.embed_tokens(batch.context_ids), fused[batch.context_index])
-        anchor = prefix.exchange(*attention.project_kv(z, batch.context_positions))
-        state, states, diagonals = fused[batch.query_index], [], []
+        again = recompute == "full"
+        anchor = prefix.exchange(
+            *_run(again, self.context_kv, _pick(fused, batch.context_index), batch.context_ids, batch.context_positions)
+        )
+        state, states, diagonals = _pick(fused, batch.query_index), [], []
         for step in range(batch.plan.ttt_steps):
-            z = layer.qkv_input(self.embed_tokens(batch.query_ids[:, step]), state)
-            positions = batch.query_positions + step
-            if step:
-                diagonals += attention.project_kv(z, positions)
-            attended = prefix.attend(anchor, step, attention.project_q(z, positions), diagonals)
-            raw = checkpoint(layer.finish, state, attended, use_reentrant=False) if recompute != "none" else layer.finish(state, attended)
+            q, *kv = _run(again, self.query_projections, state, batch.query_ids[:, step], batch.query_positions + step, step > 0)
+            diagonals += kv
+            attended = prefix.attend(anchor, step, q, diagonals)
+            raw = layer.finish(state, attended) if recompute == "none" else _finish_in_tiles(layer, state, attended)
             states.append(raw)
             state = self.hand_on(raw)
         return states
+
+    def context_kv(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """K_0, V_0 [M, Hkv, d] of rows with fused states [M, D] and next tokens ``ids`` [M]."""
+        return self.midlayer.self_attn.project_kv(self.midlayer.qkv_input(self.embed_tokens(ids), state), positions)
+
+    def query_projections(self, state: Tensor, ids: Tensor, positions: Tensor, with_kv: bool) -> tuple[Tensor, ...]:
+        """q [N, Hq, d] of one step, and where asked for its diagonal k and v [N, Hkv, d]."""
+        z = self.midlayer.qkv_input(self.embed_tokens(ids), state)
+        q = self.midlayer.self_attn.project_q(z, positions)
+        return (q, *self.midlayer.self_attn.project_kv(z, positions)) if with_kv else (q,)
+
+
+def _pick(rows: Tensor, index: Tensor | None) -> Tensor:
+    """Some of the rows; no index means all of them, in place."""
+    return rows if index is None else rows[index]
+
+
+def _run(recompute: bool, function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call ``function``, keeping only its inputs for the backward if asked to."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else function(*inputs)
+
+
+def _finish_in_tiles(layer: DraftLayer, state: Tensor, attended: Tensor) -> Tensor:
+    """``layer.finish``, recomputed in the backward one tile of rows at a time, so that the MLP's width never meets all rows."""
+    tiles = zip(state.split(TILE_ROWS), attended.split(TILE_ROWS), strict=True)
+    done = [_run(True, layer.finish, *tile) for tile in tiles]
+    return done[0] if len(done) == 1 else torch.cat(done)

@@ -70,9 +70,3 @@ def rotation(positions: Tensor, frequencies: Tensor, factor: float, dtype: torch
     angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     angles = positions.to(angle_dtype)[:, None, None] * frequencies.to(angle_dtype)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [M, heads, d] by [M, 1, d/2] angles; computed in the type of cos and sin, returned in x's."""
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,89 @@
+"""The row-wise part of the loss on the GPU: from logits to losses and their gradient, one program a row.
+
+A row of draft logits z (float32 [Vd]) is read three times, the second and third from the L2 cache: for max, sum and argmax;
+for cross-entropy, acceptance and m.p; and to write the gradient (formulae in ``loss.py``). Labels are never written out:
+q_v = exp(t_v - lse_draft) and q'_v = exp(t_v - lse_full) are made from the target logits t on the fly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+MODES = {"kl": 0, "alpha": 1, "lambda": 2}
+
+
+@triton.jit
+def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, weight, CrossEntropy, Alpha, Best, DLogits, vocab,
+                MODE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target_row = tl.load(TargetRow + row)
+    Logits += row * vocab
+    Target += target_row * vocab
+    lse_draft, lse_full = tl.load(LseDraft + target_row), tl.load(LseFull + target_row)
+    columns = tl.arange(0, BLOCK)
+
+    peak, total, best = float("-inf"), 0.0, 0
+    for start in tl.range(0, vocab, BLOCK):
+        z = tl.load(Logits + start + columns, mask=start + columns < vocab, other=float("-inf"))
+        block_peak = tl.max(z, 0)
+        if block_peak > peak:
+            best = start + tl.argmax(z, 0)
+            total = total * tl.exp(peak - block_peak)
+            peak = block_peak
+        total += tl.sum(tl.exp(z - peak), 0)
+    lse = peak + tl.log(total)
+
+    label_dot, alpha, below_sum = 0.0, 0.0, 0.0
+    for start in tl.range(0, vocab, BLOCK):
+        real = start + columns < vocab
+        z = tl.load(Logits + start + columns, mask=real, other=float("-inf"))
+        t = tl.load(Target + start + columns, mask=real, other=float("-inf"))
+        p, q_full = tl.exp(z - lse), tl.exp(t - lse_full)
+        label_dot += tl.sum(tl.where(real, tl.exp(t - lse_draft) * z, 0.0), 0)
+        alpha += tl.sum(tl.minimum(p, q_full), 0)
+        below_sum += tl.sum(tl.where(p < q_full, p, 0.0), 0)
+    tl.store(CrossEntropy + row, lse - label_dot)
+    tl.store(Alpha + row, alpha)
+    tl.store(Best + row, best)
+
+    if GRADIENT:
+        mix = tl.load(Mix)
+        for start in tl.range(0, vocab, BLOCK):
+            real = start + columns < vocab
+            z = tl.load(Logits + start + columns, mask=real, other=float("-inf"))
+            t = tl.load(Target + start + columns, mask=real, other=float("-inf"))
+            p = tl.exp(z - lse)
+            towards_label = p - tl.exp(t - lse_draft)
+            if MODE == 0:
+                d = towards_label
+            else:
+                d_alpha = p * (tl.where(p < tl.exp(t - lse_full), 1.0, 0.0) - below_sum)
+                if MODE == 1:  # noqa: SIM108 (a constexpr branch, not a value)
+                    d = -d_alpha / alpha
+                else:
+                    d = mix * towards_label - (1 - mix) * d_alpha
+            tl.store(DLogits + row * vocab + start + columns, (d * weight).to(DLogits.dtype.element_ty), mask=real)
+
+
+def row_losses(
+    logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor, kind: str, mix: Tensor | None,
+    weight: float, d_logits: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(cross-entropy, alpha, argmax) of each row, each [n]; ``d_logits`` [n, Vd], if given, receives weight * d loss / d logits.
+
+    logits float32 [n, Vd]; target_logits float32 [M, Vd], of which row i is taught by ``target_row[i]``; lse_draft and
+    lse_full float32 [M], of the target logits over the draft and the full vocabulary.
+    """
+    n, vocab = logits.shape
+    cross_entropy, alpha = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
+    best = torch.empty(n, dtype=torch.int64, device=logits.device)
+    mix = torch.ones((), dtype=torch.float32, device=logits.device) if mix is None else mix.float()
+    _row_kernel[(n,)](
+        logits, target_logits, target_row, lse_draft, lse_full, mix, weight, cross_entropy, alpha, best,
+        logits if d_logits is None else d_logits, vocab, MODES[kind], d_logits is not None, BLOCK, num_warps=8,
+    )  # fmt: skip
+    return cross_entropy, alpha, best

@@ -1,0 +1,75 @@
+"""The draft's elementwise work: plain PyTorch, and one Triton kernel each way where a GPU would otherwise move float32 copies.
+
+``rope`` and ``swiglu`` pick by device and type; both versions compute in float32 (float64 for float64) and round once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32 at least, returned in the type of x
+    (arXiv:1910.07467). PyTorch's own: one kernel each way on a GPU, which keeps x and one number a row."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The reference for ``rope``."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def swiglu_plain(gate: Tensor, up: Tensor) -> Tensor:
+    """The reference for ``swiglu``."""
+    return F.silu(gate) * up
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [M, heads, d] by float32 angles given as cos and sin [M, 1, d/2], pairs (i, i + d/2)."""
+    return _Rope.apply(x, cos, sin) if _fused(x) else rotate_plain(x, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [M, I] (arXiv:2002.05202). Keeps gate and up for the backward, nothing else."""
+    return _SwiGLU.apply(gate, up) if _fused(gate) else swiglu_plain(gate, up)
+
+
+def _fused(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation's transpose is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        from eagle_ds.model.elementwise_triton import rotate
+
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        from eagle_ds.model.elementwise_triton import rotate
+
+        return rotate(grad, *ctx.saved_tensors, back=True), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        from eagle_ds.model.elementwise_triton import swiglu_forward
+
+        ctx.save_for_backward(gate, up)
+        return swiglu_forward(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        from eagle_ds.model.elementwise_triton import swiglu_backward
+
+        return swiglu_backward(grad, *ctx.saved_tensors)
