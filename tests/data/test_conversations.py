@@ -1,0 +1,60 @@
+"""Every line of a conversation file becomes a sample, a counted skip, or a complaint that names the line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from eagle_ds.data.chat import ChatEncoder
+from eagle_ds.data.conversations import ConversationFile, encode_conversations
+from tests.targets import byte_tokenizer
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n", encoding="utf-8")
+    return path
+
+
+def encoder() -> ChatEncoder:
+    return ChatEncoder(byte_tokenizer("chatml"), 4096)
+
+
+def test_samples_come_in_the_order_of_the_file(tmp_path):
+    path = write(tmp_path, {"id": "b", **CHAT}, "", {"id": "a", **CHAT}, {"text": "plain"})
+    assert [sample.id for sample in encode_conversations(path, encoder())][:2] == ["b", "a"]
+
+
+def test_a_record_is_found_again_by_its_offset(tmp_path):
+    file = ConversationFile(write(tmp_path, {"id": "ä", **CHAT}, "  ", {"id": "b", **CHAT}))
+    for offset, record in file.records():
+        assert file.read(offset) == record
+
+
+def test_repeated_lines_are_counted_and_skipped(tmp_path):
+    chat_encoder = encoder()
+    assert len(list(encode_conversations(write(tmp_path, CHAT, CHAT), chat_encoder))) == 1
+    assert chat_encoder.stats.duplicates == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ([CHAT, "{broken"], "line 2: not valid JSON"),
+        ([CHAT, "[1]"], "line 2: expected a JSON object, found list"),
+        ([CHAT, "", {"messages": []}], "line 3: expected"),
+        ([{"id": "x", **CHAT}, {"id": "x", "text": "other"}], "line 2: id x was used above"),
+        ([{"messages": CHAT["messages"][:1]}], "nothing to train on"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_line(tmp_path, lines, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        list(encode_conversations(write(tmp_path, *lines), encoder()))
+
+
+def test_a_missing_file_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        ConversationFile(tmp_path / "none.jsonl")
