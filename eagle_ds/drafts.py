@@ -30,7 +30,7 @@ from eagle_ds.target import TargetFacts
 
 log = logging.getLogger(__name__)
 
-ARCH_FILE, STATE_FILE, VOCAB_FILE = "arch.json", "draft_state.safetensors", "vocab.safetensors"
+ARCH_FILE, STATE_FILE, VOCAB_FILE, RECIPE_FILE = "arch.json", "draft_state.safetensors", "vocab.safetensors", "recipe.json"
 NORM_PLUS_ONE = ("gemma",)  # families whose norms multiply by 1 + weight
 ROPE_FIELDS = ("rope_theta", "rope_scaling")
 OWN_FIELDS = ("rms_norm_eps", "fc_norm", "norm_output", "norm_before_fc", *ROPE_FIELDS)  # a draft brings these; the rest must agree
@@ -103,12 +103,18 @@ def load_checkpoint(folder: Path) -> DraftOnDisk:
     return DraftOnDisk(state, arch, vocab, folder, recipe.target.aux_ids if recipe else None)
 
 
-def recipe_of(checkpoint: Path) -> Recipe | None:
-    """The resolved recipe of the run that ``checkpoint`` lies in, None outside a run."""
-    for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
-        if (folder / "recipe.json").is_file():
-            return load_recipe(folder / "recipe.json")
+def run_of(folder: Path) -> Path | None:
+    """The run folder that a checkpoint or an export lies in (or that ``folder`` is), None outside a run."""
+    for candidate in (folder, folder.parent, folder.parent.parent):
+        if (candidate / RECIPE_FILE).is_file():
+            return candidate
     return None
+
+
+def recipe_of(folder: Path) -> Recipe | None:
+    """The resolved recipe of the run that ``folder`` lies in, None outside a run."""
+    run_dir = run_of(folder)
+    return load_recipe(run_dir / RECIPE_FILE) if run_dir else None
 
 
 def load_served_draft(folder: str | Path) -> tuple[dict[str, Tensor], DraftArch, VocabMap]:

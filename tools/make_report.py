@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Write the report of a run: runs/NAME/report.html, one file with its pictures inside.
+
+    tools/make_report.py runs/smollm2_cpu
+
+Loss, accuracy and acceptance curves, acceptance length before and after (if tools/eval_acceptance.py has measured it),
+throughput, data wait, memory, the resolved recipe, and the commands that serve the draft with SGLang and vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder")
+    args = parser.parse_args()
+
+    from eagle_ds.report import write_report
+
+    try:
+        print(write_report(args.run))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
