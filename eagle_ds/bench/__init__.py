@@ -1,0 +1,1 @@
+"""Measurements that the documentation quotes; nothing else imports this."""
