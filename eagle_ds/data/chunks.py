@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import h5py
 import numpy as np
 
-from eagle_ds.data.format import CHUNK_ROWS, Header, filters
+from eagle_ds.data.format import CHUNK_ROWS, Header, crc32_name, filters, read_small
 from eagle_ds.data.manifest import StoreError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ class ChunkIndex:
 
     offsets: np.ndarray  # int64
     sizes: np.ndarray  # int64
+    crc32s: np.ndarray | None  # uint32, of the inflated planes
     chunk_rows: int
 
 
@@ -46,6 +47,7 @@ class ChunkJob:
     layer: int
     offset: int
     size: int
+    crc32: int | None
     pieces: list[Piece]
 
     @property
@@ -76,17 +78,32 @@ def chunk_index(dataset: h5py.Dataset, header: Header) -> ChunkIndex | None:
     if not sizes.all():
         row, layer = np.argwhere(sizes == 0)[0].tolist()
         raise StoreError(f"{name} rows from {row * chunk_rows}, layer {layer}: never written; write this sample again")
-    return ChunkIndex(offsets, sizes, chunk_rows)
+    return ChunkIndex(offsets, sizes, _crc32s(dataset, grid), chunk_rows)
 
 
 def plan_reads(index: ChunkIndex, ranges: Sequence[RowRange]) -> list[list[ChunkJob]]:
     """Each chunk that holds wanted rows, once, in batches that touch one another in the file."""
     jobs = [
-        ChunkJob(chunk, layer, int(index.offsets[chunk, layer]), int(index.sizes[chunk, layer]), pieces)
+        _job(index, chunk, layer, pieces)
         for chunk, pieces in _pieces(ranges, index.chunk_rows).items()
         for layer in range(index.offsets.shape[1])
     ]
     return list(_batches(sorted(jobs, key=lambda job: job.offset)))
+
+
+def _crc32s(dataset: h5py.Dataset, grid: tuple[int, int]) -> np.ndarray | None:
+    name = crc32_name(dataset.name[1:])
+    if name not in dataset.file:
+        return None
+    crc32s = read_small(dataset.file[name])
+    if crc32s.shape != grid:
+        raise StoreError(f"{name} has shape {list(crc32s.shape)}, expected {list(grid)}; write this sample again")
+    return crc32s
+
+
+def _job(index: ChunkIndex, chunk: int, layer: int, pieces: list[Piece]) -> ChunkJob:
+    crc32 = None if index.crc32s is None else int(index.crc32s[chunk, layer])
+    return ChunkJob(chunk, layer, int(index.offsets[chunk, layer]), int(index.sizes[chunk, layer]), crc32, pieces)
 
 
 def _pieces(ranges: Sequence[RowRange], chunk_rows: int) -> dict[int, list[Piece]]:
@@ -94,7 +111,7 @@ def _pieces(ranges: Sequence[RowRange], chunk_rows: int) -> dict[int, list[Piece
     pieces: dict[int, list[Piece]] = {}
     out_row = 0
     for start, stop in ranges:
-        for row in range(start - start % chunk_rows, stop, chunk_rows):
+        for row in range(start - start % chunk_rows, stop if stop > start else 0, chunk_rows):
             piece = Piece(max(start - row, 0), min(stop - row, chunk_rows), out_row)
             pieces.setdefault(row // chunk_rows, []).append(piece)
             out_row += piece.stop - piece.start

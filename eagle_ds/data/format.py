@@ -1,12 +1,15 @@
 """What a sample's HDF5 file looks like, schema 1: types, datasets, filters and header, and the checks on opening one.
 
 Every byte that a reader relies on lies under a checksum: object headers and the chunk index under HDF5's own (libver
-v110), the datasets under their zlib streams' adler32. So header strings have a fixed length (HDF5 keeps variable ones in
-an unchecked heap) and even the small datasets are chunked and gzip-filtered.
+v110), the datasets under their zlib streams' adler32, which any reader checks, and a crc32, which ours does (why: see
+data/codec.py). So header strings have a fixed length (HDF5 keeps variable ones in an unchecked heap) and even the small
+datasets are chunked and gzip-filtered. The crc32 of a small dataset is its attribute; those of a wide one's chunks are a small
+dataset of their own, uint32 [chunks of rows, layers]. A file without them (made by other means) is read all the same.
 """
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -20,6 +23,7 @@ from eagle_ds.data.manifest import StoreError, StoreFacts
 SCHEMA = 1
 CHUNK_ROWS = 64
 SMALL_CHUNK = 65_536
+CRC32 = "crc32"
 WIDE_NAMES = ("aux_hidden_state", "hidden_state")
 SMALL_DTYPES = {"input_ids": np.int32, "loss_mask": np.uint8, "target_token_id": np.int32, "target_logsumexp": np.float32}
 OPTIONAL_NAMES = ("target_token_id", "target_logsumexp")
@@ -126,12 +130,11 @@ def create_wide(file: h5py.File, name: str, num_tokens: int, width: int, facts: 
     return h5py.h5d.create(file.id, name.encode(), storage_type(facts.dtype), space, dcpl=plist)
 
 
-def write_small(file: h5py.File, sample: Sample) -> None:
-    """The datasets of one number a token."""
-    for name in SMALL_DTYPES:
-        if (tensor := getattr(sample, name)) is not None:
-            chunk = (min(SMALL_CHUNK, sample.num_tokens),)
-            file.create_dataset(name, data=tensor.numpy(), chunks=chunk, shuffle=True, compression="gzip", compression_opts=4)
+def write_small(file: h5py.File, name: str, values: np.ndarray) -> None:
+    """A dataset under HDF5's own gzip, and its crc32."""
+    chunk = (min(SMALL_CHUNK, len(values)), *values.shape[1:])
+    dataset = file.create_dataset(name, data=values, chunks=chunk, shuffle=True, compression="gzip", compression_opts=4)
+    dataset.attrs[CRC32] = np.uint32(zlib.crc32(values.tobytes()))
 
 
 def write_header(file: h5py.File, sample: Sample, facts: StoreFacts) -> None:
@@ -187,15 +190,23 @@ def check_datasets(file: h5py.File, header: Header) -> None:
             raise StoreError(f"{name} has another type than {header.dtype if name in width else SMALL_DTYPES[name].__name__}")
 
 
-def read_small(dataset: h5py.Dataset) -> torch.Tensor:
-    """A whole small dataset; every chunk must lie under a gzip stream's checksum."""
-    name = dataset.name[1:]
+def read_small(dataset: h5py.Dataset) -> np.ndarray:
+    """A whole small dataset, checked."""
+    name, stored_crc32 = dataset.name[1:], dataset.attrs.get(CRC32)
     if h5py.h5z.FILTER_DEFLATE not in filters(dataset):
         raise StoreError(f"{name} is not gzip-filtered, so nothing guards its bytes; write this sample again")
     try:
-        return torch.from_numpy(dataset[()])
+        values = dataset[()]
     except OSError as error:
         raise StoreError(f"{name} is damaged ({error}); write this sample again") from error
+    if stored_crc32 is not None and zlib.crc32(values.tobytes()) != stored_crc32:
+        raise StoreError(f"{name} is damaged (its crc32 is not the one that was stored with it); write this sample again")
+    return values
+
+
+def crc32_name(name: str) -> str:
+    """The dataset that holds the crc32 of a wide dataset's chunks."""
+    return f"{name}_{CRC32}"
 
 
 def filters(dataset: h5py.Dataset) -> list[int]:

@@ -143,7 +143,7 @@ class SampleReader:
             header = read_header(file)
             check_datasets(file, header)
             wide = {name: chunk_index(file[name], header) for name in WIDE_NAMES}
-            small = {name: read_small(file[name]) for name in SMALL_DTYPES if name in file}
+            small = {name: torch.from_numpy(read_small(file[name])) for name in SMALL_DTYPES if name in file}
             stored_bytes = sum(file[name].id.get_storage_size() for name in small)
         self._check_identity(header, small["loss_mask"])
         used = sum(tensor.nbytes for tensor in small.values())
@@ -183,7 +183,7 @@ class SampleReader:
         for job in batch:
             try:
                 stream = block[job.offset - begin : job.end - begin]
-                planes = inflate(stream, chunk_bytes).reshape(out.itemsize, index.chunk_rows, width)
+                planes = inflate(stream, chunk_bytes, job.crc32).reshape(out.itemsize, index.chunk_rows, width)
             except DamagedChunk as error:
                 first = job.chunk * index.chunk_rows
                 last = min(first + index.chunk_rows, opened.header.num_tokens)

@@ -23,8 +23,20 @@ from typing import TextIO
 import h5py
 import numpy as np
 
-from eagle_ds.data.codec import encode_chunk
-from eagle_ds.data.format import CHUNK_ROWS, WIDE_NAMES, Sample, check_sample, create_file, create_wide, raw_view, write_header, write_small
+from eagle_ds.data.codec import Encoded, encode
+from eagle_ds.data.format import (
+    CHUNK_ROWS,
+    SMALL_DTYPES,
+    WIDE_NAMES,
+    Sample,
+    check_sample,
+    crc32_name,
+    create_file,
+    create_wide,
+    raw_view,
+    write_header,
+    write_small,
+)
 from eagle_ds.data.manifest import (
     FACTS_NAME,
     MANIFEST_NAME,
@@ -40,6 +52,8 @@ from eagle_ds.data.manifest import (
     write_facts,
 )
 from eagle_ds.data.sink import DiskSink
+
+Offset = tuple[int, int]  # first row and column of a chunk
 
 
 class SampleFiles:
@@ -66,7 +80,9 @@ class SampleFiles:
                 with create_file(sink) as file:
                     for name in WIDE_NAMES:
                         self._write_wide(file, sink, name, raw_view(getattr(sample, name)))
-                    write_small(file, sample)
+                    for name in SMALL_DTYPES:
+                        if (tensor := getattr(sample, name)) is not None:
+                            write_small(file, name, tensor.numpy())
                     write_header(file, sample, self.facts)
                 num_bytes = sink.sync()
             _rename(temporary, self.root / path)
@@ -78,18 +94,21 @@ class SampleFiles:
     def _write_wide(self, file: h5py.File, sink: DiskSink, name: str, rows: np.ndarray) -> None:
         """Write chunks in file order: row by row, so that a range of rows is one stretch of the file."""
         dataset = create_wide(file, name, *rows.shape, self.facts)
-        for offset, stream in self._encoded(rows):
-            dataset.write_direct_chunk(offset, stream)
+        crc32s = []
+        for offset, chunk in self._encoded(rows):
+            dataset.write_direct_chunk(offset, chunk.stream)
+            crc32s.append(chunk.crc32)
             sink.check()
+        write_small(file, crc32_name(name), np.array(crc32s, np.uint32).reshape(-1, rows.shape[1] // self.facts.hidden_size))
 
-    def _encoded(self, rows: np.ndarray) -> Iterator[tuple[tuple[int, int], bytes]]:
+    def _encoded(self, rows: np.ndarray) -> Iterator[tuple[Offset, Encoded]]:
         """Each chunk's place and stream; the worker threads are a window ahead of the consumer."""
         chunk_rows, width = min(CHUNK_ROWS, len(rows)), self.facts.hidden_size
-        pending: deque[tuple[tuple[int, int], Future[bytes]]] = deque()
+        pending: deque[tuple[Offset, Future[Encoded]]] = deque()
         for row in range(0, len(rows), chunk_rows):
             for column in range(0, rows.shape[1], width):
                 chunk = rows[row : row + chunk_rows, column : column + width]
-                pending.append(((row, column), self._encoders.submit(encode_chunk, chunk, chunk_rows)))
+                pending.append(((row, column), self._encoders.submit(encode, chunk, chunk_rows)))
                 if len(pending) > self._window:
                     yield _finished(pending)
         while pending:
@@ -182,9 +201,9 @@ class StoreWriter:
                 raise
 
 
-def _finished(pending: deque[tuple[tuple[int, int], Future[bytes]]]) -> tuple[tuple[int, int], bytes]:
-    offset, stream = pending.popleft()
-    return offset, stream.result()
+def _finished(pending: deque[tuple[Offset, Future[Encoded]]]) -> tuple[Offset, Encoded]:
+    offset, chunk = pending.popleft()
+    return offset, chunk.result()
 
 
 def _lock_store(root: Path) -> TextIO:
