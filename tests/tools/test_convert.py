@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
-from eagle_ds.data.importers import Completer, Reason, iter_source
+from eagle_ds.data.importers import Completer, Reason, iter_source, masks
 from eagle_ds.data.importers.work import Job, Outcome, Worker, run_jobs
 from eagle_ds.data.store import Store, StoreFacts, StoreWriter
 from eagle_ds.data.writer import SampleFiles
@@ -155,10 +155,11 @@ def capture_like_speculators(target: Path, root: Path, chats: Path) -> dict[int,
     return truth
 
 
-def test_speculators_files_get_the_targets_norm_mask_and_token(tmp_path: Path, run, target: Path) -> None:
+def test_speculators_files_get_the_targets_norm_mask_and_token(tmp_path: Path, run, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "BATCH_LINES", 2)
     chats = write_conversations(tmp_path / "chats.jsonl", CHATS)
     truth = capture_like_speculators(target, tmp_path / "src", chats)
-    flags = ["--target", target, "--dataset", chats, "--aux-layer-ids", "1,3,4"]
+    flags = ["--target", target, "--dataset", chats, "--aux-layer-ids", "1,3,4", "--workers", "2"]
     assert run(tmp_path / "src", tmp_path / "dst", *flags) == 0
     for number, expected in truth.items():
         assert_same(stored(tmp_path / "dst", f"hs_{number}"), expected["made"])

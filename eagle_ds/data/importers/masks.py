@@ -10,16 +10,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
-from eagle_ds.data.conversations import ConversationFile, require_samples
+from eagle_ds.data.conversations import ConversationFile
 
 logger = logging.getLogger(__name__)
+
+BATCH_LINES = 256
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,22 @@ class ConversationMasks:
     offsets: np.ndarray = field(repr=False)  # int64, byte offset of the conversation's line
 
     @classmethod
-    def index(cls, path: Path, tokenizer: Path, max_length: int, progress: Callable[[int], None] | None = None) -> ConversationMasks:
+    def index(cls, path: Path, tokenizer: Path, max_length: int, workers: int = 1) -> ConversationMasks:
         """Encode every conversation once. Raises ValueError for a malformed line or a file with nothing to train on."""
-        encoder = _encoder(tokenizer, max_length)
-        keys, offsets = [], []
-        for offset, encoded in ConversationFile(path).encode(encoder):
-            keys.append(_key(encoded.input_ids))
-            offsets.append(offset)
-            if progress is not None:
-                progress(len(keys))
-        require_samples(path, encoder.stats)
-        order = np.argsort(np.array(keys, np.uint64), kind="stable")
-        return cls(path, tokenizer, max_length, np.array(keys, np.uint64)[order], np.array(offsets, np.int64)[order])
+        file = ConversationFile(path)
+        lines = [(offset, file.line_numbers[offset]) for offset, _ in file.records()]
+        batches = [lines[start : start + BATCH_LINES] for start in range(0, len(lines), BATCH_LINES)]
+        encode = functools.partial(_keys_of, path, tokenizer, max_length)
+        if workers == 1 or len(batches) == 1:
+            found = [pair for batch in batches for pair in encode(batch)]
+        else:
+            with ProcessPoolExecutor(workers, get_context("forkserver")) as pool:
+                found = [pair for pairs in pool.map(encode, batches) for pair in pairs]
+        if not found:
+            raise ValueError(f"{path} has no conversation with an answer in it; give the one that the hidden states were captured from")
+        logger.info("%d of %d conversations in %s have a loss mask", len(found), len(lines), path)
+        pairs = np.array(sorted(found), np.uint64)
+        return cls(path, tokenizer, max_length, pairs[:, 0].copy(), pairs[:, 1].astype(np.int64))
 
     def find(self, input_ids: np.ndarray) -> np.ndarray | None:
         """The loss mask, uint8 [S], of the conversation with exactly these tokens, else None."""
@@ -59,6 +66,19 @@ class ConversationMasks:
 
 def _key(input_ids: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(input_ids.astype(np.int32).tobytes(), digest_size=8).digest(), "little")
+
+
+def _keys_of(path: Path, tokenizer: Path, max_length: int, lines: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(key, byte offset) of each conversation, given as (byte offset, line number), that has a mask."""
+    file, encoder, found = ConversationFile(path), _encoder(tokenizer, max_length), []
+    for offset, number in lines:
+        try:
+            encoded = encoder.encode(file.read(offset))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        if encoded is not None:
+            found.append((_key(encoded.input_ids), offset))
+    return found
 
 
 @functools.cache

@@ -85,7 +85,7 @@ def index_masks(options: ConvertOptions) -> ConversationMasks | None:
         return None
     logger.info("indexing the conversations of %s", options.dataset)
     folder = resolve_target(options.target, options.revision, weights=False)
-    return ConversationMasks.index(options.dataset, folder, options.max_length)
+    return ConversationMasks.index(options.dataset, folder, options.max_length, options.workers)
 
 
 def _facts(options: ConvertOptions, survey: Survey, existing: StoreFacts | None, folder: Path | None) -> StoreFacts:
