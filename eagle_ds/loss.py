@@ -116,6 +116,8 @@ def head_loss(
 
     Differentiable in states, norm_weight and weight. Collective for the ``lambda`` loss alone.
     """
+    if not torch.is_grad_enabled():  # a Function still sees parameters as wanting gradients
+        norm_weight, weight = norm_weight.detach(), weight.detach()
     mix = None
     if settings.kind == "lambda":
         assert settings.alpha_mean is not None
