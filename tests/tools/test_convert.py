@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,11 +157,10 @@ def capture_like_speculators(target: Path, root: Path, chats: Path) -> dict[int,
     return truth
 
 
-def test_speculators_files_get_the_targets_norm_mask_and_token(tmp_path: Path, run, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "BATCH_LINES", 2)
+def test_speculators_files_get_the_targets_norm_mask_and_token(tmp_path: Path, run, target: Path) -> None:
     chats = write_conversations(tmp_path / "chats.jsonl", CHATS)
     truth = capture_like_speculators(target, tmp_path / "src", chats)
-    flags = ["--target", target, "--dataset", chats, "--aux-layer-ids", "1,3,4", "--workers", "2"]
+    flags = ["--target", target, "--dataset", chats, "--aux-layer-ids", "1,3,4"]
     assert run(tmp_path / "src", tmp_path / "dst", *flags) == 0
     for number, expected in truth.items():
         assert_same(stored(tmp_path / "dst", f"hs_{number}"), expected["made"])
@@ -170,6 +171,18 @@ def test_speculators_files_get_the_targets_norm_mask_and_token(tmp_path: Path, r
         torch.testing.assert_close(reader.read_small("target_logsumexp"), torch.logsumexp(expected["logits"], -1))
     facts = store.facts
     assert facts.target_hash and facts.tokenizer_hash and facts.head_size == VOCAB
+
+
+def test_conversations_are_indexed_alike_by_any_number_of_workers(tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chats = write_conversations(tmp_path / "chats.jsonl", CHATS * 3)
+    alone = masks.ConversationMasks.index(chats, target, 4096)
+    monkeypatch.setattr(masks, "BATCH_LINES", 2)
+    monkeypatch.setattr(masks, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    together = masks.ConversationMasks.index(chats, target, 4096, workers=3)
+    assert np.array_equal(alone.keys, together.keys) and np.array_equal(alone.offsets, together.offsets) and len(alone.keys) == 9
+    chats.write_text(chats.read_text() + '{"id": "x", "messages": [{"content": "no role"}]}\n')
+    with pytest.raises(ValueError, match=r"chats.jsonl, line 10: a message has the keys"):
+        masks.ConversationMasks.index(chats, target, 4096, workers=3)
 
 
 def test_a_sample_that_no_conversation_renders_to_is_rejected(tmp_path: Path, run, target: Path) -> None:
