@@ -8,6 +8,7 @@ states came near the target's own would already predict its tokens, which a rand
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ class HeadLabeler:
     def __init__(self, target: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.target, self.device, self.dtype = target, device, dtype
         self._head: Tensor | None = None
+        self._lock = threading.Lock()  # training reads ahead while an evaluation reads
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +96,9 @@ class HeadLabeler:
             return self._label(hidden)
 
     def _label(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        if self._head is None:
-            logger.info("the store lacks label facts: they are made with the target's whole head while reading")
-            self._head = load_target_weights(self.target, ("lm_head",))["lm_head"].to(self.device, self.dtype)
+        with self._lock:
+            if self._head is None:
+                logger.info("the store lacks label facts: they are made with the target's whole head while reading")
+                self._head = load_target_weights(self.target, ("lm_head",))["lm_head"].to(self.device, self.dtype)
         token, logsumexp = label_facts(hidden.to(self.device, self.dtype), self._head)
         return token.cpu(), logsumexp.float().cpu()

@@ -42,11 +42,7 @@ class RunLog:
     def evaluation(self, line: dict[str, Any]) -> None:
         """One evaluation."""
         self._append(EVAL_LOG, line)
-        real = f", real {line['accept_length']:.3f}" if "accept_length" in line else ""
-        logger.info(
-            "step %d held out: loss %.4f, kl %.4f, accuracy %s, acceptance length %.3f simulated%s",
-            *(line["step"], line["loss"], line["kl"], _percent(line["accuracy"]), line["simulated_length"], real),
-        )
+        logger.info("%s", describe_evaluation(line))
         self._monitor("eval", line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
@@ -65,6 +61,17 @@ def describe_step(line: dict[str, Any], total_steps: int) -> str:
         f"length {line['simulated_length']:.2f}  lr {line['lr']:.2e}  norm {line['grad_norm']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  "
         f"{line['step_s']:.2f} s (data wait {line['data_wait_s']:.2f})  {line['peak_gib']:.1f} GiB"
     )
+
+
+def describe_evaluation(line: dict[str, Any]) -> str:
+    """The terminal's line of an evaluation: on held-out features, by real decoding, or both."""
+    parts = []
+    if "loss" in line:
+        parts += [f"loss {line['loss']:.4f}", f"kl {line['kl']:.4f}", f"accuracy {_percent(line['accuracy'])}"]
+        parts.append(f"acceptance length {line['simulated_length']:.3f} simulated")
+    if "accept_length" in line:
+        parts.append(f"acceptance length {line['accept_length']:.3f} in real decoding")
+    return f"step {line['step']} held out: {', '.join(parts)}"
 
 
 def scalars(line: dict[str, Any]) -> list[tuple[str, float]]:

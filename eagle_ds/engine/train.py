@@ -7,12 +7,15 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from deepspeed import comm as dist
+
 from eagle_ds.config import Recipe
 from eagle_ds.data.dataset import PlanSettings, RankDataset
 from eagle_ds.data.sampler import Sampler
+from eagle_ds.drafts import DraftOnDisk
 from eagle_ds.ds_config import deepspeed_config, read_ds_json
 from eagle_ds.engine.build import Trainable, build
-from eagle_ds.engine.checkpoint import Best, Checkpoints, RunState
+from eagle_ds.engine.checkpoint import Best, Checkpoints, RunState, full_state
 from eagle_ds.engine.evaluate import Evaluator
 from eagle_ds.engine.feed import Feed
 from eagle_ds.engine.inputs import Inputs, OpenStore, open_inputs
@@ -33,6 +36,7 @@ def train(recipe: Recipe, local_rank: int) -> None:
 
     Raises ValueError, on every rank and with the same sentence, for anything that is wrong with recipe, files or data.
     """
+    joined_here = not dist.is_initialized()
     world = join_world(recipe.parallel, local_rank)
     world_size = world.topology.world_size
     config = world.agreement.together(lambda: deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world_size))
@@ -40,6 +44,8 @@ def train(recipe: Recipe, local_rank: int) -> None:
     resumed = world.agreement.together(lambda: find_resumable(recipe, inputs.train.store.manifest_hash, world_size))
     world.agreement.same({"checkpoint to resume from": resumed.step if resumed else None})
     Trainer(recipe, world, inputs, build(recipe, config, inputs, world)).run(resumed)
+    if joined_here:
+        dist.destroy_process_group()
 
 
 @dataclass
@@ -108,9 +114,10 @@ class Trainer:
 
     def _pause(self, done: int) -> bool:
         """Evaluate and save where that is due; whether it was."""
-        evaluates, saves = self._due(done, self.training.eval_interval), self._due(done, self.training.save_interval)
+        decodes = self.training.acceptance_interval > 0 and self._due(done, self.training.acceptance_interval)
+        evaluates, saves = decodes or self._due(done, self.training.eval_interval), self._due(done, self.training.save_interval)
         if evaluates:
-            self._evaluate(done)
+            self._evaluate(done, decodes=decodes)
         if saves:
             self.checkpoints.save(self._state(done))
         return evaluates or saves
@@ -129,15 +136,30 @@ class Trainer:
         logger.info("resuming %s at step %d of %d", self.recipe.run_dir, state.step, self.total_steps)
         return state.step
 
-    def _evaluate(self, done: int) -> None:
-        if self.evaluator is None:
-            return
-        metrics = self.evaluator.run()
-        if self.log:
-            self.log.evaluation({"step": done, **metrics.as_dict()})
-        if done and (self.best is None or metrics.simulated_length > self.best.length):
-            self.best = Best(done, metrics.simulated_length)
+    def _evaluate(self, done: int, *, decodes: bool = False) -> None:
+        """On held-out features where there are some, and by real decoding if ``decodes``; keeps the draft if it is the best."""
+        line: dict[str, Any] = {}
+        if self.evaluator is not None:
+            line |= self.evaluator.run().as_dict()
+        if decodes:
+            line |= self._decode()
+        if line and self.log:
+            self.log.evaluation({"step": done, **line})
+        length = line.get("accept_length" if self.training.best_by == "acceptance" else "simulated_length")
+        if done and length is not None and (self.best is None or length > self.best.length):
+            self.best = Best(done, length)
             self.checkpoints.save_best()
+
+    def _decode(self) -> dict[str, Any]:
+        """Real speculative decoding of a few held-out prompts on rank 0, while the others wait."""
+        from eagle_ds.acceptance import measure_during_training  # needs transformers, which training alone does not
+
+        tensors = full_state(self.trainable.engine)
+        draft = DraftOnDisk(tensors, self.checkpoints.arch, self.checkpoints.vocab, self.recipe.run_dir, self.recipe.target.aux_ids)
+        found = self.world.agreement.together(
+            lambda: measure_during_training(self.recipe, draft, self.world.device) if self.world.is_first else {}
+        )
+        return self.world.agreement.gather_objects(found)[0]
 
     def _log(self, outcome: StepOutcome, done: int, rate: float, pace: Pace) -> None:
         metrics = metrics_of(sum_over_ranks(outcome.sums, self.world.topology.world_size), self.step.decay, outcome.positions)

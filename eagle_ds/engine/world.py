@@ -13,7 +13,6 @@ from eagle_ds.config import ParallelConfig
 from eagle_ds.engine.agreement import Agreement
 from eagle_ds.parallel.topology import ProcessGroups, Topology, make_groups
 
-
 SHM_OP = "deepspeed_shm_comm"
 """DeepSpeed compiles it on CPU at start (a minute of g++, and a killed compilation leaves a lock that hangs the next start),
 but only its ``inference_all_reduce`` uses it. Marked incompatible it is neither built nor missed."""
