@@ -43,6 +43,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     how.add_argument("--batch-tokens", type=int, help="tokens of short samples computed together")
     how.add_argument("--chunk-tokens", type=int, help="longest piece of a sample computed at once")
     how.add_argument("--limit", type=int, help="only the first so many samples of each file")
+    how.add_argument("--limit-eval", type=int, help="another limit for the held-out file")
     how.add_argument("--dry-run", action="store_true", help="print samples, bytes and hours, write nothing")
     return parser.parse_known_args(argv)
 
@@ -65,63 +66,95 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from eagle_ds.capture.run import plan_capture
 
-    for job in jobs(args, overrides):
+    recipe = read_recipe(args, overrides)
+    devices = devices_of(args.device)
+    for job in jobs(args, recipe):
         plan = plan_capture(job)
         print(f"{job.conversations} -> {job.store}: {plan.stats}; {plan.done} samples stored already, {len(plan.todo)} to do")
         if args.dry_run:
-            forecast(plan)
+            forecast(plan, len(devices))
         else:
-            execute(plan)
+            execute(plan, devices)
+    if recipe and not args.dry_run and args.split != "eval":
+        choose_vocabulary(recipe)
 
 
-def jobs(args: argparse.Namespace, overrides: list[str]) -> list:
-    """The captures asked for, checked against the target where a recipe states its sizes."""
+def read_recipe(args: argparse.Namespace, overrides: list[str]):
+    """The recipe, its sizes checked against the target; None where the capture is described by flags."""
+    if not args.recipe:
+        if overrides:
+            raise ValueError(f"unknown arguments {' '.join(overrides)}; dotted overrides need --recipe")
+        return None
+    from eagle_ds.capture.run import check_recipe_target
+    from eagle_ds.config import load_recipe
+
+    recipe = load_recipe(args.recipe, overrides)
+    check_recipe_target(recipe)
+    return recipe
+
+
+def devices_of(device: str) -> list[str]:
+    import torch
+
+    if device == "all":
+        if not torch.cuda.is_available():
+            raise ValueError("--device all needs GPUs and there are none; leave it out, or use --device cpu")
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return device.split(",")
+
+
+def jobs(args: argparse.Namespace, recipe) -> list:
+    """The captures asked for."""
     import torch
 
     from eagle_ds.capture.hf import ForwardLimits
-    from eagle_ds.capture.run import CaptureJob, check_recipe_target
+    from eagle_ds.capture.run import CaptureJob
 
-    usual = ForwardLimits.for_device(torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"))
+    on_gpu = torch.cuda.is_available() and not args.device.startswith("cpu")
+    usual = ForwardLimits.for_device(torch.device("cuda" if on_gpu else "cpu"))
     limits = ForwardLimits(args.batch_tokens or usual.batch_tokens, args.chunk_tokens or usual.chunk_tokens)
-    how = {"device": args.device, "attention": args.attention, "limits": limits, "limit_samples": args.limit}
-    if args.recipe:
-        from eagle_ds.config import load_recipe
-
-        recipe = load_recipe(args.recipe, overrides)
-        check_recipe_target(recipe)
-        splits = ["train", "eval"] if args.split == "both" else [args.split]
-        if args.split == "both" and not recipe.data.eval_store:
-            splits = ["train"]
-        return [CaptureJob.from_recipe(recipe, split, **how) for split in splits]
-    if overrides:
-        raise ValueError(f"unknown arguments {' '.join(overrides)}; dotted overrides need --recipe")
+    how = {"device": devices_of(args.device)[0], "attention": args.attention, "limits": limits}
+    limit = {"train": args.limit, "eval": args.limit if args.limit_eval is None else args.limit_eval}
+    if recipe:
+        splits = [args.split] if args.split != "both" else ["train", "eval"] if recipe.data.eval_store else ["train"]
+        return [CaptureJob.from_recipe(recipe, split, limit_samples=limit[split], **how) for split in splits]
     needed = ("target", "conversations", "store", "max_length")
     if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
         raise ValueError(f"give --recipe, or {', '.join(missing)} as well")
     layers = tuple(args.aux_layer_ids) if args.aux_layer_ids else None
     chosen = {name: getattr(args, name) for name in (*needed, "overlong", "dtype")}
-    return [CaptureJob(**chosen, aux_layer_ids=layers, **how)]
+    return [CaptureJob(**chosen, aux_layer_ids=layers, limit_samples=args.limit, **how)]
 
 
-def forecast(plan) -> None:
+def choose_vocabulary(recipe) -> None:
+    """Count the trained tokens and save the draft vocabulary beside them, so that training finds it there."""
+    from eagle_ds.data.store import Store
+    from eagle_ds.data.vocab import load_or_build, vocab_path
+
+    load_or_build(Store(recipe.data.store), recipe.draft.vocab_size)
+    print(f"{vocab_path(recipe.data.store, recipe.draft.vocab_size)}: draft vocabulary of {recipe.draft.vocab_size} tokens")
+
+
+def forecast(plan, processes: int) -> None:
     """What the capture will take on disk and in time, the latter from two timed passes of the target."""
     from eagle_ds.capture.run import probe_seconds
 
     stored, raw, free = (size / 1e9 for size in (plan.store_bytes, plan.raw_bytes, plan.free_bytes))
     print(f"  to write: {stored:.2f} GB ({raw:.2f} GB of states before encoding); free: {free:.1f} GB")
     if plan.todo:
-        seconds = probe_seconds(plan)
+        seconds = probe_seconds(plan) / processes
         rate = plan.tokens / seconds
         print(f"  to compute: {plan.tokens} tokens in about {seconds / 3600:.2f} hours at {rate:.0f} tokens/s on this machine")
 
 
-def execute(plan) -> None:
+def execute(plan, devices: list[str]) -> None:
     from tqdm import tqdm
 
+    from eagle_ds.capture.parallel import capture_on
     from eagle_ds.capture.run import capture
 
     with tqdm(total=plan.tokens, unit="tokens", unit_scale=True, smoothing=0.1) as bar:
-        count = capture(plan, bar.update)
+        count = capture(plan, bar.update) if len(devices) == 1 else capture_on(plan, devices, bar.update)
         rate = bar.n / max(bar.format_dict["elapsed"], 1e-9)
     print(f"{plan.job.store}: {count} samples written, {plan.done} were there, {rate:.0f} tokens/s")
 

@@ -1,0 +1,83 @@
+"""One capture on several devices: a process with its own copy of the target each, one store.
+
+The processes write sample files; the parent alone holds the store and enters them into its manifest. A target that does not
+fit one GPU is captured by one process with ``device="split"`` instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import queue
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from eagle_ds.capture.run import Plan, compute, disk_errors, load_states, require_space
+from eagle_ds.data.store import SampleEntry, StoreWriter
+from eagle_ds.data.writer import SampleFiles
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+
+
+def capture_on(plan: Plan, devices: Sequence[str], progress: Callable[[int], None] = lambda tokens: None) -> int:
+    """As :func:`eagle_ds.capture.run.capture`, with a process for each of ``devices``."""
+    require_space(plan)
+    with disk_errors(plan.job.store), StoreWriter(plan.job.store, plan.facts) as writer:
+        context = multiprocessing.get_context("spawn")
+        results = context.Queue()
+        shares = [share for share in shares_of(plan, devices) if share.todo]
+        threads = max(1, torch.get_num_threads() // len(devices))
+        workers = [context.Process(target=work, args=(share, os.getpid(), threads, results), daemon=True) for share in shares]
+        for worker in workers:
+            worker.start()
+        try:
+            for _ in plan.todo:
+                entry = _next(results, workers)
+                writer.register(entry)
+                progress(entry.num_tokens)
+        finally:
+            for worker in workers:
+                worker.terminate()
+                worker.join()
+    return len(plan.todo)
+
+
+def shares_of(plan: Plan, devices: Sequence[str]) -> list[Plan]:
+    """The plan dealt out: samples are sorted by length, so every share gets its part of the long ones."""
+    count = len(devices)
+    jobs = [dataclasses.replace(plan.job, device=device) for device in devices]
+    return [dataclasses.replace(plan, job=job, todo=plan.todo[i::count]) for i, job in enumerate(jobs)]
+
+
+def work(plan: Plan, parent: int, threads: int, results: Any) -> None:
+    """Body of a process: entries, or the exception that ended it, go into ``results``."""
+    torch.set_num_threads(threads)
+    try:
+        with SampleFiles(plan.job.store, plan.facts) as files:
+            for sample in compute(plan, load_states(plan)):
+                if os.getppid() != parent:  # the capture was killed; a new one may be at work on this store
+                    return
+                results.put(files.write(sample))
+    except (ValueError, OSError, RuntimeError) as error:
+        results.put(error)
+
+
+def _next(results: Any, workers: Sequence[multiprocessing.process.BaseProcess]) -> SampleEntry:
+    """The next entry; raises what a worker raised, or RuntimeError if one died without a word."""
+    while True:
+        dead = [worker for worker in workers if worker.exitcode not in (None, 0)]
+        try:
+            result = results.get(timeout=POLL_S)
+        except queue.Empty:
+            if dead:
+                raise RuntimeError(f"a capture process died with exit code {dead[0].exitcode} (killed for lack of memory?)") from None
+            continue
+        if isinstance(result, BaseException):
+            raise result
+        return result

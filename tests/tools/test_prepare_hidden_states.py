@@ -1,0 +1,88 @@
+"""The capture tool: a recipe or flags in, stores and a vocabulary out, one sentence where that cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eagle_ds.data.store import Store
+from tests.capture.test_run import contents
+from tests.targets import save_tiny_llama
+from tools.prepare_hidden_states import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def recipe(target, tmp_path) -> Path:
+    """smollm2_cpu, for the tiny target and a few conversations."""
+    for split, count in (("train", 5), ("eval", 3)):
+        with open(tmp_path / f"{split}.jsonl", "w") as stream:
+            for n in range(count):
+                chat = [{"role": "user", "content": "q" * (5 * n + 1)}, {"role": "assistant", "content": "answer " * (n + 1)}]
+                stream.write(json.dumps({"id": f"{split}{n}", "messages": chat}) + "\n")
+    settings = json.loads((ROOT / "recipes/smollm2_cpu.json").read_text())
+    settings["target"] |= {"model": str(target), "hidden_size": 32, "num_layers": 8, "vocab_size": 280}
+    settings["draft"] |= {"hidden_size": 32, "vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    settings["data"] |= {"conversations": str(tmp_path / "train.jsonl"), "eval_conversations": str(tmp_path / "eval.jsonl")}
+    settings["data"] |= {"store": str(tmp_path / "train_store"), "eval_store": str(tmp_path / "eval_store")}
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def test_a_recipe_fills_both_stores_and_chooses_the_vocabulary(recipe, tmp_path, capsys):
+    assert main(["--recipe", str(recipe), "--limit", "4", "--limit-eval", "2"]) == 0
+    assert len(Store(tmp_path / "train_store")) == 4 and len(Store(tmp_path / "eval_store")) == 2
+    assert (tmp_path / "train_store" / "vocab_64.safetensors").is_file()
+    assert main(["--recipe", str(recipe), "--split", "train"]) == 0
+    assert len(Store(tmp_path / "train_store")) == 5
+    assert "4 samples stored already, 1 to do" in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_bytes_and_hours_and_writes_nothing(recipe, tmp_path, capsys):
+    assert main(["--recipe", str(recipe), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "5 samples" in told and "to write: 0.00 GB" in told and "hours at" in told
+    assert not (tmp_path / "train_store").exists() and not (tmp_path / "eval_store").exists()
+
+
+def test_two_processes_write_the_store_that_one_writes(recipe, tmp_path):
+    flags = ["--recipe", str(recipe), "--split", "train", "--data.store"]
+    assert main([*flags, str(tmp_path / "one")]) == 0
+    assert main([*flags, str(tmp_path / "two"), "--device", "cpu,cpu"]) == 0
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        assert (one[name]["hidden_state"].float() - two[name]["hidden_state"].float()).abs().max() < 0.1
+
+
+def test_flags_do_without_a_recipe(target, recipe, tmp_path):
+    flags = ["--target", str(target), "--conversations", str(tmp_path / "eval.jsonl"), "--store", str(tmp_path / "s"), "--max-length", "64"]
+    assert main([*flags, "--dtype", "float32", "--aux-layer-ids", "0", "2", "5"]) == 0
+    assert Store(tmp_path / "s").facts.aux_layer_ids == (0, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "give --recipe, or --target, --conversations, --store, --max-length as well"),
+        (["--storr", "x"], "unknown arguments --storr x"),
+        (["--recipe", "RECIPE", "--target.hidden_size", "64", "--draft.hidden_size", "64"], "target.hidden_size=64 in the recipe"),
+        (["--recipe", "RECIPE", "--target.model", "models/none"], "is not a folder here"),
+        (["--recipe", "RECIPE", "--data.conversations", "none.jsonl"], "none.jsonl does not exist"),
+        (["--recipe", "RECIPE", "--device", "all"], "--device all needs GPUs"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_and_exit_code_1(recipe, tmp_path, capsys, arguments, complaint):
+    assert main([str(recipe) if argument == "RECIPE" else argument for argument in arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and complaint in error
+    assert not (tmp_path / "train_store").exists()
