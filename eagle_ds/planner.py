@@ -143,7 +143,7 @@ def predict_memory(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, 
     width = len(recipe.target.aux_ids) * recipe.target.hidden_size * step.aux_rows + recipe.target.hidden_size * step.target_rows
     draft = recipe.draft
     return {
-        "process": GIB * 6 // 10 if cpu else GIB * 3 // 2,  # Python, PyTorch, DeepSpeed | CUDA context, NCCL, workspaces
+        "process": GIB * 9 // 10 if cpu else GIB * 3 // 2,  # Python, PyTorch, DeepSpeed, allocator; CUDA context, NCCL
         **_model_bytes(recipe, ds_json, world_size, element),
         "hidden states (this sequence, next)": 2 * width * element,
         "K_0/V_0 and gradients": prefix_bytes(recipe, prefix_rows, element),
