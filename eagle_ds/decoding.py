@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from eagle_ds.capture.hf import decoder_layers
 from eagle_ds.data.vocab import VocabMap
 from eagle_ds.model.draft import Eagle3Draft
 
@@ -77,9 +78,8 @@ class CachedTarget:
         self.layers = tuple(layers)
         self.cache = self._new_cache()
         self._outputs: dict[int, Tensor] = {}
-        decoder = model.get_decoder()
-        for layer in self.layers:
-            decoder.layers[layer].register_forward_hook(self._keep(layer))
+        for layer, module in zip(self.layers, decoder_layers(model.get_decoder(), self.layers), strict=True):
+            module.register_forward_hook(self._keep(layer))
 
     @property
     def length(self) -> int:

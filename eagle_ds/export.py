@@ -79,6 +79,11 @@ def _check_servable(draft: DraftOnDisk, plan: ExportPlan) -> None:
         raise ValueError(f"the draft reads {arch.num_aux} target layers, but {list(plan.layers)} names {len(plan.layers)}")
     if draft.layer_outputs and tuple(draft.layer_outputs) != tuple(plan.layers):
         raise ValueError(f"the draft was trained on layers {list(draft.layer_outputs)}, not on {list(plan.layers)}; leave the layers out")
+    if arch.hidden_size % arch.num_attention_heads:
+        raise ValueError(
+            f"engines read config.json with transformers, which refuses a draft whose hidden_size {arch.hidden_size} is no multiple of its "
+            f"{arch.num_attention_heads} heads; train with another number of heads"
+        )
     if arch.attention_bias and not plan.vllm:
         raise ValueError("SGLang drops attention biases without a word; export with --vllm, or train with draft.attention_bias false")
     if plan.facts:

@@ -24,3 +24,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def embedded_target() -> Path:
+    """The embedded target, fetched once and kept where the demo keeps it."""
+    from eagle_ds.capture.embedded import DEFAULT_FOLDER, ensure_embedded_target
+
+    try:
+        return ensure_embedded_target(Path(__file__).resolve().parents[1] / DEFAULT_FOLDER)
+    except ValueError as error:
+        pytest.skip(f"no embedded target: {error}")
