@@ -156,7 +156,7 @@ def _files_text(recipe: Recipe, command: str) -> str:
         rows.append(("reads", store, state))
     if recipe.draft.init_from:
         rows.append(("reads", recipe.draft.init_from, "draft to start from"))
-    rows.append(("writes", Path(data.store) / f"vocab_{recipe.draft.vocab_size}.safetensors", "draft vocabulary, where it is not there yet"))
+    rows.append(("writes", Path(data.store) / f"vocab_{recipe.draft.vocab_size}.safetensors", "draft vocabulary, if it is not there yet"))
     for name, what in (
         ("recipe.json", "this recipe, resolved"),
         ("log.jsonl", "a line a step"),
