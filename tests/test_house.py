@@ -21,7 +21,7 @@ LAYERS = (
     {"data", "target"},
     {"parallel"},
     {"model"},
-    {"loss"},
+    {"loss", "loss_triton"},
     {"capture", "decoding", "drafts", "served", "served_check", "export", "acceptance", "figures", "report"},
     {"engine"},
     {"preflight", "plan", "launch", "bench"},
