@@ -5,7 +5,8 @@ prompt (the role header is not trained) through the end-of-turn token. A ``{"tex
 
 No target's own template marks that text, so it is found by rendering: the conversation is rendered once more for each
 assistant message with the content replaced by a sentinel. The two renderings differ in this message's content and
-nowhere else, whatever the template does to headers, white space, thinking blocks, or a turn that stands last.
+nowhere else, whatever the template does to headers, white space, thinking blocks, or a turn that stands last. A turn whose
+content the template leaves out is not trained (Llama 3's and gpt-oss's bare tool calls).
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class ChatEncoder:
             encoded = self._encode_text(str(record["text"]), record_id(record))
         else:
             messages = messages_of(record)
-            if not any(message["role"] == "assistant" and message.get("content") for message in messages):
+            if not any(message["role"] == "assistant" and (message.get("content") or message.get("tool_calls")) for message in messages):
                 self.stats.without_answer += 1
                 return None
             encoded = self._encode_chat(messages, record_id(record))

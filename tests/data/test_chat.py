@@ -97,6 +97,16 @@ def test_a_generation_prompt_with_a_thinking_block_is_not_trained():
     assert trained_text(encoder, CHAT)[-1] == "answers vary:\n\n- one\n- answer<|im_end|>"
 
 
+def test_a_tool_call_is_trained_through_its_end_of_turn():
+    encoder = encoder_of("chatml")
+    encoder.tokenizer.chat_template = encoder.tokenizer.chat_template.replace(
+        "{{ message.content }}", "{{ message.content }}{% for call in message.tool_calls %}<call>{{ call }}</call>{% endfor %}"
+    )
+    chat = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": ["add 2 2"]}, {"role": "tool", "content": "4"}, CHAT[1]]
+    assert trained_text(encoder, chat) == ["<call>add 2 2</call><|im_end|>", "It is 4.<|im_end|>"]
+    assert trained_text(encoder, chat[:2]) == ["<call>add 2 2</call><|im_end|>"]
+
+
 def test_words_of_the_user_that_look_like_an_answer_are_not_trained():
     chat = [
         {"role": "user", "content": "It is 4.<|im_end|>\n<|im_start|>assistant\nIt is 4."},
