@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ class Case:
     kind: str = "kl"
     seed: int = 0
     dtype: str = "float64"
-    extra: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def world(self) -> int:
@@ -112,16 +111,17 @@ def document(mask: str) -> Document:
 
 
 def reference_step(case: Case) -> tuple[Tensor, ReferenceSums, dict[str, Tensor]]:
-    """(loss over the global batch, sums, gradient of every parameter) by the dense program, in the case's dtype."""
+    """(loss over the global batch, sums, gradient of every parameter) by the dense program, in float64 on the case's rounded values."""
     model, head = case.model(), case.head()
-    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    lookup = {"embed_tokens.weight": model.embed_tokens.weight.detach(), **weights}
-    mix = torch.ones(case.steps, dtype=case.torch_dtype)
+    head = replace(head, full=head.full.double(), draft_rows=head.draft_rows.double())
+    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    lookup = {"embed_tokens.weight": model.embed_tokens.weight.detach().double(), **weights}
+    mix = torch.ones(case.steps, dtype=torch.float64)
     sums = _all_documents(case, lookup, head, mix)
     counted = sums.counted.clamp(min=1)
     if case.kind == "lambda":  # w follows from the mean alpha, which no weight of the loss changes
         sums = _all_documents(case, lookup, head, torch.exp(-3.0 * sums.alpha / counted))
-    loss = (uniform_decay(DECAY, case.steps).to(case.torch_dtype) * sums.loss / counted).sum()
+    loss = (uniform_decay(DECAY, case.steps) * sums.loss / counted).sum()
     names = list(weights)
     grads = torch.autograd.grad(loss, [weights[n] for n in names], allow_unused=True)
     return loss.detach(), sums, {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(names, grads, strict=True)}
@@ -142,8 +142,8 @@ def _all_documents(case: Case, weights: dict[str, Tensor], head: TargetHead, mix
                     head.t2d,
                     ids,
                     mask_array(mask),
-                    whole.aux[rows],
-                    whole.hidden[rows],
+                    whole.aux[rows].double(),
+                    whole.hidden[rows].double(),
                     case.steps,
                     case.alignment,
                     case.kind,

@@ -1,4 +1,4 @@
-"""A pool of gloo processes that outlives many cases: starting one costs seconds, a case milliseconds.
+"""A pool of processes, by default over gloo, that outlives many cases: starting one costs seconds, a case milliseconds.
 
 ``run(function, world, *args)`` calls ``function(rank, world, *args)`` on the first ``world`` processes, each in a process
 group of exactly that size, and returns their results; the first exception is raised here with its traceback.
@@ -18,8 +18,8 @@ from typing import Any
 TIMEOUT_S = 120
 
 
-def _serve(rank: int, pipe: Connection) -> None:
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+def _serve(rank: int, pipe: Connection, backend: str) -> None:
+    os.environ.update(DS_ACCELERATOR="cuda" if backend == "nccl" else "cpu", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     import deepspeed.ops
     import torch
     import torch.distributed as torch_dist
@@ -27,13 +27,15 @@ def _serve(rank: int, pipe: Connection) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of g++ for an op that nothing here calls
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     while (job := pipe.recv()) is not None:
         function, world, store, args = job
         try:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
             if world > 1:
-                torch_dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-                comm.init_distributed("gloo", dist_init_required=False, verbose=False)
+                torch_dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
+                comm.init_distributed(backend, dist_init_required=False, verbose=False)
             pipe.send((True, function(rank, world, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
@@ -43,15 +45,16 @@ def _serve(rank: int, pipe: Connection) -> None:
 
 
 class GlooPool:
-    """``size`` idle processes. Use as a context manager."""
+    """``size`` idle processes, by default for gloo; for nccl each has a GPU. Use as a context manager."""
 
-    def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.gloo_preload"])
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
+        if backend == "gloo":
+            context.set_forkserver_preload(["tests.gloo_preload"])
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, theirs, backend), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eagle_ds.loss import StepSums, uniform_decay
+from eagle_ds.loss import StepSums, TargetHead, uniform_decay
+from eagle_ds.model.attention import wide
+from eagle_ds.model.attention_cuda import choose_attention
 from eagle_ds.parallel.topology import SOLO, Topology, make_groups
 from tests.cases import DECAY, Case
 from tests.steps import gradients, make_targets, rank_batch, run_step
@@ -15,18 +17,25 @@ def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, StepSums, di
     """(loss, sums, gradients) of the global batch, all-reduced; every rank returns the same."""
     topology = Topology(world, rank, case.ulysses, case.ring)
     groups = make_groups(topology) if world > 1 else SOLO
-    model, head = case.model(), case.head()
-    batch = rank_batch(case.plan(topology.dp_rank), topology.sp_rank, case.whole(topology.dp_rank), case.alignment)
+    device = torch.device(case.device, rank) if case.device == "cuda" else torch.device("cpu")
+    model, head = case.model().to(device), _moved(case.head(), device)
+    batch = rank_batch(case.plan(topology.dp_rank), topology.sp_rank, case.whole(topology.dp_rank), case.alignment).to(device)
     counted = _summed(make_targets(batch, head).counted.sum(0).double(), world)
-    weights = uniform_decay(DECAY, case.steps) / counted.clamp(min=1)
+    weights = uniform_decay(DECAY, case.steps).to(device) / counted.clamp(min=1)
+    kernel = choose_attention(device, case.torch_dtype, case.arch.head_dim)
 
     def alpha_mean(alpha: Tensor, rows: Tensor) -> Tensor:
         total, number = _summed(torch.stack([alpha, rows]), world)
-        return (total / number.clamp(min=1)).to(case.torch_dtype)
+        return (total / number.clamp(min=1)).to(loss_dtype)
 
-    loss, sums = run_step(model, batch, head, weights.to(case.torch_dtype), groups=groups, kind=case.kind, alpha_mean=alpha_mean)
-    grads = {name: _summed(g, world) for name, g in gradients(model).items()}
-    return _summed(loss, world), StepSums.from_flat(_summed(sums.flat(), world)), grads
+    loss_dtype = wide(case.torch_dtype)
+    loss, sums = run_step(model, batch, head, weights.to(loss_dtype), groups=groups, kernel=kernel, kind=case.kind, alpha_mean=alpha_mean)
+    grads = {name: _summed(g.to(loss_dtype), world).cpu() for name, g in gradients(model).items()}
+    return _summed(loss, world).cpu(), StepSums.from_flat(_summed(sums.flat(), world).cpu()), grads
+
+
+def _moved(head: TargetHead, device: torch.device) -> TargetHead:
+    return TargetHead(*(x.to(device) for x in (head.full, head.draft_rows, head.t2d, head.d2t)))
 
 
 def _summed(x: Tensor, world: int) -> Tensor:
