@@ -134,7 +134,7 @@ def _by_ttt_step(axes: Axes, train: Sequence[Line], held_out: Sequence[Line], na
     for k in range(count):
         colour = colormaps["viridis"](0.9 * k / max(count - 1, 1))
         _curve(axes, train, lambda line, k=k: line[name][k], colour, f"k={k}", raw=False)
-        _points(axes, held_out, lambda line, k=k: line[name][k], colour, None, "")
+        _points(axes, held_out, lambda line, k=k: line[name][k], colour, None if train else f"k={k}", "")
     axes.legend(ncol=2, fontsize=7)
 
 
