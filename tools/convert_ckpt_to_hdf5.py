@@ -108,6 +108,7 @@ def parse_arguments() -> argparse.Namespace:
         help="apply the target's final norm to the last state: auto goes by format and checks it against the norm's weight",
     )
     facts.add_argument("--skip-head", action="store_true", help="do not compute target_token_id and target_logsumexp with the head")
+    facts.add_argument("--head-device", default="auto", metavar="DEVICE", help="of that head: cpu, cuda, cuda:1 (default: a GPU if any)")
     facts.add_argument("--cast", choices=("bfloat16", "float16", "float32"), help="convert hidden states of other dtypes, with rounding")
     work = parser.add_argument_group("how to work")
     work.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (default: %(default)s)")

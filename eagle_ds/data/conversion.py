@@ -16,10 +16,11 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from eagle_ds.data.importers.completion import Completer
 from eagle_ds.data.importers.rejected import Reason, Rejected
 from eagle_ds.data.importers.setup import ConvertOptions, index_masks, settle
 from eagle_ds.data.importers.sources import SourceItem, iter_source
-from eagle_ds.data.importers.survey import Prediction, predict, survey
+from eagle_ds.data.importers.survey import Prediction, head_s_per_row, predict, survey
 from eagle_ds.data.importers.work import Job, Outcome, Worker, run_jobs
 from eagle_ds.data.manifest import FACTS_NAME, SampleEntry, StoreFacts, read_manifest
 from eagle_ds.data.writer import StoreWriter
@@ -27,6 +28,7 @@ from eagle_ds.data.writer import StoreWriter
 logger = logging.getLogger(__name__)
 
 REJECTED_NAME = "rejected.jsonl"
+SLOW_TOKENS_PER_S = 2000
 
 
 class ConversionStopped(RuntimeError):
@@ -83,6 +85,7 @@ def convert(options: ConvertOptions, on_progress: Callable[[Progress], None] = l
         elif not (options.strict and duplicates):
             summary.facts, completer = settle(options, seen)
             completer = replace(completer, masks=index_masks(options))
+            _warn_of_slow_head(completer)
             worker = Worker(
                 options.destination,
                 summary.facts,
@@ -109,6 +112,15 @@ def plan(options: ConvertOptions) -> tuple[Summary, Prediction | None]:
     pending = [item for item in items if item.id not in done]
     summary.already_done = len(items) - len(pending)
     return summary, predict(pending, seen, options.workers, completer.head()) if pending else None
+
+
+def _warn_of_slow_head(completer: Completer) -> None:
+    """A large vocabulary costs a CPU far more than everything else here."""
+    if completer.head_device == "cpu" and (head := completer.head()) is not None:
+        speed = 1 / head_s_per_row(head)
+        if speed < SLOW_TOKENS_PER_S:
+            advice = "--skip-head leaves target_token_id to the training, --head-device cuda is faster"
+            logger.warning("the target's head on this CPU manages %.0f tokens/s a thread; %s", speed, advice)
 
 
 def _run(

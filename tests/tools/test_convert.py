@@ -44,6 +44,9 @@ from tests.targets import save_tiny_llama
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_ckpt_to_hdf5.py"
 
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so nothing is refused")
+
+
 @pytest.fixture(scope="session")
 def tool() -> ModuleType:
     spec = importlib.util.spec_from_file_location("convert_ckpt_to_hdf5", TOOL)
@@ -455,6 +458,7 @@ def words_of(capsys: pytest.CaptureFixture[str]) -> str:
         ([*FLAGS[:3], "1,2", *FLAGS[4:]], "the files hold 3 aux layers, expected [1, 2]"),
         ([*FLAGS, "--workers", "0"], "--workers is 0"),
         ([*FLAGS, "--dataset", "x.jsonl"], "--dataset needs --target"),
+        pytest.param([*FLAGS, "--head-device", "cuda"], "no CUDA device", marks=NO_GPU),
         ([*FLAGS, "--cast", "float16", "--delete-source"], "--cast loses bits"),
         (["--target", "nowhere/at/all"], "nowhere/at/all"),
         ([*FLAGS, "--map", "nonsense"], "NAME=PATH"),

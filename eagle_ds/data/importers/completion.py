@@ -40,6 +40,7 @@ class Completer:
     target: Path | None = None
     final_norm: FinalNorm = "auto"  # auto: by format, and checked; apply, skip: the user's word
     token_facts: bool = False  # compute target_token_id and target_logsumexp with the target's head
+    head_device: str = "cpu"
     masks: ConversationMasks | None = None
 
     def complete(self, sample_id: str, place: str, raw: RawSample) -> Sample:
@@ -58,7 +59,7 @@ class Completer:
         """The target's head [V, H] where token facts are to be computed."""
         if not self.token_facts or self.target is None or self.dtype is None:
             return None
-        return _head(self.target, TORCH_DTYPES[self.dtype])
+        return _head(self.target, TORCH_DTYPES[self.dtype], self.head_device)
 
     def _check_sizes(self, place: str, raw: RawSample) -> None:
         num_tokens, width = raw.last.shape
@@ -171,21 +172,31 @@ def check_finite(place: str, name: str, states: torch.Tensor) -> None:
 
 
 def head_facts(hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(argmax int32 [S], logsumexp float32 [S]) of head @ hidden in fp32; hidden [S, H], head [V, H], neither held whole in fp32."""
+    """(argmax int32 [S], logsumexp float32 [S]) of head @ hidden in fp32, on the head's device, returned on the CPU.
+
+    hidden [S, H], head [V, H]; neither is held whole in fp32, nor are the logits [S, V].
+    """
     tokens, sums = [], []
     for rows in _blocks(len(hidden), HEAD_ROWS):
-        wide = hidden[rows].float()
-        best = torch.full((len(wide),), -torch.inf)
-        token, total = torch.zeros(len(wide), dtype=torch.int64), best.clone()
+        part = hidden[rows].to(head.device)
+        best = torch.full((len(part),), -torch.inf, device=head.device)
+        token, total = torch.zeros(len(part), dtype=torch.int64, device=head.device), best.clone()
         for block in _blocks(len(head), HEAD_BLOCK):
-            logits = wide @ head[block].float().T
+            logits = _logits(part, head[block])
             value, index = logits.max(-1)
             token = torch.where(value > best, index + block.start, token)
             best = torch.maximum(value, best)
             total = torch.logaddexp(total, torch.logsumexp(logits, -1))
-        tokens.append(token.to(torch.int32))
-        sums.append(total)
+        tokens.append(token.to(torch.int32).cpu())
+        sums.append(total.cpu())
     return torch.cat(tokens), torch.cat(sums)
+
+
+def _logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """fp32 [rows, vocabulary]; on a GPU the matrix units take 16-bit operands and accumulate in fp32."""
+    if hidden.is_cuda and hidden.dtype == head.dtype and head.dtype != torch.float32:
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    return hidden.float() @ head.float().T
 
 
 def _blocks(length: int, size: int) -> Iterator[slice]:
@@ -205,9 +216,9 @@ def _final_norm(target: Path) -> FinalRmsNorm | None:
 
 
 @functools.cache
-def _head(target: Path, states: torch.dtype) -> torch.Tensor:
+def _head(target: Path, states: torch.dtype, device: str) -> torch.Tensor:
     """The head as it was when it made these states: weights stored in float32 are rounded to what the model ran in."""
     from eagle_ds.target import load_target_weights
 
     head = load_target_weights(target, names=("lm_head",))["lm_head"]
-    return head.to(states) if head.dtype == torch.float32 else head
+    return (head.to(states) if head.dtype == torch.float32 else head).to(device)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eagle_ds.data.importers.completion import Completer, FinalNorm
 from eagle_ds.data.importers.hdf5_files import Hdf5Map
 from eagle_ds.data.importers.masks import ConversationMasks
@@ -33,6 +35,7 @@ class ConvertOptions:
     cast: str | None = None
     final_norm: FinalNorm = "auto"
     token_facts: bool = True
+    head_device: str = "auto"
     dataset: Path | None = None
     max_length: int = 1 << 20
     strict: bool = False
@@ -47,6 +50,8 @@ class ConvertOptions:
             raise ValueError(f"destination {self.destination} lies inside the source {self.source}; choose a folder outside")
         if self.dataset is not None and self.target is None:
             raise ValueError("--dataset needs --target, whose tokenizer and chat template make the loss mask")
+        if self.head_device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--head-device is {self.head_device}, but there is no CUDA device here; use cpu, or --skip-head")
         if self.cast and self.delete_source:
             raise ValueError("--cast loses bits that the source still has, so --delete-source is refused with it; drop one of them")
 
@@ -76,6 +81,7 @@ def settle(options: ConvertOptions, survey: Survey) -> tuple[StoreFacts, Complet
         target=folder if has_weights else None,
         final_norm=options.final_norm,
         token_facts=has_weights and options.token_facts,
+        head_device=("cuda" if torch.cuda.is_available() else "cpu") if options.head_device == "auto" else options.head_device,
     )
 
 

@@ -83,7 +83,7 @@ def predict(items: Sequence[SourceItem], survey: Survey, workers: int, head: tor
     head_s = 0.0
     if head is not None:
         rows = raw_bytes / ((survey.num_aux + 1) * survey.hidden_size * TORCH_DTYPES[survey.dtype].itemsize)
-        head_s = rows * _head_s_per_row(head) / workers
+        head_s = rows * head_s_per_row(head) / workers
     seconds = (source_bytes * survey.read_s_per_file_byte + raw_bytes * encode_s_per_byte) / workers + head_s
     return Prediction(source_bytes, raw_bytes, int(raw_bytes * ratio), seconds, head_s)
 
@@ -141,7 +141,8 @@ def _some_chunks(raw: RawSample, survey: Survey) -> list[torch.Tensor]:
     return [layers[turn % len(layers)][start * CHUNK_ROWS : (start + 1) * CHUNK_ROWS] for turn, start in enumerate(starts)]
 
 
-def _head_s_per_row(head: torch.Tensor) -> float:
+def head_s_per_row(head: torch.Tensor) -> float:
+    """Seconds that the head takes for a token, measured on a few."""
     from eagle_ds.data.importers.completion import head_facts
 
     rows = torch.zeros(64, head.shape[1], dtype=head.dtype)
