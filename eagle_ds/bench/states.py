@@ -20,13 +20,18 @@ from eagle_ds.target import read_config
 
 logger = logging.getLogger(__name__)
 
+States = tuple[torch.Tensor, torch.Tensor]  # bfloat16: aux [PASSAGE_TOKENS, 3 * width], hidden [PASSAGE_TOKENS, width]
+
 PASSAGE_TOKENS = 1024
 
 
-def capture_states(folder: Path, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """bfloat16 (aux [PASSAGE_TOKENS, 3 * width], hidden [PASSAGE_TOKENS, width]) of the target in ``folder``."""
+def capture_states(folder: Path, width: int) -> States:
+    """Hidden states of the target in ``folder``, laid side by side; about a minute on two cores."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # the manual is longer than the target's context; it is cut into passages below
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     narrow, layers = model.config.hidden_size, model.config.num_hidden_layers
     passages = -(-width // narrow)
@@ -41,7 +46,7 @@ def capture_states(folder: Path, width: int) -> tuple[torch.Tensor, torch.Tensor
     return torch.cat(wide, dim=1), _side_by_side(states[-1], width)
 
 
-def make_sample(states: tuple[torch.Tensor, torch.Tensor], num_tokens: int, turn_tokens: int = 2048) -> Sample:
+def make_sample(states: States, num_tokens: int, turn_tokens: int = 2048) -> Sample:
     """The states tiled to ``num_tokens``; half of the rows trained, in turns."""
     aux, hidden = (_tiled(part, num_tokens) for part in states)
     positions = torch.arange(num_tokens, dtype=torch.int32)

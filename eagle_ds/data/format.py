@@ -75,6 +75,14 @@ def storage_type(dtype: str) -> h5py.h5t.TypeFloatID:
     return kind
 
 
+def torch_dtype(kind: h5py.h5t.TypeID) -> torch.dtype:
+    """Of hidden states stored as ``kind``."""
+    for name, dtype in TORCH_DTYPES.items():
+        if storage_type(name).equal(kind):
+            return dtype
+    raise StoreError(f"hidden states are stored as {kind.dtype}, expected one of {', '.join(TORCH_DTYPES)}")
+
+
 def raw_view(tensor: torch.Tensor) -> np.ndarray:
     """The same memory as unsigned integers of the same width, because numpy knows no bfloat16."""
     return tensor.detach().view(_INTEGERS[tensor.itemsize][0]).numpy().view(unsigned(tensor.itemsize))

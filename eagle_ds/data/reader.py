@@ -21,7 +21,18 @@ import torch
 
 from eagle_ds.data.chunks import ChunkIndex, ChunkJob, RowRange, chunk_index, plan_reads
 from eagle_ds.data.codec import DamagedChunk, inflate, merge_planes
-from eagle_ds.data.format import SMALL_DTYPES, TORCH_DTYPES, WIDE_NAMES, Header, check_datasets, raw_view, read_header, read_small, unsigned
+from eagle_ds.data.format import (
+    SMALL_DTYPES,
+    TORCH_DTYPES,
+    WIDE_NAMES,
+    Header,
+    check_datasets,
+    raw_view,
+    read_header,
+    read_small,
+    torch_dtype,
+    unsigned,
+)
 from eagle_ds.data.manifest import SampleEntry, StoreError, StoreFacts, trained_spans
 
 Result = TypeVar("Result")
@@ -196,12 +207,11 @@ class SampleReader:
 
 
 def read_rows_h5py(path: str | Path, name: str, ranges: Sequence[RowRange]) -> torch.Tensor:
-    """Rows by plain h5py with the file's own type as memory type, so that HDF5 converts nothing; any schema-1 file."""
+    """Rows by plain h5py with the file's own type as memory type, so that HDF5 converts nothing; needs no header."""
     with h5py.File(path, "r", locking=False) as file:
         dataset = file[name]
         kind = dataset.id.get_type()
-        torch_dtype = TORCH_DTYPES[read_header(file).dtype]
-        out = _fresh((sum(stop - start for start, stop in ranges), dataset.shape[1]), torch_dtype)
+        out = _fresh((sum(stop - start for start, stop in ranges), dataset.shape[1]), torch_dtype(kind))
         rows, done = raw_view(out), 0
         for start, stop in ranges:
             if stop > start:

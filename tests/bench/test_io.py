@@ -1,0 +1,52 @@
+"""The I/O benchmark measures what it says: every format gives the right rows, and every rank its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle_ds.bench.chart import io_figure
+from eagle_ds.bench.formats import RankRows
+from eagle_ds.bench.io import as_record, goals, measure_all
+from eagle_ds.bench.states import make_sample
+from eagle_ds.data.manifest import StoreFacts
+
+WIDTH, TOKENS = 32, 1024
+
+
+@pytest.fixture(scope="module")
+def states() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(100, 3 * WIDTH, generator=generator).bfloat16(), torch.randn(100, WIDTH, generator=generator).bfloat16()
+
+
+@pytest.mark.parametrize(("num_tokens", "ranks"), [(131_072, 8), (4096, 8), (1000, 3), (64, 8)])
+def test_the_ranks_share_the_rows_and_look_ahead_to_those_of_the_next(num_tokens: int, ranks: int) -> None:
+    shares = [RankRows.of(rank, ranks, num_tokens) for rank in range(ranks)]
+    covered = [row for share in shares for row in range(*share.aux_hidden_state)]
+    assert covered == list(range(num_tokens))
+    for share in shares:
+        assert share.aux_hidden_state[0] % 64 == 0
+        assert share.hidden_state == (share.aux_hidden_state[0], min(num_tokens, share.aux_hidden_state[1] + 7))
+
+
+def test_half_of_the_rows_are_trained_in_turns(states: tuple[torch.Tensor, torch.Tensor]) -> None:
+    mask = make_sample(states, 8192).loss_mask
+    assert int(mask.sum()) == 4096
+    assert [int(mask[n].item()) for n in (0, 2047, 2048, 4095, 4096)] == [0, 0, 1, 1, 0]
+
+
+def test_every_format_is_measured_and_its_rows_are_checked(states: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
+    facts = StoreFacts("t", "h", "k", WIDTH, (0, 1, 2), 40_000)
+    results = list(measure_all(states, facts, TOKENS, ranks=4, threads=2, tries=1, folder=tmp_path))
+    assert [result.name for result in results] == ["gzip_torch", "mmap_torch", "hdf5_gzip", "store_h5py", "store"]
+    assert not list(tmp_path.iterdir())
+    by_name = {result.name: result for result in results}
+    assert by_name["gzip_torch"].rank_bytes_read == by_name["gzip_torch"].file_bytes
+    assert 0.2 < by_name["store"].rank_bytes_read / by_name["store"].file_bytes < 0.35
+    assert by_name["store"].amplification == by_name["store_h5py"].amplification < 1.2
+    assert {goal.text for goal in goals(by_name)} >= {"saved against raw bytes", "bytes inflated / used"}
+    document = {"width": WIDTH, "hardware": "here", "date": "today", "measurements": [as_record(result) for result in results]}
+    assert io_figure(document).startswith(b"\x89PNG")
