@@ -28,8 +28,8 @@ LAYOUTS = [
     (2, 2, "p2p"),
     (1, 4, "p2p"),
 ]
-# Relative L2 error against float64, the largest measured on H200s: loss 6e-4, gradients 2.3e-2 (docs/benchmarks/h200.md).
-LOSS_BOUND, GRADIENT_BOUND = 2e-3, 4e-2
+# Relative L2 error against float64; the largest measured on two H200s were 1.3e-4 and 1.1e-2 (docs/benchmarks/h200.md).
+LOSS_BOUND, GRADIENT_BOUND = 5e-4, 2.5e-2
 
 
 @pytest.fixture(scope="module")
