@@ -6,8 +6,9 @@ os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
 
 import deepspeed.comm
 import deepspeed.ops
-import torch  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # the first engine imports it, and the whole of torch's compiler with it
 
+import eagle_ds.engine.train
 import eagle_ds.loss
 import eagle_ds.model.draft  # noqa: F401
 

@@ -78,11 +78,13 @@ class Agreement:
     def same(self, facts: dict[str, Any]) -> None:
         """Raise RankFailure on all ranks, naming fact and ranks, unless ``facts`` are equal everywhere."""
         everyone = self.gather_objects(facts)
+        differing = []
         for name in facts:
             values = [theirs[name] for theirs in everyone]
             if any(value != values[0] for value in values):
-                shown = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-                raise RankFailure(f"ranks see a different {name} ({shown}); give every node the same files and the same command line")
+                differing.append(f"{name} ({'; '.join(f'rank {rank}: {value}' for rank, value in enumerate(values))})")
+        if differing:
+            raise RankFailure(f"ranks differ in {', '.join(differing)}; give every node the same files and the same command line")
 
     def check_micro_batch(self, error: BaseException | None, prints: tuple[int, int], what: str, counted: Sequence[int]) -> np.ndarray:
         """Sum over ranks of ``counted``, after making sure that no rank has an error and that all hold the same data.

@@ -140,8 +140,10 @@ class OptimizerStep:
             return norm, bool(self.engine.was_step_applied())
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
-        finite = norm < float("inf")
-        if not finite:
-            self.engine.zero_grad()  # AdamW passes over parameters without a gradient
-        self.engine.step()
-        return norm, finite
+        if norm < float("inf"):
+            self.engine.step()
+            return norm, True
+        self.engine.zero_grad()
+        self.engine.micro_steps += 1  # what else engine.step() does: the next micro-batch is the first of a step
+        self.engine.global_steps += 1
+        return norm, False

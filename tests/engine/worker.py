@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import socket
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
 
 import torch
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor
 
 from eagle_ds.config import Recipe
+from eagle_ds.data.dataset import MicroBatch, RankDataset
+from eagle_ds.data.sampler import Step
+from eagle_ds.data.store import StoreError
 from eagle_ds.ds_config import deepspeed_config, read_ds_json
 from eagle_ds.engine.build import build
 from eagle_ds.engine.checkpoint import full_state
@@ -33,7 +44,7 @@ class Steps:
 
 def run_training(rank: int, world: int, recipe: Recipe) -> None:
     """The whole of ``train``."""
-    alone(world)
+    as_if_new(world)
     train(recipe, rank)
 
 
@@ -53,7 +64,7 @@ def take_steps(rank: int, world: int, recipe: Recipe, optimizer: str = "SGD") ->
 
 
 def make_trainer(rank: int, world: int, recipe: Recipe, optimizer: str = "AdamW") -> Trainer:
-    alone(world)
+    as_if_new(world)
     joined = join_world(recipe.parallel, rank)
     config = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world)
     if optimizer == "SGD":
@@ -63,9 +74,82 @@ def make_trainer(rank: int, world: int, recipe: Recipe, optimizer: str = "AdamW"
     return Trainer(recipe, joined, inputs, build(recipe, config, inputs, joined))
 
 
-def alone(world: int) -> None:
-    """A process group of one is not made by the pool, so ``join_world`` makes it; it needs an address."""
+def as_if_new(world: int) -> None:
+    """What a process that has worked before lacks of a new one: DeepSpeed's ZeRO-3 numbers modules and parameters from where the
+    process is, and expects all ranks to be there; and a group of one is not made by the pool, so it needs an address."""
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    Init.param_id = 0
     if world == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
+
+
+def message(rank: int, world: int, recipe: Recipe, mischief: str = "", victim: int = -1) -> tuple[str, float]:
+    """What ``train`` raises on this rank, and after how many seconds. ``mischief`` befalls rank ``victim``."""
+    as_if_new(world)
+    if rank == victim:
+        recipe = MISCHIEF[mischief](recipe)
+    started = time.perf_counter()
+    try:
+        with mock.patch.multiple(RankDataset, **PATCHES.get(mischief if rank == victim else "", {"batches": RankDataset.batches})):
+            train(recipe, rank)
+    except ValueError as error:
+        return str(error), time.perf_counter() - started
+    return "", time.perf_counter() - started
+
+
+def _other_store(recipe: Recipe) -> Recipe:
+    """The same samples, another manifest."""
+    copy = Path(recipe.data.store).with_name("train_copy")
+    shutil.copytree(recipe.data.store, copy)
+    with (copy / "manifest.jsonl").open("rb+") as manifest:
+        lines = manifest.readlines()
+        manifest.seek(0)
+        manifest.writelines(reversed(lines))
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"store": str(copy)})})
+
+
+def _other_seed(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": 7})})
+
+
+def _other_samples(self: RankDataset, steps: Iterator[Step]) -> Iterator[MicroBatch]:
+    """Another sample from the third step on."""
+    for step in steps:
+        yield from self._step(step if step.number < 2 else replace(step, packs=(((0,),),)))
+
+
+def _broken_read(self: RankDataset, steps: Iterator[Step]) -> Iterator[MicroBatch]:
+    for step in steps:
+        if step.number == 2:
+            raise StoreError("store/samples/ab/cd.h5: the file was cut")
+        yield from self._step(step)
+
+
+MISCHIEF: dict[str, Callable[[Recipe], Recipe]] = {
+    "other_store": _other_store,
+    "other_seed": _other_seed,
+    "other_samples": lambda recipe: recipe,
+    "broken_read": lambda recipe: recipe,
+}
+PATCHES = {"other_samples": {"batches": _other_samples}, "broken_read": {"batches": _broken_read}}
+
+
+class Interrupted(Exception):
+    """The run is cut off."""
+
+
+def train_until(rank: int, world: int, recipe: Recipe, stop_after: int) -> None:
+    """``train``, cut off after step ``stop_after`` and what belongs to it."""
+    as_if_new(world)
+    original = Trainer._pause
+
+    def pause(self: Trainer, done: int) -> bool:
+        paused = original(self, done)
+        if done == stop_after:
+            raise Interrupted
+        return paused
+
+    with mock.patch.object(Trainer, "_pause", pause), contextlib.suppress(Interrupted):
+        train(recipe, rank)
