@@ -143,7 +143,7 @@ class SampleReader:
         except StoreError as error:
             raise StoreError(f"{self.path}: {error}") from error
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise StoreError(f"{self.path}: HDF5 cannot read it ({error}); verify the store and write this sample again") from error
+            raise StoreError(f"{self.path}: it cannot be read ({error}); write this sample again") from error
 
     def _open_checked(self) -> Opened:
         if not self.path.exists():
@@ -187,18 +187,18 @@ class SampleReader:
 
     def _read_batch(self, opened: Opened, name: str, index: ChunkIndex, batch: list[ChunkJob], out: np.ndarray) -> ReadStats:
         """Read neighbours in one go, then inflate each and put its rows in place."""
-        begin, end = batch[0].offset, batch[-1].end
         width = opened.header.hidden_size
-        block = memoryview(os.pread(opened.descriptor, end - begin, begin))
         chunk_bytes = index.chunk_rows * width * out.itemsize
+        begin = batch[0].offset
+        block = memoryview(self._guarded(lambda: os.pread(opened.descriptor, batch[-1].end - begin, begin)))
         for job in batch:
             try:
-                stream = block[job.offset - begin : job.end - begin]
-                planes = inflate(stream, chunk_bytes, job.crc32).reshape(out.itemsize, index.chunk_rows, width)
+                data = inflate(block[job.offset - begin : job.end - begin], chunk_bytes, job.crc32)
             except DamagedChunk as error:
                 first = job.chunk * index.chunk_rows
                 last = min(first + index.chunk_rows, opened.header.num_tokens)
                 raise StoreError(f"{self.path}: {name} rows {first}:{last}, layer {job.layer}: {error}; write this sample again") from error
+            planes = data.reshape(out.itemsize, index.chunk_rows, width)
             columns = slice(job.layer * width, (job.layer + 1) * width)
             for piece in job.pieces:
                 rows = slice(piece.out_row, piece.out_row + piece.stop - piece.start)

@@ -9,10 +9,12 @@ This is the front: write with `StoreWriter` (data/writer.py), read with ``Store(
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from eagle_ds.data.format import WIDE_NAMES, Sample
+from eagle_ds.data.chunks import RowRange
+from eagle_ds.data.format import CHUNK_ROWS, WIDE_NAMES, Sample
 from eagle_ds.data.manifest import SampleEntry, StoreError, StoreFacts, manifest_hash, read_facts, read_manifest
 from eagle_ds.data.reader import ReadStats, SampleReader, read_rows_h5py
 from eagle_ds.data.writer import StoreWriter
@@ -30,6 +32,8 @@ __all__ = [
     "read_rows_h5py",
     "verify_file",
 ]
+
+VERIFY_ROWS = 64 * CHUNK_ROWS
 
 
 class Store:
@@ -59,20 +63,25 @@ class Damage:
     reason: str
 
 
-def verify_file(path: str | Path, entry: SampleEntry | None = None, facts: StoreFacts | None = None) -> list[Damage]:
+def verify_file(path: str | Path, entry: SampleEntry | None = None, facts: StoreFacts | None = None, *, threads: int = 1) -> list[Damage]:
     """Read and inflate everything in a file; an empty list means sound."""
     path = Path(path)
-    with SampleReader(path, entry, facts, threads=1) as reader:
+    with SampleReader(path, entry, facts, threads=threads) as reader:
         try:
             num_tokens = reader.header.num_tokens
         except StoreError as error:
             return [Damage(path, None, None, str(error))]
-        damages = []
-        for name in WIDE_NAMES:
-            for start in range(0, num_tokens, 64):
-                rows = (start, min(start + 64, num_tokens))
-                try:
-                    reader.read_rows(name, [rows])
-                except StoreError as error:
-                    damages.append(Damage(path, name, rows, str(error)))
-        return damages
+        return [damage for name in WIDE_NAMES for damage in _damages(reader, name, (0, num_tokens), VERIFY_ROWS)]
+
+
+def _damages(reader: SampleReader, name: str, rows: RowRange, step: int) -> Iterator[Damage]:
+    """Damage within ``rows``, looked for in ``step`` rows at a time and chunk by chunk where there is some."""
+    for start in range(*rows, step):
+        part = start, min(start + step, rows[1])
+        try:
+            reader.read_rows(name, [part])
+        except StoreError as error:
+            if step > CHUNK_ROWS:
+                yield from _damages(reader, name, part, CHUNK_ROWS)
+            else:
+                yield Damage(reader.path, name, part, str(error))
