@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import deepspeed
@@ -49,6 +50,18 @@ def join_world(parallel: ParallelConfig, local_rank: int) -> World:
         accelerator.set_device(local_rank)
     deepspeed.ops.__compatible_ops__[SHM_OP] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if on_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+        _rendezvous("nccl" if on_cuda else "gloo")
     topology = Topology(dist.get_world_size(), dist.get_rank(), parallel.ulysses, parallel.ring)
     return World(topology, make_groups(topology), Agreement(topology), device)
+
+
+def _rendezvous(backend: str) -> None:
+    """Meet the other processes. Raises ValueError where another run sits on the port."""
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    except dist.DistNetworkError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"cannot meet the other processes on port {os.environ.get('MASTER_PORT')} ({reason}); if another run uses it, "
+            "start deepspeed with --master_port and another one"
+        ) from error
