@@ -184,9 +184,12 @@ def _start_launcher(call: Invocation, world_size: int) -> None:
 def _train(recipe: Recipe, rank: int) -> None:
     _prepare_environment(int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])), os.environ.get("DS_ACCELERATOR"))
     from eagle_ds.engine.train import train
+    from eagle_ds.report import write_report
 
     try:
         train(recipe, int(os.environ.get("LOCAL_RANK", 0)))
+        if rank == 0:
+            write_report(recipe.run_dir)
     except ValueError as error:
         logger.debug("%s", traceback.format_exc())
         sys.stderr.write(f"error (rank {rank}): {error}\n")
