@@ -41,5 +41,5 @@ demo: $(STAMP)  ## SmolLM2 on two CPU processes: capture, train, export, measure
 	tools/prepare_hidden_states.py --recipe $(DEMO).json --limit $(DEMO_SAMPLES)
 	deepspeed --num_gpus 2 $(DEMO).sh
 	tools/export_draft.py runs/smollm2_cpu
-	tools/eval_acceptance.py --recipe $(DEMO).json --baseline untrained --num-prompts 12 --max-new-tokens 64
+	tools/eval_acceptance.py --recipe $(DEMO).json --baseline untrained --num-prompts 12 --max-new-tokens 64 --num-draft-tokens 5
 	tools/make_report.py runs/smollm2_cpu

@@ -248,6 +248,7 @@ class LoadedTarget:
     encoder: ChatEncoder
     facts: TargetFacts
     stop_ids: frozenset[int]
+    folder: Path
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -275,7 +276,7 @@ def load_target(model: str, layers: Sequence[int], dtype: str, device: str, revi
     loaded = loaded if how else loaded.to(place)
     encoder = ChatEncoder(tokenizer, facts.max_position_embeddings)
     stops = frozenset(stop_token_ids(folder)) or frozenset({tokenizer.eos_token_id})
-    return LoadedTarget(CachedTarget(loaded.requires_grad_(False).eval(), layers), encoder, facts, stops)
+    return LoadedTarget(CachedTarget(loaded.requires_grad_(False).eval(), layers), encoder, facts, stops, folder)
 
 
 def measure_during_training(recipe: Recipe, draft: DraftOnDisk, device: torch.device, max_new_tokens: int = 64) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eagle_ds.config import Recipe
+from eagle_ds.drafts import untrained_draft
 from eagle_ds.ds_config import bf16_enabled
 from eagle_ds.engine.inputs import Inputs
 from eagle_ds.engine.world import World
@@ -26,8 +27,6 @@ from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.target import load_target_weights
 
 logger = logging.getLogger(__name__)
-
-NORM_PLUS_ONE = ("gemma",)  # families that multiply by 1 + weight
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,13 @@ def _target_weights(inputs: Inputs) -> dict[str, Tensor]:
 
 def make_draft(recipe: Recipe, inputs: Inputs, weights: dict[str, Tensor]) -> Eagle3Draft:
     """The draft in float32 on the CPU at its starting point, the same on all ranks."""
+    start = inputs.start or untrained_draft(inputs.arch, inputs.vocab, inputs.target_facts, weights, recipe.training.seed)
+    logger.info("the draft starts %s", f"from {start.folder}" if inputs.start else "untrained")
     torch.manual_seed(recipe.training.seed)
     model = Eagle3Draft(inputs.arch)
+    model.load_state_dict(start.state)
     if not inputs.arch.trains_embedding:
         model.embed_tokens.weight.copy_(weights["embed_tokens"])
-    if inputs.start is not None:
-        model.load_state_dict(inputs.start.state)
-        logger.info("the draft starts from %s", inputs.start.folder)
-        return model
-    if not inputs.arch.trains_embedding:
-        plus = 1.0 if inputs.target_facts.model_type.startswith(NORM_PLUS_ONE) else 0.0
-        with torch.no_grad():
-            model.head.weight.copy_(weights["lm_head"][inputs.vocab.target_ids])
-            model.head.norm_weight.copy_(weights["norm"] + plus)
     return model
 
 
