@@ -102,13 +102,13 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_sample(pool: Gl
     assert "the weights are as before this step" in found
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ds_json", ["stage0", "stage1", "stage2", "stage3", "bf16_stage0", "bf16_stage1"])
 @pytest.mark.parametrize("layout", ["R2", "dp2"])
-def test_skipping_leaves_the_weights_alone(pool: GlooPool, poisoned: Tiny, stage: int, layout: str) -> None:
+def test_skipping_leaves_the_weights_alone(pool: GlooPool, poisoned: Tiny, ds_json: str, layout: str) -> None:
     """One sample of a step that takes the whole store is bad; under dp2 one rank alone holds it."""
     overrides = {"R2": {"parallel__ring": 2, "training__gradient_accumulation": 9}, "dp2": {"data__pack_tokens": 130}}[layout]
-    ds_json = str(poisoned.root / f"ds_stage{stage}.json")
-    recipe = poisoned.recipe(training__max_steps=2, training__non_finite="skip", deepspeed=ds_json, **overrides)
+    path = str(poisoned.root / f"ds_{ds_json}.json")
+    recipe = poisoned.recipe(training__max_steps=2, training__non_finite="skip", deepspeed=path, **overrides)
     steps = pool.run(take_steps, 2, recipe, "AdamW")[0]
     assert steps.applied == [False, False]
     assert not any(map(math.isfinite, steps.norms))

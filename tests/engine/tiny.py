@@ -70,7 +70,7 @@ class Tiny:
 
 
 def make_tiny(root: Path, *, labels: bool = True, dtype: str = "float32") -> Tiny:
-    """Write target, stores and DeepSpeed JSONs of stages 0 to 3 below ``root``."""
+    """Write target, stores and DeepSpeed JSONs (stages 0 to 3 in float32, 0 and 1 in bfloat16) below ``root``."""
     tiny = Tiny(root)
     write_target(tiny.target)
     write_store(root / "train", tiny.target, MASKS, seed=1, labels=labels, dtype=dtype)
@@ -80,6 +80,8 @@ def make_tiny(root: Path, *, labels: bool = True, dtype: str = "float32") -> Tin
         if stage == 3:
             zero["stage3_param_persistence_threshold"] = 0  # partition even tiny parameters
         (root / f"ds_stage{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+        if stage < 2:
+            (root / f"ds_bf16_stage{stage}.json").write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": zero}))
     return tiny
 
 

@@ -54,7 +54,7 @@ def take_steps(rank: int, world: int, recipe: Recipe, optimizer: str = "SGD") ->
     engine, steps = trainer.trainable.engine, trainer.sampler.steps(0, trainer.total_steps)
     before = full_state(engine)
     norms, metrics, applied = [], [], []
-    with Feed(trainer.dataset, steps, depth=2, device=torch.device("cpu"), dtype=torch.float32) as feed:
+    with Feed(trainer.dataset, steps, depth=2, device=torch.device("cpu"), dtype=trainer.trainable.dtype) as feed:
         for _ in range(trainer.total_steps):
             outcome = trainer.step.run(feed, recipe.training.learning_rate)
             norms.append(outcome.grad_norm)
