@@ -66,6 +66,10 @@ class Sampler:
         """Full steps of ``epoch``."""
         return len(self.epoch_packs(epoch)) // (self.dp * self.accumulation)
 
+    def trained_packs(self, epoch: int) -> int:
+        """Packs of ``epoch`` that its full steps take."""
+        return self.steps_in(epoch) * self.dp * self.accumulation
+
     def count_steps(self, epochs: int, max_steps: int | None = None) -> int:
         """Optimizer steps of ``epochs`` passes, or ``max_steps`` if that is less."""
         total = 0

@@ -6,7 +6,9 @@ for one another. Gloo keeps these messages off the GPU's streams.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,8 +17,10 @@ import torch.distributed as dist
 
 from eagle_ds.parallel.topology import Topology
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
-TOGETHER_ERRORS = (ValueError, OSError, RuntimeError, KeyError, MemoryError)
+TIMEOUT = timedelta(hours=12)  # others may wait for one that counts a store's tokens; a rank that dies is noticed at once
 
 
 class RankFailure(ValueError):
@@ -29,8 +33,8 @@ class Agreement:
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
         self._group: Any = None
-        if topology.world_size > 1 and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")
+        if topology.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def gather(self, values: Sequence[int]) -> np.ndarray:
         """int64 [world, len(values)], row r being rank r's."""
@@ -69,6 +73,8 @@ class Agreement:
 
     def fail(self, error: BaseException | None) -> None:
         """All ranks know that some rank has an error: exchange the messages and raise."""
+        if error is not None and not isinstance(error, ValueError | OSError):
+            logger.error("rank %d failed", self.topology.rank, exc_info=error)
         messages = self.gather_objects(None if error is None else _describe(error))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         distinct = list(dict.fromkeys(messages[rank] for rank in failed))
@@ -106,7 +112,7 @@ def attempt(action: Callable[[], Result]) -> tuple[Result | None, BaseException 
     """(result, None) or (None, what it raised)."""
     try:
         return action(), None
-    except TOGETHER_ERRORS as error:
+    except Exception as error:
         return None, error
 
 

@@ -34,6 +34,7 @@ class Trainable:
     """An engine and what its loss needs."""
 
     engine: deepspeed.DeepSpeedEngine
+    config: dict[str, Any]  # what DeepSpeed was given
     head: TargetHead
     labeler: HeadLabeler
     dtype: torch.dtype
@@ -52,7 +53,7 @@ def build(recipe: Recipe, config: dict[str, Any], inputs: Inputs, world: World) 
     vocab = inputs.vocab
     rows = weights["lm_head"][vocab.target_ids].to(world.device, dtype)
     head = TargetHead(None, rows, vocab.t2d.to(world.device), vocab.d2t.to(world.device))
-    return Trainable(engine, head, HeadLabeler(inputs.target, world.device, dtype), dtype)
+    return Trainable(engine, config, head, HeadLabeler(inputs.target, world.device, dtype), dtype)
 
 
 def _target_weights(inputs: Inputs) -> dict[str, Tensor]:

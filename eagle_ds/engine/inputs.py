@@ -43,6 +43,11 @@ class Inputs:
     start: DraftOnDisk | None
 
     @property
+    def all_samples(self) -> list[TrainSample]:
+        """Samples of every store, held-out ones too."""
+        return self.train.samples + (self.held_out.samples if self.held_out else [])
+
+    @property
     def vocab_hash(self) -> str:
         """Identity of the draft vocabulary."""
         return hashlib.sha256(self.vocab.d2t.numpy().tobytes()).hexdigest()[:16]

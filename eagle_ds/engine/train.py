@@ -10,7 +10,7 @@ from typing import Any
 from deepspeed import comm as dist
 
 from eagle_ds.config import Recipe
-from eagle_ds.data.dataset import PlanSettings, RankDataset
+from eagle_ds.data.dataset import RankDataset
 from eagle_ds.data.sampler import Sampler
 from eagle_ds.drafts import DraftOnDisk
 from eagle_ds.ds_config import deepspeed_config, read_ds_json
@@ -23,10 +23,10 @@ from eagle_ds.engine.metrics import metrics_of, sum_over_ranks
 from eagle_ds.engine.resume import find_resumable
 from eagle_ds.engine.runlog import GIB, RunLog, peak_bytes
 from eagle_ds.engine.schedule import learning_rate
+from eagle_ds.engine.sizing import plan_settings, warn_if_too_large
 from eagle_ds.engine.step import MicroBatchRunner, OptimizerStep, StepOutcome
 from eagle_ds.engine.world import World, join_world
 from eagle_ds.model.attention_cuda import choose_attention
-from eagle_ds.planner import choose_ring_mode
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,22 @@ def train(recipe: Recipe, local_rank: int) -> None:
     inputs = open_inputs(recipe, world)
     resumed = world.agreement.together(lambda: find_resumable(recipe, inputs.train.store.manifest_hash, world_size))
     world.agreement.same({"checkpoint to resume from": resumed.step if resumed else None})
-    Trainer(recipe, world, inputs, build(recipe, config, inputs, world)).run(resumed)
+    sampler = world.agreement.together(lambda: make_sampler(recipe, inputs, world))
+    Trainer(recipe, world, inputs, sampler, build(recipe, config, inputs, world)).run(resumed)
     if joined_here:
         dist.destroy_process_group()
+
+
+def make_sampler(recipe: Recipe, inputs: Inputs, world: World) -> Sampler:
+    """Raises ValueError if the store does not fill one optimizer step."""
+    return Sampler(
+        inputs.train.samples,
+        dp=world.topology.dp,
+        accumulation=recipe.training.gradient_accumulation,
+        pack_tokens=recipe.data.pack_tokens,
+        seed=recipe.training.seed,
+        ttt_steps=recipe.training.ttt_steps,
+    )
 
 
 @dataclass
@@ -64,12 +77,12 @@ class Pace:
 class Trainer:
     """A run in progress."""
 
-    def __init__(self, recipe: Recipe, world: World, inputs: Inputs, trainable: Trainable) -> None:
+    def __init__(self, recipe: Recipe, world: World, inputs: Inputs, sampler: Sampler, trainable: Trainable) -> None:
         self.recipe, self.training, self.world, self.trainable = recipe, recipe.training, world, trainable
         self.manifest_hash = inputs.train.store.manifest_hash
-        self.sampler = world.agreement.together(lambda: self._make_sampler(inputs))
-        self.total_steps = self.sampler.count_steps(self.training.epochs, self.training.max_steps)
-        self.plans = self._plan_settings(inputs)
+        self.sampler = sampler
+        self.total_steps = sampler.count_steps(self.training.epochs, self.training.max_steps)
+        self.plans = plan_settings(recipe, inputs.all_samples, trainable.dtype.itemsize, world)
         self.dataset = self._dataset(inputs, inputs.train)
         kernel = choose_attention(world.device, trainable.dtype, inputs.arch.head_dim)
         runner = MicroBatchRunner(trainable.engine, inputs.arch, trainable.head, kernel, self.training, world)
@@ -85,7 +98,9 @@ class Trainer:
         self.log = RunLog(recipe.run_dir, trainable.engine, self.total_steps) if world.is_first else None
         self.best: Best | None = None
         self.skipped_steps = 0
-        logger.info("%d optimizer steps over %d samples", self.total_steps, len(self.dataset.samples))
+        packs = sampler.epoch_packs(0)
+        warn_if_too_large(recipe, trainable.config, self.plans, inputs.train.samples, packs, world)
+        logger.info("%d optimizer steps; an epoch is %d of %d sequences", self.total_steps, sampler.trained_packs(0), len(packs))
 
     def run(self, resumed: RunState | None) -> None:
         """From ``resumed``, or the start, to the last step."""
@@ -204,27 +219,6 @@ class Trainer:
 
     def _names(self, outcome: StepOutcome) -> list[str]:
         return [self.dataset.samples[n].entry.id for packs in outcome.step.packs for pack in packs for n in pack]
-
-    def _make_sampler(self, inputs: Inputs) -> Sampler:
-        return Sampler(
-            inputs.train.samples,
-            dp=self.world.topology.dp,
-            accumulation=self.training.gradient_accumulation,
-            pack_tokens=self.recipe.data.pack_tokens,
-            seed=self.training.seed,
-            ttt_steps=self.training.ttt_steps,
-        )
-
-    def _plan_settings(self, inputs: Inputs) -> PlanSettings:
-        parallel, training = self.recipe.parallel, self.training
-        stores = [inputs.train, *([inputs.held_out] if inputs.held_out else [])]
-        longest = max(self.recipe.data.pack_tokens or 0, *(s.document.num_tokens for store in stores for s in store.samples))
-        mode = choose_ring_mode(self.recipe, longest, self.trainable.dtype.itemsize, self.world.memory_bytes)
-        if parallel.ring > 1:
-            logger.info("K_0/V_0 of other ring ranks: %s (ring_mode %s, sequences of up to %d tokens)", mode, parallel.ring_mode, longest)
-        return PlanSettings(
-            parallel.ulysses, parallel.ring, mode, training.ttt_steps, training.mask_alignment, parallel.trained_rows_only
-        )
 
     def _dataset(self, inputs: Inputs, opened: OpenStore) -> RankDataset:
         return RankDataset(

@@ -15,7 +15,7 @@ from eagle_ds.drafts import load_draft
 from eagle_ds.engine.checkpoint import latest
 from eagle_ds.engine.resume import find_resumable
 from tests.engine.tiny import MASKS, Tiny, make_tiny, write_store
-from tests.engine.worker import message, run_training, train_until
+from tests.engine.worker import message, run_training, train_onto_a_full_disk, train_until
 from tests.gloo import GlooPool
 
 TIMED = {"tokens_per_s", "step_s", "data_wait_s", "read_s", "peak_gib"}
@@ -96,6 +96,16 @@ def test_a_torn_save_is_never_resumed_from(pool: GlooPool, finished: Tiny) -> No
     pool.run(run_training, 1, recipe)
     assert lines(torn / "log.jsonl") == lines(source / "log.jsonl")
     assert not list((torn / "checkpoints").glob(".step_*"))
+
+
+def test_a_full_disk_is_an_error_and_the_run_goes_on_from_the_checkpoint_before(pool: GlooPool, tiny: Tiny) -> None:
+    whole, full = (tiny.recipe(name, **settings(1, tiny)) for name in ("roomy", "full"))
+    pool.run(run_training, 1, whole)
+    text = pool.run(train_onto_a_full_disk, 1, full, 6)[0]
+    assert "cannot write the checkpoint" in text and "free space and run again" in text
+    assert latest(full.run_dir).step == 3
+    pool.run(run_training, 1, full)
+    assert lines(full.run_dir / "log.jsonl") == lines(whole.run_dir / "log.jsonl")
 
 
 def test_a_checkpoint_whose_state_is_gone_is_an_error(pool: GlooPool, finished: Tiny) -> None:

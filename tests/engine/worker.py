@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import socket
 import time
@@ -23,11 +24,11 @@ from eagle_ds.data.sampler import Step
 from eagle_ds.data.store import StoreError
 from eagle_ds.ds_config import deepspeed_config, read_ds_json
 from eagle_ds.engine.build import build
-from eagle_ds.engine.checkpoint import full_state
+from eagle_ds.engine.checkpoint import Checkpoints, RunState, full_state
 from eagle_ds.engine.feed import Feed
 from eagle_ds.engine.inputs import open_inputs
 from eagle_ds.engine.metrics import Metrics, metrics_of, sum_over_ranks
-from eagle_ds.engine.train import Trainer, train
+from eagle_ds.engine.train import Trainer, make_sampler, train
 from eagle_ds.engine.world import join_world
 
 
@@ -71,7 +72,7 @@ def make_trainer(rank: int, world: int, recipe: Recipe, optimizer: str = "AdamW"
         config["optimizer"] = {"type": "SGD", "params": {"lr": recipe.training.learning_rate}}
         config["zero_allow_untested_optimizer"] = True
     inputs = open_inputs(recipe, joined)
-    return Trainer(recipe, joined, inputs, build(recipe, config, inputs, joined))
+    return Trainer(recipe, joined, inputs, make_sampler(recipe, inputs, joined), build(recipe, config, inputs, joined))
 
 
 def as_if_new(world: int) -> None:
@@ -153,3 +154,23 @@ def train_until(rank: int, world: int, recipe: Recipe, stop_after: int) -> None:
 
     with mock.patch.object(Trainer, "_pause", pause), contextlib.suppress(Interrupted):
         train(recipe, rank)
+
+
+def train_onto_a_full_disk(rank: int, world: int, recipe: Recipe, from_step: int) -> str:
+    """``train`` where no file can grow beyond a few bytes from the checkpoint of ``from_step`` on; what it raises."""
+    as_if_new(world)
+    original, before = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(self: Checkpoints, state: RunState) -> None:
+        if state.step == from_step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        original(self, state)
+
+    try:
+        with mock.patch.object(Checkpoints, "save", save):
+            train(recipe, rank)
+    except ValueError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return ""
