@@ -64,7 +64,7 @@ class MicroBatchRunner:
         return HeadTargets(self.head, batch.target_hidden, logsumexp, token, batch.target_index, batch.trained, counted)
 
     def _alpha_mean(self, alpha: Tensor, rows: Tensor) -> Tensor:
-        """Mean over the counted rows of all ranks, float32 [T]. Collective over the world."""
+        """Mean over the counted rows that all ranks hold in this micro-batch, float32 [T]. Collective over the world."""
         both = torch.stack([alpha, rows])
         if self.world.topology.world_size > 1:
             dist.all_reduce(both)

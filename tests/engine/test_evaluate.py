@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from eagle_ds.config import TrainingConfig
+from eagle_ds.drafts import load_draft
+from eagle_ds.engine.checkpoint import Best, latest
 from eagle_ds.engine.metrics import metrics_of, step_weights
 from eagle_ds.engine.runlog import keep_until, scalars
 from eagle_ds.engine.schedule import learning_rate
 from eagle_ds.loss import COLUMNS, StepSums
 from tests.engine.dense import dense_step
-from tests.engine.tiny import Tiny, make_tiny
+from tests.engine.tiny import MASKS, Tiny, make_tiny, write_store
 from tests.engine.worker import run_training
 from tests.gloo import GlooPool
+from tests.targets import save_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,36 @@ def test_every_held_out_sample_counts_once(pool: GlooPool, tiny: Tiny, world: in
         assert line["accuracy"] == pytest.approx((dense.sums.correct / dense.sums.trained).tolist())
         assert line["acceptance"] == pytest.approx((dense.sums.alpha / dense.sums.trained).tolist(), rel=1e-4)
         assert line["simulated_length"] == pytest.approx(1 + float(dense.sums.length[0] / dense.sums.length[1]), rel=1e-5)
+
+
+def test_real_decoding_during_training_chooses_the_best_draft(pool: GlooPool, tmp_path: Path) -> None:
+    tiny = Tiny(tmp_path)
+    save_tiny_llama(tiny.target)
+    for name, seed in (("train", 1), ("held_out", 2)):
+        write_store(tmp_path / name, tiny.target, MASKS, seed=seed)
+    (tmp_path / "ds_stage1.json").write_text("{}")
+    chat = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Hi"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"id": "a", "messages": chat}) + "\n")
+    recipe = tiny.recipe(
+        target__hidden_size=32,
+        target__vocab_size=280,
+        draft__hidden_size=32,
+        draft__vocab_size=100,
+        data__max_length=256,
+        data__eval_conversations=str(tmp_path / "chats.jsonl"),
+        training__acceptance_interval=2,
+        training__eval_interval=3,
+        training__best_by="acceptance",
+        training__max_steps=3,
+        parallel__ring=2,
+    )
+    pool.run(run_training, 2, recipe)
+    lines = [json.loads(line) for line in (recipe.run_dir / "eval.jsonl").read_text().splitlines()]
+    assert [(line["step"], "accept_length" in line) for line in lines] == [(0, False), (2, True), (3, True)]
+    assert all("loss" in line for line in lines)
+    best = max(lines[1:], key=lambda line: line["accept_length"])
+    assert latest(recipe.run_dir).best == Best(best["step"], best["accept_length"])
+    assert load_draft(recipe.run_dir / "best").arch.hidden_size == 32
 
 
 def sums(**columns: list[float]) -> StepSums:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from eagle_ds.config import Recipe
 from eagle_ds.data.store import Sample, StoreFacts, StoreWriter
-from eagle_ds.target import target_hash
+from eagle_ds.target import TargetFacts, target_hash
 
 H, V, VD, LAYERS = 24, 37, 19, 8
 MASKS = (
@@ -116,18 +116,19 @@ def target_head(folder: Path) -> torch.Tensor:
 
 
 def write_store(root: Path, target: Path, masks: tuple[str, ...], *, seed: int, labels: bool = True, dtype: str = "float32") -> None:
-    """One sample a mask of 0 and 1."""
-    facts = StoreFacts("tiny", target_hash(target), "none", H, (1, LAYERS // 2 - 1, LAYERS - 4), V, dtype=dtype)
-    head, rng = target_head(target), np.random.default_rng(seed)
+    """One sample a mask of 0 and 1, random but for its labels, which are the target's."""
+    head, rng, layers = target_head(target), np.random.default_rng(seed), TargetFacts.from_folder(target).aux_ids
+    vocab, width = head.shape
+    facts = StoreFacts("tiny", target_hash(target), "none", width, layers, vocab, dtype=dtype)
     with StoreWriter(root, facts) as writer:
         for number, mask in enumerate(masks):
             size = len(mask)
-            aux, hidden = (torch.from_numpy(rng.standard_normal((size, w))).to(getattr(torch, dtype)) for w in (3 * H, H))
+            aux, hidden = (torch.from_numpy(rng.standard_normal((size, w))).to(getattr(torch, dtype)) for w in (3 * width, width))
             logits = hidden.float() @ head.t()
             writer.add(
                 Sample(
                     id=f"sample-{number}",
-                    input_ids=torch.from_numpy(rng.integers(0, V, size, dtype=np.int32)),
+                    input_ids=torch.from_numpy(rng.integers(0, vocab, size, dtype=np.int32)),
                     loss_mask=torch.tensor([int(c) for c in mask], dtype=torch.uint8),
                     aux_hidden_state=aux,
                     hidden_state=hidden,
