@@ -215,7 +215,8 @@ class Trainer:
                 "training.learning_rate, or set training.non_finite to skip"
             )
         self.skipped_steps += 1
-        logger.warning("%s; the step is skipped (%d so far)", message, self.skipped_steps)
+        if self.world.is_first:
+            logger.warning("%s; the step is skipped (%d so far)", message, self.skipped_steps)
 
     def _names(self, outcome: StepOutcome) -> list[str]:
         return [self.dataset.samples[n].entry.id for packs in outcome.step.packs for pack in packs for n in pack]

@@ -48,7 +48,8 @@ def join_world(parallel: ParallelConfig, local_rank: int) -> World:
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         accelerator.set_device(local_rank)
-    deepspeed.ops.__compatible_ops__[SHM_OP] = False
+    else:
+        deepspeed.ops.__compatible_ops__[SHM_OP] = False
     if not dist.is_initialized():
         _rendezvous("nccl" if on_cuda else "gloo")
     topology = Topology(dist.get_world_size(), dist.get_rank(), parallel.ulysses, parallel.ring)

@@ -34,9 +34,9 @@ def settings(stage: int, tiny: Tiny) -> dict[str, Any]:
     return {
         "deepspeed": str(tiny.root / f"ds_stage{stage}.json"),
         "data__pack_tokens": 50,
-        "training__max_steps": 7,
-        "training__save_interval": 3,
-        "training__eval_interval": 2,
+        "training__max_steps": 5,
+        "training__save_interval": 2,
+        "training__eval_interval": 3,
         "training__gradient_accumulation": 2,
         "training__warmup_ratio": 0.3,
     }
@@ -47,20 +47,20 @@ RESUMED = [(0, 2, None), (1, 2, "ring"), (2, 2, "ulysses"), (3, 2, "ring"), (1, 
 
 @pytest.mark.parametrize(("stage", "world", "sharing"), RESUMED)
 def test_a_resumed_run_is_the_whole_one_bit_for_bit(pool: GlooPool, tiny: Tiny, stage: int, world: int, sharing: str | None) -> None:
-    """Cut off at step 5, after the evaluation of step 4: step 3 is the newest checkpoint, and steps 4 and 5 are done again."""
+    """Cut off after step 3 and its evaluation: step 2 is the newest checkpoint, and step 3 is done again."""
     layout = {f"parallel__{sharing}": 2} if sharing else {}
     whole = tiny.recipe(f"whole{stage}{world}", **settings(stage, tiny), **layout)
     halves = tiny.recipe(f"halves{stage}{world}", **settings(stage, tiny), **layout)
     pool.run(run_training, world, whole)
-    pool.run(train_until, world, halves, 5)
-    assert latest(halves.run_dir).step == 3 and len(lines(halves.run_dir / "log.jsonl")) == 5
+    pool.run(train_until, world, halves, 3)
+    assert latest(halves.run_dir).step == 2 and len(lines(halves.run_dir / "log.jsonl")) == 3
     pool.run(run_training, world, halves)
-    for folder in ("checkpoints/step_7", "best"):
+    for folder in ("checkpoints/step_5", "best"):
         first, second = (load_file(run.run_dir / folder / "draft_state.safetensors") for run in (whole, halves))
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert lines(halves.run_dir / "log.jsonl") == lines(whole.run_dir / "log.jsonl")
     assert lines(halves.run_dir / "eval.jsonl") == lines(whole.run_dir / "eval.jsonl")
-    assert {p.name for p in (halves.run_dir / "checkpoints").glob("step_*")} == {"step_6", "step_7"}
+    assert {p.name for p in (halves.run_dir / "checkpoints").glob("step_*")} == {"step_4", "step_5"}
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,12 @@ def test_a_finished_run_says_so_and_does_nothing(pool: GlooPool, finished: Tiny)
     before = {path: path.stat().st_mtime_ns for path in saved}
     pool.run(run_training, 1, recipe)
     assert {path: path.stat().st_mtime_ns for path in saved} == before
-    assert len(lines(recipe.run_dir / "log.jsonl")) == 7
+    assert len(lines(recipe.run_dir / "log.jsonl")) == 5
 
 
 def test_every_save_holds_a_draft_that_loads_without_deepspeed(finished: Tiny) -> None:
     run = finished.root / "runs" / "done"
-    for folder in (run / "checkpoints" / "step_7", run / "best", run):
+    for folder in (run / "checkpoints" / "step_5", run / "best", run):
         draft = load_draft(folder)
         assert draft.arch.hidden_size == 24 and draft.vocab.d2t.numel() == 19
         assert all(tensor.dtype == torch.float32 for tensor in draft.state.values())
@@ -90,8 +90,8 @@ def test_a_torn_save_is_never_resumed_from(pool: GlooPool, finished: Tiny) -> No
     source = finished.root / "runs" / "done"
     torn = finished.root / "runs" / "torn"
     shutil.copytree(source, torn)
-    (torn / "checkpoints" / "step_7").rename(torn / "checkpoints" / ".step_7.partial")
-    (torn / "checkpoints" / "latest").write_text("step_6")
+    (torn / "checkpoints" / "step_5").rename(torn / "checkpoints" / ".step_5.partial")
+    (torn / "checkpoints" / "latest").write_text("step_4")
     recipe = finished.recipe("torn", **settings(1, finished))
     pool.run(run_training, 1, recipe)
     assert lines(torn / "log.jsonl") == lines(source / "log.jsonl")
@@ -101,9 +101,9 @@ def test_a_torn_save_is_never_resumed_from(pool: GlooPool, finished: Tiny) -> No
 def test_a_full_disk_is_an_error_and_the_run_goes_on_from_the_checkpoint_before(pool: GlooPool, tiny: Tiny) -> None:
     whole, full = (tiny.recipe(name, **settings(1, tiny)) for name in ("roomy", "full"))
     pool.run(run_training, 1, whole)
-    text = pool.run(train_onto_a_full_disk, 1, full, 6)[0]
+    text = pool.run(train_onto_a_full_disk, 1, full, 4)[0]
     assert "cannot write the checkpoint" in text and "free space and run again" in text
-    assert latest(full.run_dir).step == 3
+    assert latest(full.run_dir).step == 2
     pool.run(run_training, 1, full)
     assert lines(full.run_dir / "log.jsonl") == lines(whole.run_dir / "log.jsonl")
 
@@ -111,9 +111,9 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_from_the_checkpoint_before(
 def test_a_checkpoint_whose_state_is_gone_is_an_error(pool: GlooPool, finished: Tiny) -> None:
     broken = finished.root / "runs" / "broken"
     shutil.copytree(finished.root / "runs" / "done", broken)
-    (broken / "checkpoints" / "step_7" / "state.json").unlink()
+    (broken / "checkpoints" / "step_5" / "state.json").unlink()
     text, _ = pool.run(message, 1, finished.recipe("broken", **settings(1, finished)))[0]
-    assert "step_7 cannot be read" in text and "--fresh" in text
+    assert "step_5 cannot be read" in text and "--fresh" in text
 
 
 @pytest.mark.parametrize(
