@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 DEMO := recipes/smollm2_cpu
-DEMO_SAMPLES ?= 200
+DEMO_SAMPLES ?= 120
 
 .PHONY: help venv demo test lint
 
@@ -38,8 +38,8 @@ lint: $(STAMP)  ## ruff over everything
 demo: export PATH := $(abspath $(VENV))/bin:$(PATH)
 demo: $(STAMP)  ## SmolLM2 on two CPU processes: capture, train, export, measured acceptance length, report
 	tools/fetch_embedded_target.py
-	tools/prepare_hidden_states.py --recipe $(DEMO).json --limit $(DEMO_SAMPLES)
+	tools/prepare_hidden_states.py --recipe $(DEMO).json --limit $(DEMO_SAMPLES) --limit-eval 12
 	deepspeed --num_gpus 2 $(DEMO).sh
 	tools/export_draft.py runs/smollm2_cpu
-	tools/eval_acceptance.py --recipe $(DEMO).json --baseline untrained --num-prompts 12 --max-new-tokens 64 --num-draft-tokens 5
+	tools/eval_acceptance.py --recipe $(DEMO).json --baseline untrained --num-prompts 12 --max-new-tokens 48
 	tools/make_report.py runs/smollm2_cpu

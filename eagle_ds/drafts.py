@@ -31,7 +31,6 @@ from eagle_ds.target import TargetFacts
 log = logging.getLogger(__name__)
 
 ARCH_FILE, STATE_FILE, VOCAB_FILE, RECIPE_FILE = "arch.json", "draft_state.safetensors", "vocab.safetensors", "recipe.json"
-NORM_PLUS_ONE = ("gemma",)  # families whose norms multiply by 1 + weight
 ROPE_FIELDS = ("rope_theta", "rope_scaling")
 OWN_FIELDS = ("rms_norm_eps", "fc_norm", "norm_output", "norm_before_fc", *ROPE_FIELDS)  # a draft brings these; the rest must agree
 
@@ -207,17 +206,13 @@ def _check_tensors(state: Mapping[str, Tensor], arch: DraftArch, folder: Path) -
             raise ValueError(f"draft {folder}: {name} has shape {list(state[name].shape)} where its configuration means {list(shape)}")
 
 
-def untrained_draft(arch: DraftArch, vocab: VocabMap, target: TargetFacts, weights: Mapping[str, Tensor], seed: int = 0) -> DraftOnDisk:
-    """Where training starts without ``init_from``: random linear layers and, where the draft is as wide as its target, the
-    target's own head rows and final norm. ``weights``: the target's ``lm_head`` and ``norm``."""
+def untrained_draft(arch: DraftArch, vocab: VocabMap, seed: int = 0) -> DraftOnDisk:
+    """Where training starts without ``init_from``: everything random. The target's own head and final norm are no start: over
+    random states its logits are large and wrong, and a third of a short run goes into shrinking them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Eagle3Draft(arch)
     state = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    if not arch.trains_embedding:
-        plus = 1.0 if target.model_type.startswith(NORM_PLUS_ONE) else 0.0
-        state["head.weight"] = weights["lm_head"][vocab.target_ids].float()
-        state["head.norm_weight"] = weights["norm"].float() + plus
     return DraftOnDisk(state, arch, vocab, Path("untrained"))
 
 

@@ -110,7 +110,6 @@ def measure_drafts(
     from eagle_ds.acceptance import load_prompts, measure
     from eagle_ds.decoding import DecodeSettings
     from eagle_ds.drafts import untrained_draft
-    from eagle_ds.target import load_target_weights
 
     path = args.prompts or (recipe.data.eval_conversations if recipe else None)
     if path is None:
@@ -118,8 +117,7 @@ def measure_drafts(
     room = target.facts.max_position_embeddings - args.max_new_tokens
     found = load_prompts(path, target.encoder, args.num_prompts, min(args.max_prompt_tokens or room, room), args.turn)
     if args.baseline == "untrained":
-        weights = load_target_weights(target.folder, ("lm_head", "norm"))
-        baseline = untrained_draft(draft.arch, draft.vocab, target.facts, weights, recipe.training.seed if recipe else 0)
+        baseline = untrained_draft(draft.arch, draft.vocab, recipe.training.seed if recipe else 0)
     drafts = {"untrained" if args.baseline == "untrained" else "baseline": target.cache(baseline)} if baseline else {}
     drafts["trained" if args.baseline == "untrained" else "draft"] = target.cache(draft)
     steps = args.num_draft_tokens or (recipe.training.ttt_steps if recipe else 5)

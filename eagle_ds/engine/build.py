@@ -1,8 +1,7 @@
 """The draft, the frozen head that teaches it, and the DeepSpeed engine around it.
 
-Where a draft starts: the folder that ``draft.init_from`` names; else random linear layers, the target's own embedding and,
-where the draft is as wide as the target, the target's head rows and final norm as its head. From there a draft whose
-states came near the target's own would already predict its tokens, which a random head would first have to learn.
+Where a draft starts: the folder that ``draft.init_from`` names, else random layers and, where the draft is as wide as the
+target, the target's own frozen embedding.
 """
 
 from __future__ import annotations
@@ -57,12 +56,12 @@ def build(recipe: Recipe, config: dict[str, Any], inputs: Inputs, world: World) 
 
 
 def _target_weights(inputs: Inputs) -> dict[str, Tensor]:
-    return load_target_weights(inputs.target, ("lm_head", "norm") if inputs.arch.trains_embedding else ("embed_tokens", "lm_head", "norm"))
+    return load_target_weights(inputs.target, ("lm_head",) if inputs.arch.trains_embedding else ("embed_tokens", "lm_head"))
 
 
 def make_draft(recipe: Recipe, inputs: Inputs, weights: dict[str, Tensor]) -> Eagle3Draft:
     """The draft in float32 on the CPU at its starting point, the same on all ranks."""
-    start = inputs.start or untrained_draft(inputs.arch, inputs.vocab, inputs.target_facts, weights, recipe.training.seed)
+    start = inputs.start or untrained_draft(inputs.arch, inputs.vocab, recipe.training.seed)
     logger.info("the draft starts %s", f"from {start.folder}" if inputs.start else "untrained")
     torch.manual_seed(recipe.training.seed)
     model = Eagle3Draft(inputs.arch)

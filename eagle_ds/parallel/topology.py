@@ -21,7 +21,7 @@ class Topology:
     def __post_init__(self) -> None:
         if self.world_size % (self.ulysses * self.ring):
             raise ValueError(
-                f"world_size={self.world_size} is not a multiple of ulysses * ring = {self.ulysses} * {self.ring} = {self.ulysses * self.ring}; "
+                f"world_size={self.world_size} is not a multiple of ulysses * ring = {self.ulysses} * {self.ring} = {self.sp}; "
                 "start that many processes, or change parallel.ulysses and parallel.ring"
             )
 
