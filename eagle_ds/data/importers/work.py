@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -26,6 +27,7 @@ from eagle_ds.data.reader import SampleReader
 from eagle_ds.data.writer import SampleFiles
 
 SOURCE_NAMES = ("input_ids", "loss_mask")  # what a later run can compare: it may compute the head's facts in another order
+READ_AHEAD_BYTES = 1 << 30  # of a file that comes next; a longer one is read on as it is used
 COMPARE_ROWS = 4096  # a multiple of the chunk's rows
 
 
@@ -121,13 +123,37 @@ def _drop_cache(path: Path) -> None:
 
 def run_jobs(jobs: Iterable[Job], worker: Worker, workers: int) -> Iterator[Outcome]:
     """Outcomes in the order they come. One worker runs here, in this process. Closing the generator ends the workers."""
+    jobs = _read_ahead(iter(jobs), workers)
     if workers == 1:
         with SampleFiles(worker.root, worker.facts, workers=worker.encoders) as files:
             for job in jobs:
                 yield worker.run(job, files)
         return
     with _Pool(worker, workers) as pool:
-        yield from pool.run(iter(jobs))
+        yield from pool.run(jobs)
+
+
+def _read_ahead(jobs: Iterator[Job], depth: int) -> Iterator[Job]:
+    """The same jobs; the kernel is told of each file ``depth`` jobs early, so that the disk reads while workers encode."""
+    waiting: deque[Job] = deque()
+    for job in jobs:
+        if not job.item.group:
+            _will_need(job.item.path)
+        waiting.append(job)
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _will_need(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # the worker will say why it cannot be read
+    try:
+        os.posix_fadvise(descriptor, 0, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
 
 
 class _Pool:
