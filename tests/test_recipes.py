@@ -88,7 +88,8 @@ def test_help_under_bash_gives_reasons_and_lists_every_setting() -> None:
 
 
 def test_plan_under_bash_from_another_folder_starts_nothing(tmp_path: Path) -> None:
-    shown = run("bash", str(ROOT / "recipes/smollm2_cpu.sh"), "--plan", "--data.max_length", "999", cwd=tmp_path)
+    changed = ("--data.max_length", "999", "--data.store", "stores/never_captured")
+    shown = run("bash", str(ROOT / "recipes/smollm2_cpu.sh"), "--plan", *changed, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "world_size 2 = dp 1 * ulysses 1 * ring 2" in shown.stdout
     assert '"max_length": 999' in shown.stdout
@@ -174,12 +175,14 @@ def test_a_rank_trains_and_does_not_start_a_launcher(twin: list[str], tmp_path: 
     stub = types.ModuleType("eagle_ds.engine.train")
     stub.train = lambda recipe, local_rank: trained.append((recipe.name, local_rank))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "eagle_ds.engine.train", stub)
+    reported: list[Path] = []
+    monkeypatch.setattr("eagle_ds.report.write_report", reported.append)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "8")):
         monkeypatch.setenv(name, value)
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(sys, "argv", ["twin", "--local_rank=0", *twin, "--fresh"])
     launch.main("tests/recipes/llama3_128k_twin.sh", accelerator="cpu")
-    assert trained == [("llama3_128k_twin", 0)]
+    assert trained == [("llama3_128k_twin", 0)] and reported == [tmp_path / "run"]
     assert [path.name.split("-")[0] for path in tmp_path.glob("run*")] == ["run.before"], "--fresh keeps the earlier run"
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
