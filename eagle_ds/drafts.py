@@ -208,7 +208,7 @@ def _check_tensors(state: Mapping[str, Tensor], arch: DraftArch, folder: Path) -
 
 def untrained_draft(arch: DraftArch, vocab: VocabMap, seed: int = 0) -> DraftOnDisk:
     """Where training starts without ``init_from``: everything random. The target's own head and final norm are no start: over
-    random states its logits are large and wrong, and a third of a short run goes into shrinking them."""
+    random states their logits are large and wrong (SmolLM2: twice the loss of a random head), and it takes steps to shrink them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Eagle3Draft(arch)

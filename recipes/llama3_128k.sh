@@ -11,6 +11,9 @@
 #   training.recompute mlp        the MLP's inner states are the largest thing kept and cheap to compute again
 #   training.gradient_clipping 0.5, betas (0.9, 0.95)   as EAGLE's own training code has them
 #   deepspeed zero1               425 million trained parameters: optimizer state is worth spreading, weights are not
+#
+# Ran on: its true shapes with synthetic features on one H200 (10.9 s and 54 GiB a step, recompute full) and on two (5.6 s,
+# 35 GiB); never yet on eight GPUs: docs/benchmarks/h200.md
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3
