@@ -78,7 +78,7 @@ def convert(options: ConvertOptions, on_progress: Callable[[Progress], None] = l
     summary = Summary(found=len(items) + len(duplicates), rejected=duplicates)
     options.destination.mkdir(parents=True, exist_ok=True)
     with _RejectLog(options.destination / REJECTED_NAME, duplicates) as log:
-        seen, unreadable = survey(items)
+        seen, unreadable = survey(items, options.workers)
         if seen is None:
             for rejected in unreadable:
                 _reject(summary, log, rejected)
@@ -103,7 +103,7 @@ def plan(options: ConvertOptions) -> tuple[Summary, Prediction | None]:
     """``--dry-run``: the same checks of flags and a few files, and a prediction; writes nothing."""
     items, duplicates = _unique(iter_source(options.source, options.mapping))
     summary = Summary(found=len(items) + len(duplicates), rejected=duplicates)
-    seen, unreadable = survey(items)
+    seen, unreadable = survey(items, options.workers)
     if seen is None:
         summary.rejected += unreadable
         return summary, None

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -59,20 +60,25 @@ class Prediction:
     head_s: float  # of those, for the target's head
 
 
-def survey(items: Sequence[SourceItem]) -> tuple[Survey | None, list[Rejected]]:
+def survey(items: Sequence[SourceItem], workers: int = 1) -> tuple[Survey | None, list[Rejected]]:
     """Look at files spread over the list, and on through it until one can be read. None if no file can: then every
     file's `Rejected` comes back."""
-    probes: list[_Probe] = []
-    rejected: list[Rejected] = []
     spread = _spread(len(items), GZIP_PROBES if items[0].path.suffix == ".gz" else PROBES)
-    for index in [*spread, *(set(range(len(items))) - set(spread))]:
-        if index not in spread and probes:
+    with ThreadPoolExecutor(workers) as pool:  # inflating lets go of the interpreter
+        looked = list(pool.map(_look, (items[index] for index in spread)))
+    for index in sorted(set(range(len(items))) - set(spread)):
+        if any(isinstance(found, _Probe) for found in looked):
             break
-        try:
-            probes.append(_probe(items[index]))
-        except Rejected as error:
-            rejected.append(error)
-    return (_majority(probes), []) if probes else (None, rejected)
+        looked.append(_look(items[index]))
+    probes = [found for found in looked if isinstance(found, _Probe)]
+    return (_majority(probes), []) if probes else (None, [found for found in looked if isinstance(found, Rejected)])
+
+
+def _look(item: SourceItem) -> _Probe | Rejected:
+    try:
+        return _probe(item)
+    except Rejected as error:
+        return error
 
 
 def predict(items: Sequence[SourceItem], survey: Survey, workers: int, head: torch.Tensor | None) -> Prediction:
