@@ -1,4 +1,5 @@
-"""Pictures of a run, each as the bytes of a PNG: acceptance of drafts side by side, learning curves, speed and memory."""
+"""Pictures of runs, each as the bytes of a PNG: acceptance of drafts side by side, learning curves, speed and memory, and
+the losses of several runs."""
 
 from __future__ import annotations
 
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
 Line = Mapping[str, Any]  # of log.jsonl or eval.jsonl
 
 COLOURS = ("#9aa5b1", "#2f6fb2", "#d9822b", "#3c9d6b")
+SERIES = ("#2f6fb2", "#d9822b", "#3c9d6b", "#8a5cb8", "#c0504d", "#3aa6b9", "#7a6a53", "#5c6b7a")
 TRAIN, HELD_OUT, REAL = "#2f6fb2", "#d9822b", "#3c9d6b"
 INK, GRID = "#333d47", "#e4e8ec"
 
 
 def acceptance_figure(result: Mapping[str, Any]) -> bytes:
     """Of an acceptance.json: acceptance length with its interval, acceptance by draft position, by context length, and speed."""
-    figure, axes = _canvas(2, 2, (11, 7.2))
+    figure, axes = canvas(2, 2, (11, 7.2))
     drafts = result["drafts"]
     names, colours = [draft["name"] for draft in drafts], COLOURS if len(drafts) > 1 else COLOURS[1:]
     _length_bars(axes[0], drafts, colours, result.get("differences", []))
@@ -42,7 +44,7 @@ def acceptance_figure(result: Mapping[str, Any]) -> bytes:
     axes[3].margins(x=0.12)
     where = f"{result['num_prompts']} prompts, {result['num_draft_tokens']} draft tokens a pass, {result['dtype']}, {result['device']}"
     figure.suptitle(f"Acceptance on {result['target']}\n{where}", fontsize=11, color=INK)
-    return _png(figure)
+    return png(figure)
 
 
 def _length_bars(axes: Axes, drafts: Sequence[Line], colours: Sequence[str], differences: Sequence[Line]) -> None:
@@ -84,7 +86,7 @@ def _bucket(low: float, high: float) -> str:
 
 def learning_figure(train: Sequence[Line], held_out: Sequence[Line]) -> bytes:
     """Loss and KL, accuracy and acceptance of every TTT step, acceptance length: training smoothed, held-out as points."""
-    figure, axes = _canvas(2, 2, (11, 7.2))
+    figure, axes = canvas(2, 2, (11, 7.2))
     for name, style in (("loss", "-"), ("kl", "--")):
         _curve(axes[0], train, lambda line, name=name: line[name], TRAIN, f"{name}, training", style)
         _points(axes[0], held_out, lambda line, name=name: line[name], HELD_OUT, f"{name}, held out", style)
@@ -100,12 +102,12 @@ def learning_figure(train: Sequence[Line], held_out: Sequence[Line]) -> bytes:
         _points(axes[3], real, lambda line: line["accept_length"], REAL, "real decoding, held out")
     axes[3].set(title="acceptance length", xlabel="step")
     axes[3].legend()
-    return _png(figure)
+    return png(figure)
 
 
 def speed_figure(train: Sequence[Line]) -> bytes:
     """Throughput, where the time of a step goes, learning rate with gradient norm, memory."""
-    figure, axes = _canvas(2, 2, (11, 6.4))
+    figure, axes = canvas(2, 2, (11, 6.4))
     _curve(axes[0], train, lambda line: line["tokens_per_s"], TRAIN, "tokens/s")
     axes[0].set(title="throughput (context tokens per second)", xlabel="step", ylim=(0, None))
     steps = _steps(train)
@@ -124,7 +126,27 @@ def speed_figure(train: Sequence[Line]) -> bytes:
     axes[2].set(title="gradient norm (left), learning rate (right)", xlabel="step", ylim=(0, None))
     axes[3].plot(steps, [line["peak_gib"] for line in train], color=TRAIN)
     axes[3].set(title="peak memory of the fullest process, GiB", xlabel="step", ylim=(0, 1.2 * max(line["peak_gib"] for line in train)))
-    return _png(figure)
+    return png(figure)
+
+
+def comparison_figure(steps: Sequence[int], runs: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> bytes:
+    """Loss of each run, and its relative difference from the first on a log scale. ``runs``: (label, losses, differences)."""
+    figure, (losses, differences) = canvas(1, 2, (11, 4.2))
+    for i, (label, values, relative) in enumerate(runs):
+        colour = SERIES[i % len(SERIES)]
+        losses.plot(steps, values, color=colour, linewidth=2.4 - 1.6 * i / max(len(runs) - 1, 1), label=label)
+        if i and any(relative):
+            shown = [value or float("nan") for value in relative]  # a log scale has no zero
+            differences.plot(steps, shown, ".-", color=colour, linewidth=1, markersize=3, label=label)
+    losses.set(title="loss", xlabel="step")
+    losses.legend()
+    same = [label for label, _, relative in runs[1:] if not any(relative)]
+    note = f"\nno difference at any step: {', '.join(same)}" if same else ""
+    differences.set(title=f"difference from {runs[0][0]}, relative{note}", xlabel="step")
+    if len(same) < len(runs) - 1:
+        differences.set_yscale("log")
+        differences.legend()
+    return png(figure)
 
 
 def _by_ttt_step(axes: Axes, train: Sequence[Line], held_out: Sequence[Line], name: str) -> None:
@@ -169,7 +191,7 @@ def _steps(lines: Sequence[Line]) -> list[int]:
     return [line["step"] for line in lines]
 
 
-def _canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+def canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     """A figure of the house's look, made without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -186,7 +208,8 @@ def _canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
     return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The picture's bytes, its texts in the house's sizes."""
     for axes in figure.axes:
         axes.title.set(fontsize=10, color=INK)
         axes.xaxis.label.set(fontsize=8, color=INK)

@@ -22,7 +22,7 @@ LAYERS = (
     {"parallel"},
     {"model"},
     {"loss", "loss_triton"},
-    {"capture", "decoding", "drafts", "served", "served_check", "export", "acceptance", "figures", "report"},
+    {"capture", "decoding", "drafts", "served", "served_check", "export", "acceptance", "figures", "report", "compare"},
     {"engine"},
     {"preflight", "plan", "launch", "bench"},
 )

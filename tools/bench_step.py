@@ -7,8 +7,23 @@
     deepspeed --num_gpus 1 tools/bench_step.py --seq 4096 --documents 32           (packed: 32 samples of 4096)
 
 Rank 0 prints one JSON line for each run: milliseconds by phase, tokens/s a GPU, trained rows/s, model TFLOP/s, the floor of this shape
-from rates measured in the same run, the ratio to it, and the peak memory. --sweep runs several lengths and fractions:
-    deepspeed --num_gpus 1 tools/bench_step.py --sweep 16384:1 32768:1 131072:0.1 --json results.jsonl
+from rates measured in the same run, the ratio to it, and the peak memory. Two utilisations: tflops_per_gpu counts what flash attention
+must do (its backward is 2.5 forwards); mfu counts the model's own work alone (2 forwards, nothing computed again) against the dense
+bfloat16 peak of the GPU's data sheet.
+
+From disk: the same steps, first from memory and then from real HDF5 files through the trainer's reader, prefetch and copies. The
+store of this shape is made below FOLDER if it is not there: random states, so nothing can be learned from it, but of the size and
+about the compression of real ones (1 GB for 32K tokens, 4.3 GB for 128K, before compression). The second line adds data_wait_ms, read_ms
+(what reading one sequence takes in its thread; it hides behind a step while it is shorter) and slower_than_memory:
+    deepspeed --num_gpus 4 tools/bench_step.py --seq 131072 --ulysses 4 --from-store /data/bench
+
+Several shapes in one start, and with --out a table and pictures. The lines gather in DIR/steps.jsonl, so that runs on 1, 2 and 4 GPUs
+into one DIR make the strong scaling picture too. --plot draws from such files alone, on any machine:
+    deepspeed --num_gpus 1 tools/bench_step.py --sweep 16384:1 32768:1 131072:0.1 --out results
+    tools/bench_step.py --plot results/steps.jsonl more.jsonl --out results
+
+Where the time goes: --profile trace.json writes a Chrome trace (chrome://tracing, ui.perfetto.dev) of one step, and a table of GPU
+time by category and phase with the share of communication that runs beside computing.
 """
 
 from __future__ import annotations
@@ -20,106 +35,224 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eagle_ds.bench.plots import write_results
+from eagle_ds.bench.results import read_results
 from eagle_ds.config import Recipe, load_recipe
 
+if TYPE_CHECKING:
+    from eagle_ds.bench.step import StepBench
+    from eagle_ds.data.store import Store
+    from eagle_ds.engine.world import World
+    from eagle_ds.layout import Document
+
+ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"llama3_8b": "recipes/llama3_128k.json", "smollm2": "recipes/smollm2_cpu.json"}
+STEPS, STEPS_FROM_STORE = 3, 8  # from a store more, because the first ones find their data read ahead while the engine warmed up
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="llama3_8b", help="sizes of the draft and its target")
-    parser.add_argument("--seq", type=int, default=32768, help="tokens of each document")
-    parser.add_argument("--documents", type=int, default=1, help="documents packed into the sequence")
-    parser.add_argument("--trained-fraction", type=float, default=1.0, help="fraction of tokens trained, in turns")
-    parser.add_argument("--turn", type=int, default=512, help="trained tokens in a row")
-    parser.add_argument("--sweep", nargs="+", metavar="SEQ:FRACTION", help="several shapes in one start")
-    parser.add_argument("--ulysses", type=int, default=1)
-    parser.add_argument("--ring", type=int, default=1)
-    parser.add_argument("--ring-mode", choices=("auto", "gather", "p2p"), default="auto")
-    parser.add_argument("--all-rows", action="store_true", help="work on untrained rows too, as trainers without the plan do")
-    parser.add_argument("--recompute", choices=("none", "mlp", "full"), default="full")
-    parser.add_argument("--deepspeed-config", help="default: the recipe's")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="append the lines to this file too")
-    parser.add_argument("--profile", type=Path, help="write a Chrome trace of one more step here, and print where its time goes")
+    shape = parser.add_argument_group("shape")
+    shape.add_argument("--model", choices=MODELS, default="llama3_8b", help="sizes of the draft and its target")
+    shape.add_argument("--recipe", type=Path, help="take the sizes from this recipe JSON instead")
+    shape.add_argument("--seq", type=int, default=32768, help="tokens of each document")
+    shape.add_argument("--documents", type=int, default=1, help="documents packed into the sequence")
+    shape.add_argument("--trained-fraction", type=float, default=1.0, help="fraction of tokens trained, in turns")
+    shape.add_argument("--turn", type=int, default=512, help="trained tokens in a row")
+    shape.add_argument("--sweep", nargs="+", metavar="SEQ:FRACTION", help="several shapes in one start")
+    shape.add_argument("--ttt-steps", type=int, help="T; default: the recipe's, 7")
+    layout = parser.add_argument_group("layout and settings")
+    layout.add_argument("--ulysses", type=int, default=1)
+    layout.add_argument("--ring", type=int, default=1)
+    layout.add_argument("--ring-mode", choices=("auto", "gather", "p2p"), default="auto")
+    layout.add_argument("--all-rows", action="store_true", help="work on untrained rows too, as trainers without the plan do")
+    layout.add_argument("--recompute", choices=("none", "mlp", "full"), default="full")
+    layout.add_argument("--offload-activations", action="store_true", help="keep activations of the unroll in pinned CPU memory")
+    layout.add_argument("--deepspeed-config", help="default: the recipe's")
+    store = parser.add_argument_group("from disk")
+    store.add_argument("--from-store", type=Path, metavar="FOLDER", help="time steps from HDF5 files too; made if missing (random)")
+    store.add_argument("--store-samples", type=int, help="samples of that store; default: 4, or 2 beyond 64K tokens, or two steps' worth")
+    store.add_argument("--read-threads", type=int, help="threads that inflate, a rank; default: the recipe's")
+    store.add_argument("--prefetch", type=int, help="sequences read ahead; default: the recipe's")
+    run = parser.add_argument_group("run and results")
+    run.add_argument("--steps", type=int, help=f"timed steps; default: {STEPS}, with --from-store {STEPS_FROM_STORE}")
+    run.add_argument("--json", type=Path, help="append the lines to this file (default with --out: DIR/steps.jsonl)")
+    run.add_argument("--out", type=Path, metavar="DIR", help="write steps.md and pictures of all lines in that file")
+    run.add_argument("--plot", type=Path, nargs="+", metavar="JSONL", help="run nothing: draw these results into --out")
+    run.add_argument("--profile", type=Path, help="write a Chrome trace of one more step here (.json or .json.gz), its table beside it")
+    run.add_argument("--sample-memory", action="store_true", help="one more step: add the peak memory of each phase")
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.plot and not options.out:
+        parser.error("--plot needs --out DIR to write to")
+    return options
 
 
 def main() -> None:
     options = parse()
-    os.chdir(Path(__file__).resolve().parents[1])
+    for name in ("recipe", "from_store", "json", "out", "profile"):
+        setattr(options, name, getattr(options, name) and getattr(options, name).resolve())
+    try:
+        if options.plot:
+            draw(options.plot, options.out)
+        else:
+            measure(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def draw(files: list[Path], folder: Path) -> None:
+    for path in write_results(read_results(files), folder):
+        print(f"wrote {path}", file=sys.stderr)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Every shape, and what is made of the lines."""
+    os.chdir(ROOT)
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511}.items():
         os.environ.setdefault(name, str(value))
-    logging.basicConfig(level=logging.WARNING)
+    is_first = os.environ["RANK"] == "0"
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("eagle_ds.bench").setLevel(logging.INFO if is_first else logging.WARNING)
     shapes = [(int(s), float(f)) for s, f in (x.split(":") for x in options.sweep or [])] or [(options.seq, options.trained_fraction)]
+    file = options.json or (options.out / "steps.jsonl" if options.out else None)
     for tokens, fraction in shapes:
-        run(options, tokens, fraction)
+        lines = run(options, tokens, fraction)
+        if is_first:
+            record(lines, file)
+    if is_first and options.out:
+        draw([file], options.out)
+
+
+def record(lines: list[dict[str, Any]], file: Path | None) -> None:
+    texts = [json.dumps(line) for line in lines]
+    print("\n".join(texts), flush=True)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.writelines(f"{text}\n" for text in texts)
 
 
 def make_recipe(options: argparse.Namespace, tokens: int) -> Recipe:
     overrides = {
         "data.max_length": tokens,
         "data.pack_tokens": tokens * options.documents,
+        "data.read_threads": options.read_threads,
+        "data.prefetch": options.prefetch,
         "parallel.ulysses": options.ulysses,
         "parallel.ring": options.ring,
         "parallel.ring_mode": options.ring_mode,
         "parallel.trained_rows_only": json.dumps(not options.all_rows),
         "training.recompute": options.recompute,
+        "training.offload_activations": "true" if options.offload_activations else None,
+        "training.ttt_steps": options.ttt_steps,
+        "deepspeed": options.deepspeed_config,
     }
-    if options.deepspeed_config:
-        overrides["deepspeed"] = options.deepspeed_config
-    return load_recipe(MODELS[options.model], [word for name, value in overrides.items() for word in (f"--{name}", str(value))])
+    words = [word for name, value in overrides.items() if value is not None for word in (f"--{name}", str(value))]
+    return load_recipe(options.recipe or MODELS[options.model], words)
 
 
-def run(options: argparse.Namespace, tokens: int, fraction: float) -> None:
-    """One shape. A shape that does not fit says so and lets the next one run."""
+def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[str, Any]]:
+    """One shape's lines. A shape that does not fit says so and lets the next one run."""
     import torch
 
-    from eagle_ds.bench.step import StepBench, measure_ceilings, summary
-    from eagle_ds.ds_config import deepspeed_config, read_ds_json
     from eagle_ds.engine.world import join_world
-    from eagle_ds.planner import in_turns
 
     recipe = make_recipe(options, tokens)
     world = join_world(recipe.parallel, options.local_rank)
+    shape = {
+        "model": options.recipe.stem if options.recipe else options.model,
+        "gpus": world.topology.world_size,
+        "fraction": fraction,
+        "turn": options.turn,
+        **({"offload_activations": True} if options.offload_activations else {}),
+    }
+    try:
+        return [shape | line for line in time_shape(options, recipe, world, tokens, fraction)]
+    except torch.cuda.OutOfMemoryError as error:
+        layout = {"layout": f"U{options.ulysses} R{options.ring}", "recompute": options.recompute, "ttt_steps": recipe.training.ttt_steps}
+        size = {"tokens": tokens * options.documents, "documents": options.documents}
+        return [shape | size | layout | {"error": "out of memory", "detail": str(error).split(". ")[0]}]
+    finally:
+        gc.collect()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, tokens: int, fraction: float) -> list[dict[str, Any]]:
+    """A line for batches in memory and, if asked for, one for the same from a store."""
+    from eagle_ds.bench.ceilings import measure_ceilings
+    from eagle_ds.bench.sources import MemorySource, StoreSource
+    from eagle_ds.bench.step import StepBench, summary
+    from eagle_ds.ds_config import deepspeed_config, read_ds_json
+    from eagle_ds.planner import in_turns
+
     config = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world.topology.world_size)
     config.pop("tensorboard", None)
-    on_gpu = world.device.type == "cuda"
-    bench = StepBench(recipe, config, [in_turns(tokens, fraction, options.turn)] * options.documents, world)
+    document = in_turns(tokens, fraction, options.turn)
+    bench = StepBench(recipe, config, [document] * options.documents, world)
+    steps = options.steps or (STEPS_FROM_STORE if options.from_store else STEPS)
+    facts = (recipe, bench.plan, world, bench.dtype)
     try:
-        line = summary(recipe, bench.plan, bench.run(options.steps), measure_ceilings(world.device) if on_gpu else None)
+        bench.use(MemorySource(*facts))
+        lines, measured = [{"source": "memory"}], [bench.run(steps)]
+        if options.from_store:
+            source = StoreSource(open_store(options, bench, document, fraction), *facts)
+            bench.use(source)
+            measured.append(bench.run(steps, warmup=2))
+            slower = measured[1].step_ms / measured[0].step_ms - 1
+            lines.append({"source": "store", "read_ms": round(1e3 * source.read_s, 1), "slower_than_memory": round(slower, 4)})
+        if options.sample_memory:
+            lines[-1] |= bench.memory_by_phase()
         if options.profile:
-            profile(bench, options.profile, world.is_first)
-    except torch.cuda.OutOfMemoryError as error:
-        line = {"tokens": tokens, "fraction": fraction, "error": "out of memory", "detail": str(error).split(". ")[0]}
-    line = {"model": options.model, "gpus": world.topology.world_size, "fraction": fraction, "turn": options.turn} | line
-    if world.is_first:
-        print(json.dumps(line), flush=True)
-        if options.json:
-            with options.json.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-    del bench
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
+            path = options.profile
+            profile(bench, path.with_name(f"{tokens}-{fraction:g}-{path.name}") if options.sweep else path, world.is_first)
+    finally:
+        bench.use(None)
+    device = measure_ceilings(world.device) if world.device.type == "cuda" else None
+    return [summary(recipe, bench.plan, times, device) | line for line, times in zip(lines, measured, strict=True)]
 
 
-def profile(bench: object, path: Path, is_first: bool) -> None:
-    """One step under torch.profiler."""
+def open_store(options: argparse.Namespace, bench: StepBench, document: Document, fraction: float) -> Store:
+    """The store of this shape; rank 0 makes it if it is not there."""
+    from eagle_ds.bench.random_store import default_samples, random_store
+
+    topology, agreement = bench.world.topology, bench.world.agreement
+    dtype = str(bench.dtype).removeprefix("torch.")
+    trained = "all" if fraction >= 1 else f"{fraction:g}-in-{options.turn}"
+    folder = options.from_store / f"{bench.recipe.name}-{document.num_tokens}-{trained}-{dtype}"
+    count = options.store_samples or default_samples(document.num_tokens, options.documents * topology.dp)
+    store = agreement.first_then_all(lambda: random_store(folder, bench.recipe, document, count, dtype=dtype))
+    agreement.same({"random store": store.manifest_hash})
+    return store
+
+
+def profile(bench: StepBench, path: Path, is_first: bool) -> None:
+    """One step under torch.profiler: a trace, and a table of it (on CPU only torch's own)."""
     import torch
     from torch.profiler import ProfilerActivity
 
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    from eagle_ds.bench.profile import read_trace, summarize, table
+    from eagle_ds.bench.step import LOSS_REGION, PHASES
+
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as recorded:
         bench.step()
-    if is_first:
-        key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        print(recorded.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))
-        recorded.export_chrome_trace(str(path))
+    if not is_first:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recorded.export_chrome_trace(str(path))
+    if on_gpu:
+        text = table(summarize(read_trace(path, PHASES, LOSS_REGION)), PHASES)
+    else:
+        text = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=70)
+    path.with_name(path.name.removesuffix(".gz").removesuffix(".json") + ".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

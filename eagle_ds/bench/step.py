@@ -1,4 +1,4 @@
-"""A training step on random features through the real code path, timed by phase and set beside its floor.
+"""A training step through the real code path, timed by phase and set beside its floor.
 
 The floor is the floating-point work of the busiest rank (``planner.floor_seconds``) at rates measured in the same run: an
 8192^3 matmul, and cuDNN's causal attention at 32K tokens, the fastest kernels known here whatever kernel runs.
@@ -15,10 +15,13 @@ import deepspeed
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from eagle_ds import ranges as rg
+from eagle_ds.bench.ceilings import data_sheet_tflops
+from eagle_ds.bench.flops import model_flops
+from eagle_ds.bench.sources import Source
 from eagle_ds.config import Recipe
-from eagle_ds.data.batch import Batch, TokenFacts, assemble
+from eagle_ds.data.batch import Batch
 from eagle_ds.ds_config import bf16_enabled
 from eagle_ds.engine.metrics import step_weights
 from eagle_ds.engine.step import MicroBatchRunner
@@ -26,17 +29,23 @@ from eagle_ds.engine.world import World
 from eagle_ds.layout import Document, SequencePlan
 from eagle_ds.loss import TargetHead, uniform_decay
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.model.attention import KeyBounds
-from eagle_ds.model.attention_cuda import CudnnBackend, choose_attention
+from eagle_ds.model.attention_cuda import choose_attention
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.planner import GIB, Device, choose_ring_mode, floor_seconds, plan_for
+
+PHASES = ("data", "forward", "backward", "optimizer")
+LOSS_REGION = "head and loss"  # inside the forward; marked in traces
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Milliseconds of the slowest rank, means over the timed steps, and the peak of the fullest rank."""
+    """Milliseconds of the slowest rank, means over the timed steps, and the peak of the fullest rank.
+
+    ``step_ms`` is the sum of the phases, the wait for data included (0 for data that lies in memory).
+    """
 
     step_ms: float
+    data_wait_ms: float
     forward_ms: float
     backward_ms: float
     optimizer_ms: float
@@ -44,7 +53,7 @@ class StepTimes:
 
 
 class StepBench:
-    """A draft of the recipe's sizes in its DeepSpeed engine, and one random sequence."""
+    """A draft of the recipe's sizes in its DeepSpeed engine; ``source`` says where its batches come from."""
 
     def __init__(self, recipe: Recipe, config: dict[str, Any], documents: list[Document], world: World) -> None:
         self.recipe, self.world = recipe, world
@@ -59,48 +68,87 @@ class StepBench:
         mode = choose_ring_mode(recipe, sum(d.num_tokens for d in documents), self.dtype.itemsize, world.memory_bytes)
         self.plan = plan_for(recipe, documents, mode)
         kernel = choose_attention(world.device, self.dtype, arch.head_dim)
-        self.runner = MicroBatchRunner(self.engine, arch, self._head(arch), kernel, recipe.training, world)
-        self.batch = self._batch(arch)
+        self.runner = MicroBatchRunner(_LossMarked(self.engine), arch, self._head(arch), kernel, recipe.training, world)
+        self.source: Source | None = None
+        self._batch: tuple[Batch, Tensor] | None = None
+        self._loss: Tensor | None = None
+
+    def use(self, source: Source | None) -> None:
+        """Take batches from ``source`` from now on, and close the one before it."""
+        self._batch = self._loss = None
+        if self.source is not None:
+            self.source.close()
+        self.source = source
 
     def run(self, steps: int, warmup: int = 1) -> StepTimes:
         """Time ``steps`` optimizer steps after ``warmup``. Collective."""
         for _ in range(warmup):
             self.step()
         self._reset_peak()
-        times = torch.tensor([self.step() for _ in range(steps)], dtype=torch.float64)
-        slowest = self._slowest(torch.cat([times.mean(0), torch.tensor([self._peak()], dtype=torch.float64)]))
-        forward, backward, optimizer, peak = slowest.tolist()
-        return StepTimes(1e3 * (forward + backward + optimizer), 1e3 * forward, 1e3 * backward, 1e3 * optimizer, peak / GIB)
+        times = np.array([self.step() for _ in range(steps)])
+        seconds, peak = self._slowest([*times.mean(0)], self._peak())
+        data, forward, backward, optimizer = (1e3 * s for s in seconds)
+        return StepTimes(data + forward + backward + optimizer, data, forward, backward, optimizer, peak / GIB)
 
-    def step(self) -> tuple[float, float, float]:
-        """Seconds of forward, backward and optimizer of one step."""
+    def step(self) -> list[float]:
+        """Seconds of each of ``PHASES`` of one step."""
+        seconds = []
+        for name, work in self._phases():
+            started = self._now()
+            with record_function(name):
+                work()
+            seconds.append(self._now() - started)
+        return seconds
+
+    def memory_by_phase(self) -> dict[str, float]:
+        """GiB of the fullest rank that one more step holds before it, and at most during each phase. Collective; zeros on CPU."""
+        held = [torch.cuda.memory_allocated() if self._on_gpu else 0]
+        for _, work in self._phases():
+            self._reset_peak()
+            work()
+            self._now()
+            held.append(self._peak())
+        fullest = self.world.agreement.gather(held).max(0)
+        return {f"{name}_gib": round(int(value) / GIB, 2) for name, value in zip(("resting", *PHASES), fullest, strict=True)}
+
+    def _phases(self) -> list[tuple[str, Callable[[], None]]]:
+        return list(zip(PHASES, (self._take, self._forward, self._backward, self.engine.step), strict=True))
+
+    def _take(self) -> None:
+        assert self.source is not None, "use a source first"
+        self._batch = self.source.take()
+
+    def _forward(self) -> None:
+        assert self._batch is not None
+        batch, counted = self._batch
         training = self.recipe.training
-        counted = torch.full((training.ttt_steps,), max(self.plan.num_queries * self.world.topology.dp, 1))
-        weights = self.world.topology.world_size * step_weights(counted, uniform_decay(training.step_decay, training.ttt_steps), None)
-        marks = [self._now()]
-        loss, _ = self.runner(self.batch, weights)
-        marks.append(self._now())
-        self.engine.backward(loss)
-        marks.append(self._now())
-        self.engine.step()
-        marks.append(self._now())
-        return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
+        decay = uniform_decay(training.step_decay, training.ttt_steps)
+        self._loss, _ = self.runner(batch, self.world.topology.world_size * step_weights(counted, decay, None))
+
+    def _backward(self) -> None:
+        self.engine.backward(self._loss)
+        self._loss = None
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.world.device.type == "cuda"
 
     def _now(self) -> float:
-        if self.world.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def _reset_peak(self) -> None:
-        if self.world.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
 
-    def _peak(self) -> float:
-        return float(torch.cuda.max_memory_allocated()) if self.world.device.type == "cuda" else 0.0
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self._on_gpu else 0
 
-    def _slowest(self, values: Tensor) -> Tensor:
-        everyone = self.world.agreement.gather([int(v * 1e9) for v in values[:-1].tolist()] + [int(values[-1])]).max(0)
-        return torch.tensor([*(everyone[:-1] / 1e9), everyone[-1]], dtype=torch.float64)
+    def _slowest(self, seconds: list[float], peak: int) -> tuple[list[float], int]:
+        """The largest of all ranks, each for itself."""
+        largest = self.world.agreement.gather([*(int(s * 1e9) for s in seconds), peak]).max(0)
+        return [int(ns) / 1e9 for ns in largest[:-1]], int(largest[-1])
 
     def _head(self, arch: DraftArch) -> TargetHead:
         """A random head; every token counts as in the draft vocabulary, so that every trained row is worked on."""
@@ -109,49 +157,22 @@ class StepBench:
         all_tokens = torch.ones(arch.target_vocab_size, dtype=torch.bool, device=device)
         return TargetHead(None, rows, all_tokens, torch.zeros(arch.draft_vocab_size, dtype=torch.int64, device=device))
 
-    def _batch(self, arch: DraftArch) -> Batch:
-        device, rank, rng = self.world.device, self.world.topology.sp_rank, np.random.default_rng(0)
-        facts = []
-        for document in self.plan.documents:
-            size, mask = document.num_tokens, np.zeros(document.num_tokens, dtype=np.uint8)
-            mask[rg.rows(document.trained_spans)] = 1
-            ids = rng.integers(0, arch.target_vocab_size, (2, size), dtype=np.int32)
-            facts.append(TokenFacts(ids[0], mask, ids[1], np.full(size, 10.0, dtype=np.float32)))
-        generator = torch.Generator(device).manual_seed(rank)
 
-        def random(rows: rg.Ranges, width: int) -> Tensor:
-            return torch.randn(rg.count(rows), width, device=device, dtype=self.dtype, generator=generator)
+class _LossMarked:
+    """The engine, with the kernels of head and loss marked in traces: by name a matmul there is like any other."""
 
-        aux = random(self.plan.aux_rows(rank), arch.num_aux * arch.target_hidden_size)
-        hidden = random(self.plan.target_rows(rank), arch.target_hidden_size)
-        return assemble(self.plan, rank, facts, aux, hidden, alignment=self.recipe.training.mask_alignment).to(device)
+    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        self._engine = engine
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
-def measure_ceilings(device: torch.device) -> Device:
-    """This GPU's rates, TFLOP/s: matmul 8192^3, and causal attention of 32K tokens, 32 heads over 8, d = 128."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    matmul = 2 * 8192**3 / _seconds(lambda: a @ b, 20)
-    rows = 32768
-    q, k, v, dout = (torch.randn(rows, heads, 128, device=device, dtype=torch.bfloat16) for heads in (32, 8, 8, 32))
-    bounds = KeyBounds.make(np.zeros(rows, dtype=np.int64), np.arange(1, rows + 1), device)
-    kernel, scale = CudnnBackend(), 128**-0.5
-    out, lse = kernel.forward(q, k, v, bounds, scale)
-    dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-    work = 4 * 32 * 128 * rows * (rows + 1) / 2
-    forward = work / _seconds(lambda: kernel.forward(q, k, v, bounds, scale), 5)
-    backward = 2.5 * work / _seconds(lambda: kernel.backward(dout, q, k, v, out, lse, bounds, scale, dk, dv), 3)
-    total = torch.cuda.get_device_properties(device).total_memory / GIB
-    return Device(torch.cuda.get_device_name(device), total, matmul / 1e12, forward / 1e12, backward / 1e12, "measured in this run")
+    def __call__(self, batch: Batch, prefix: Any, loss: Callable[..., Any], *rest: Any, **named: Any) -> Any:
+        def marked(*states: Any) -> Any:
+            with record_function(LOSS_REGION):
+                return loss(*states)
 
-
-def _seconds(work: Callable[[], Any], repeats: int) -> float:
-    work()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - started) / repeats
+        return self._engine(batch, prefix, marked, *rest, **named)
 
 
 def summary(recipe: Recipe, plan: SequencePlan, times: StepTimes, device: Device | None) -> dict[str, Any]:
@@ -162,6 +183,7 @@ def summary(recipe: Recipe, plan: SequencePlan, times: StepTimes, device: Device
         "documents": len(plan.documents),
         "trained_rows": plan.num_queries,
         "layout": f"U{plan.ulysses} R{plan.ring}" + (f" {plan.ring_mode}" if plan.ring > 1 else ""),
+        "ttt_steps": plan.ttt_steps,
         "recompute": recipe.training.recompute,
         **{name: round(value, 2) for name, value in asdict(times).items()},
         "tokens_per_s_per_gpu": round(plan.num_tokens / seconds / world),
@@ -172,10 +194,13 @@ def summary(recipe: Recipe, plan: SequencePlan, times: StepTimes, device: Device
     floor = floor_seconds(recipe, plan, device)
     at_one_rate = replace(device, attention_forward_tflops=device.matmul_tflops, attention_backward_tflops=device.matmul_tflops)
     flops = sum(floor_seconds(recipe, plan, at_one_rate).values()) * device.matmul_tflops * 1e12
+    peak = data_sheet_tflops(device.name)
     return line | {
         "floor_ms": round(1e3 * sum(floor.values()), 2),
         "ratio_to_floor": round(seconds / sum(floor.values()), 3),
         "tflops_per_gpu": round(flops / seconds / 1e12, 1),
+        "mfu": round(model_flops(recipe, plan) / (seconds * world * peak * 1e12), 4) if peak else None,
         "ceilings_tflops": [round(x) for x in (device.matmul_tflops, device.attention_forward_tflops, device.attention_backward_tflops)],
         "gpu": device.name,
+        "gpu_gib": round(device.memory_gib, 1),
     }

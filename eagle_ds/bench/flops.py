@@ -1,0 +1,26 @@
+"""The floating-point work that a step's model asks for, counted analytically, whatever is computed again or twice."""
+
+from __future__ import annotations
+
+from eagle_ds import ranges as rg
+from eagle_ds.config import Recipe
+from eagle_ds.layout import SequencePlan
+from eagle_ds.planner import draft_parameters
+
+
+def model_flops(recipe: Recipe, plan: SequencePlan) -> float:
+    """Forward and backward of one sequence over all its ranks, for the rows that ``plan`` computes.
+
+    A weight and row: 2 forward, 4 backward. A query-key pair of a head: 4 d forward (scores, values), 8 d backward; a flash
+    kernel makes the scores again, 10 d in all, which the floor counts and this does not. The target's head: forward only,
+    a row once.
+    """
+    draft, steps, parts = recipe.draft, plan.ttt_steps, draft_parameters(recipe)
+    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
+    kv = 2 * draft.hidden_size * 2 * keys
+    per_query_step = parts["attention"] - kv + parts["mlp"] + parts["lm_head"]
+    context, rows = plan.num_tokens, plan.num_queries
+    macs = context * (parts["fc"] + kv) + rows * (steps * per_query_step + (steps - 1) * kv)
+    pairs = steps * sum(plan.attention_work(r) for r in range(plan.ring)) + rows * steps * (steps - 1) // 2
+    labels = rg.count(rg.normalize(r for rank in range(plan.world) for r in plan.target_rows(rank)))
+    return 6.0 * macs + 12.0 * pairs * queries + 2.0 * labels * draft.vocab_size * recipe.target.hidden_size

@@ -1,0 +1,126 @@
+"""Where the batches of a timed step come from: one random batch that stays in GPU memory, or HDF5 files through the trainer's feed."""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eagle_ds import ranges as rg
+from eagle_ds.config import Recipe
+from eagle_ds.data.batch import Batch, TokenFacts, assemble
+from eagle_ds.data.dataset import RankDataset
+from eagle_ds.data.packing import screen
+from eagle_ds.data.sampler import Sampler
+from eagle_ds.data.store import Store
+from eagle_ds.engine.feed import Feed
+from eagle_ds.engine.sizing import plan_settings
+from eagle_ds.engine.world import World
+from eagle_ds.layout import SequencePlan
+from eagle_ds.model.arch import DraftArch
+
+FOREVER = 1 << 40  # steps
+
+
+class Source(Protocol):
+    """Hands out this rank's share of sequences of one shape."""
+
+    name: str
+
+    def take(self) -> tuple[Batch, Tensor]:
+        """The next batch on the device, and the step's counted rows of all ranks, int64 [T]. May be collective."""
+        ...
+
+    def close(self) -> None:
+        """End threads, let go of memory."""
+        ...
+
+
+class MemorySource:
+    """The same random batch each time."""
+
+    name = "memory"
+
+    def __init__(self, recipe: Recipe, plan: SequencePlan, world: World, dtype: torch.dtype) -> None:
+        training, rows = recipe.training, max(plan.num_queries * world.topology.dp, 1)
+        self._batch: Batch | None = _random_batch(recipe, plan, world, dtype)
+        self._counted = torch.full((training.ttt_steps,), rows)
+
+    def take(self) -> tuple[Batch, Tensor]:
+        """Costs nothing."""
+        assert self._batch is not None, "take after close"
+        return self._batch, self._counted
+
+    def close(self) -> None:
+        """Free the batch."""
+        self._batch = None
+
+
+class StoreSource:
+    """Sequences of ``plan``'s shape from a store, again and again, read and copied ahead as in training.
+
+    Raises ValueError if the store cannot fill a step of ``plan``'s documents.
+    """
+
+    name = "store"
+
+    def __init__(self, store: Store, recipe: Recipe, plan: SequencePlan, world: World, dtype: torch.dtype) -> None:
+        topology, data, training = world.topology, recipe.data, recipe.training
+        per_step = len(plan.documents) * topology.dp
+        samples, _ = screen(
+            store.entries, max_length=data.max_length, overlong="skip", ttt_steps=training.ttt_steps, alignment=training.mask_alignment
+        )
+        samples = samples[: len(samples) // per_step * per_step]
+        if not samples:
+            raise ValueError(f"{store.root} holds {len(store)} samples and one step takes {per_step}; make it with more")
+        dataset = RankDataset(
+            store,
+            samples,
+            plan_settings(recipe, samples, dtype.itemsize, world),
+            t2d=torch.ones(recipe.target.vocab_size, dtype=torch.bool),
+            dp_rank=topology.dp_rank,
+            sp_rank=topology.sp_rank,
+            threads=data.read_threads,
+            pin=world.device.type == "cuda",
+        )
+        sampler = Sampler(samples, dp=topology.dp, pack_tokens=data.pack_tokens, seed=training.seed, ttt_steps=training.ttt_steps)
+        self._digest, self._agreement = plan.digest, world.agreement
+        self._feed = Feed(dataset, sampler.steps(0, FOREVER), depth=data.prefetch, device=world.device, dtype=dtype)
+        self._read_s: list[float] = []
+
+    def take(self) -> tuple[Batch, Tensor]:
+        """Waits for the reading threads, then agrees with the other ranks. Collective."""
+        item, counted = self._feed.take(self._agreement)
+        assert item.batch.plan.digest == self._digest, "a timed sequence has another plan than the one in memory"
+        self._read_s.append(item.read_s)
+        return item.batch, counted
+
+    @property
+    def read_s(self) -> float:
+        """Seconds that the reading thread spent on a sequence, mean over the last half of those taken."""
+        return mean(self._read_s[len(self._read_s) // 2 :]) if self._read_s else 0.0
+
+    def close(self) -> None:
+        """End the threads."""
+        self._feed.close()
+
+
+def _random_batch(recipe: Recipe, plan: SequencePlan, world: World, dtype: torch.dtype) -> Batch:
+    arch, device, rank, rng = DraftArch.from_recipe(recipe), world.device, world.topology.sp_rank, np.random.default_rng(0)
+    facts = []
+    for document in plan.documents:
+        size, mask = document.num_tokens, np.zeros(document.num_tokens, dtype=np.uint8)
+        mask[rg.rows(document.trained_spans)] = 1
+        ids = rng.integers(0, arch.target_vocab_size, (2, size), dtype=np.int32)
+        facts.append(TokenFacts(ids[0], mask, ids[1], np.full(size, 10.0, dtype=np.float32)))
+    generator = torch.Generator(device).manual_seed(rank)
+
+    def random(rows: rg.Ranges, width: int) -> Tensor:
+        return torch.randn(rg.count(rows), width, device=device, dtype=dtype, generator=generator)
+
+    aux = random(plan.aux_rows(rank), arch.num_aux * arch.target_hidden_size)
+    hidden = random(plan.target_rows(rank), arch.target_hidden_size)
+    return assemble(plan, rank, facts, aux, hidden, alignment=recipe.training.mask_alignment).to(device)

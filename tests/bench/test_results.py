@@ -1,0 +1,114 @@
+"""Results read back from JSON lines make a table and pictures, each when there is enough for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eagle_ds.bench.peer import peer_for
+from eagle_ds.bench.plots import fraction_figure, length_figure, scaling_figure, write_results
+from eagle_ds.bench.results import Result, markdown, milliseconds, read_results, short
+
+ROOT = Path(__file__).resolve().parents[2]
+PNG = b"\x89PNG"
+
+
+def line(tokens: int = 131_072, gpus: int = 4, layout: str = "U4 R1", step_ms: float = 2400.0, **changes: Any) -> dict[str, Any]:
+    """What the tool writes."""
+    phases = {"data_wait_ms": 0.0, "forward_ms": 0.4 * step_ms, "backward_ms": 0.59 * step_ms, "optimizer_ms": 0.01 * step_ms}
+    rates = {"tokens_per_s_per_gpu": 13653, "trained_rows_per_s": 54613, "floor_ms": 0.9 * step_ms, "ratio_to_floor": 1.11, "mfu": 0.5}
+    start = {"model": "llama3_8b", "gpus": gpus, "fraction": 1.0, "turn": 512, "tokens": tokens, "documents": 1, "trained_rows": tokens}
+    how = {"layout": layout, "ttt_steps": 7, "recompute": "full", "step_ms": step_ms, "peak_gib": 18.5}
+    return start | how | phases | rates | changes
+
+
+def results(*lines: dict[str, Any]) -> list[Result]:
+    return [Result.from_line(one) for one in lines]
+
+
+LENGTHS = [line(n << 10, step_ms=ms) for n, ms in ((32, 330), (64, 900), (128, 2400))]
+FRACTIONS = [line(fraction=f, step_ms=2400 * f + 60) for f in (0.1, 0.5)] + [line()]
+SCALING = [
+    line(gpus=1, layout="U1 R1", step_ms=9500),
+    line(gpus=2, layout="U2 R1", step_ms=4900),
+    line(gpus=2, layout="U1 R2 gather", step_ms=4800),
+    line(),
+    line(gpus=4, layout="U2 R1", step_ms=4900),  # two sequences at once: no strong scaling
+]
+OUT_OF_MEMORY = {
+    **{name: line()[name] for name in ("model", "fraction", "turn", "tokens", "documents", "ttt_steps", "recompute")},
+    "gpus": 1,
+    "layout": "U1 R1",
+    "error": "out of memory",
+    "detail": "tried to allocate 40 GiB",
+}
+
+
+def test_each_picture_is_drawn_when_there_is_enough_for_it() -> None:
+    for draw, lines in ((length_figure, LENGTHS), (fraction_figure, FRACTIONS), (scaling_figure, SCALING)):
+        assert draw(results(*lines, OUT_OF_MEMORY)).startswith(PNG)
+        assert draw(results(line(), OUT_OF_MEMORY)) is None
+        assert draw([]) is None
+
+
+def test_everything_is_written_and_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "steps.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in [*LENGTHS, *FRACTIONS, *SCALING, OUT_OF_MEMORY]))
+    written = write_results(read_results([file]), tmp_path / "out")
+    assert [path.name for path in written] == ["steps.md", "length.png", "fraction.png", "scaling.png"]
+
+
+def test_the_table_says_what_was_measured_beside_the_peer() -> None:
+    store = line(source="store", data_wait_ms=3.0, offload_activations=True)
+    packed = line(documents=32, fraction=0.25, gpus=1, layout="U1 R1")
+    rows = markdown(results(line(), store, packed, OUT_OF_MEMORY)).splitlines()[2:]
+    assert rows[0] == (
+        "| 128K, all rows | 4 | U4 R1 | full | 2.40 s | 960 ms / 1.42 s / 24.0 ms | 13,653 | 18.5 GiB | 2.16 s | 1.11 | 50.0% "
+        "| 4.76 s, 81.6 GiB (U4 R1) |"
+    )
+    assert "| 128K, all rows (from store, waits 3.0 ms) | 4 | U4 R1 | full, offload |" in rows[1]
+    assert rows[2].startswith("| 32 x 4K packed, 25% in turns of 512 | 1 |") and rows[2].endswith("|  |")
+    assert "| out of memory |" in rows[3] and rows[3].endswith("| out of memory |")  # ours, and the peer's
+
+
+def test_the_peers_step_is_its_own_in_that_layout_else_its_fastest() -> None:
+    assert peer_for(131_072, 4, "U1 R4 p2p").step_ms == 6817
+    assert peer_for(131_072, 4, "U8 R1").step_ms == 4760
+    assert peer_for(131_072, 2, "U2 R1") is None
+
+
+def test_sequences_trained_at_once_are_known_from_the_layout() -> None:
+    assert [result.data_parallel for result in results(*SCALING)] == [1, 1, 1, 1, 2]
+
+
+def test_numbers_are_short() -> None:
+    assert [short(n) for n in (4096, 131_072, 1 << 20, 1000)] == ["4K", "128K", "1M", "1000"]
+    assert [milliseconds(ms) for ms in (3.14159, 333.3, 1510.0, 10_910.0)] == ["3.1 ms", "333 ms", "1.51 s", "10.91 s"]
+
+
+@pytest.mark.parametrize("text", ["nonsense", "{}", "[]", '{"model": "llama3_8b", "gpus": 4}', ""])
+def test_what_is_no_result_is_said_in_a_sentence(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "steps.jsonl"
+    file.write_text(text and text + "\n")
+    with pytest.raises(ValueError, match="give files written by"):
+        read_results([file])
+
+
+def test_the_tool_draws_without_a_gpu(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in SCALING[:2]))
+    (tmp_path / "b.jsonl").write_text(json.dumps(SCALING[3]) + "\n")
+
+    def plot(*files: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "tools/bench_step.py"), "--plot", *files, "--out", "pictures"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+
+    done = plot("a.jsonl", "b.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["scaling.png", "steps.md"]
+    refused = plot("c.jsonl")
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ")

@@ -1,0 +1,132 @@
+"""A timed step is the trainer's step: from memory or from HDF5 files it works on the same rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from eagle_ds.bench.ceilings import data_sheet_tflops
+from eagle_ds.bench.flops import model_flops
+from eagle_ds.bench.random_store import default_samples, random_store
+from eagle_ds.bench.sources import StoreSource
+from eagle_ds.layout import Document
+from eagle_ds.planner import Device, draft_parameters, floor_seconds, in_turns, plan_for
+from tests.bench.worker import time_both
+from tests.engine.tiny import H, Tiny
+from tests.gloo import GlooPool
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = 96
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Recipes of tiny sizes; a timed step needs neither target nor store of theirs."""
+    tiny = Tiny(tmp_path_factory.mktemp("tiny"))
+    (tiny.root / "ds_stage1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[GlooPool]:
+    with GlooPool(2) as workers:
+        yield workers
+
+
+@pytest.mark.parametrize("layout", [{"parallel__ulysses": 2}, {"parallel__ring": 2, "parallel__ring_mode": "p2p"}, {}])
+def test_memory_and_store_give_batches_of_the_same_rows(pool: GlooPool, tiny: Tiny, tmp_path: Path, layout: dict) -> None:
+    recipe = tiny.recipe(data__max_length=TOKENS, data__pack_tokens=2 * TOKENS, **layout)
+    for times, same in pool.run(time_both, 2, recipe, in_turns(TOKENS, 0.5, 16), tmp_path):
+        assert all(same)
+        memory, store = times
+        assert memory.step_ms > memory.forward_ms > 0 and memory.backward_ms > 0 and memory.optimizer_ms > 0
+        assert memory.data_wait_ms < 0.1 * memory.step_ms and store.data_wait_ms > 0
+        parts = store.data_wait_ms + store.forward_ms + store.backward_ms + store.optimizer_ms
+        assert store.step_ms == pytest.approx(parts)
+
+
+def test_a_random_store_is_kept_topped_up_and_checked(tiny: Tiny, tmp_path: Path) -> None:
+    recipe, document = tiny.recipe(), in_turns(TOKENS, 0.5, 16)
+    first = random_store(tmp_path, recipe, document, 2, dtype="bfloat16")
+    assert len(first) == 2 and {e.trained_spans for e in first.entries} == {document.trained_spans}
+    assert first.facts.hidden_size == H and first.facts.aux_layer_ids == recipe.target.aux_ids
+    before = [(tmp_path / entry.path).stat().st_mtime_ns for entry in first.entries]
+    more = random_store(tmp_path, recipe, document, 3, dtype="bfloat16")
+    assert len(more) == 3 and [(tmp_path / entry.path).stat().st_mtime_ns for entry in more.entries[:2]] == before
+    ids = [more.reader(entry).read_small("input_ids").tolist() for entry in more.entries]
+    assert ids[0] != ids[1] != ids[2]
+    with pytest.raises(ValueError, match="48 trained, where 96 with 96 trained are timed; give another folder"):
+        random_store(tmp_path, recipe, Document(TOKENS, ((0, TOKENS),)), 3, dtype="bfloat16")
+    with pytest.raises(ValueError, match="dtype"):
+        random_store(tmp_path, recipe, document, 3, dtype="float32")
+
+
+def test_a_store_that_cannot_fill_a_step_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    recipe, document = tiny.recipe(data__max_length=TOKENS), in_turns(TOKENS, 0.5, 16)
+    store = random_store(tmp_path, recipe, document, 2, dtype="float32")
+    with pytest.raises(ValueError, match="holds 2 samples and one step takes 3"):
+        StoreSource(store, recipe, plan_for(recipe, [document] * 3), Mock(**{"topology.dp": 1}), None)
+
+
+def test_samples_suffice_for_two_different_steps() -> None:
+    shapes = ((4096, 1), (65_536, 1), (131_072, 1), (4096, 32), (131_072, 4))
+    assert [default_samples(tokens, per_step) for tokens, per_step in shapes] == [4, 4, 2, 64, 8]
+
+
+def test_the_models_work_is_that_of_the_shape_and_not_of_the_layout(tiny: Tiny) -> None:
+    document = in_turns(4096, 0.5, 512)
+    alone, spread = tiny.recipe(), tiny.recipe(parallel__ulysses=2, parallel__ring=2)
+    flops = [model_flops(recipe, plan_for(recipe, [document])) for recipe in (alone, spread)]
+    assert flops[0] == pytest.approx(flops[1], rel=1e-12)
+
+
+def test_the_models_work_counted_by_hand(tiny: Tiny) -> None:
+    recipe = tiny.recipe(training__ttt_steps=1)
+    plan = plan_for(recipe, [Document(100, ((0, 100),))])
+    rows = plan.num_queries
+    parts = draft_parameters(recipe)
+    kv = 2 * H * 2 * 2 * 4  # two KV heads of 4, keys and values, over a 2D-wide input
+    weights = 100 * (parts["fc"] + kv) + rows * (parts["attention"] - kv + parts["mlp"] + parts["lm_head"])
+    pairs = sum(p + 1 for p in range(rows))
+    assert model_flops(recipe, plan) == 6 * weights + 12 * pairs * 8 * 4 + 2 * rows * parts["lm_head"]
+
+
+def test_a_flash_kernel_does_more_than_the_models_work(tiny: Tiny) -> None:
+    recipe = tiny.recipe()
+    plan = plan_for(recipe, [in_turns(4096, 1.0)])
+    at_one_rate = Device("one TFLOP/s", 1, 1, 1, 1)
+    assert 0.8 < model_flops(recipe, plan) / (1e12 * sum(floor_seconds(recipe, plan, at_one_rate).values())) < 1
+
+
+def test_peaks_are_those_of_the_data_sheets() -> None:
+    names = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "Voodoo 2")
+    assert [data_sheet_tflops(name) for name in names] == [989, 989, 756, 312, None]
+
+
+def test_the_tool_times_a_sweep_from_memory_and_store(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.json"
+    recipe.write_text(tiny.recipe().model_dump_json())
+    options = ["--sweep", "64:1", "128:1", "128:0.5", "--turn", "16", "--steps", "1", "--ttt-steps", "2", "--sample-memory"]
+    files = ["--from-store", str(tmp_path / "stores"), "--out", str(tmp_path / "out"), "--profile", str(tmp_path / "trace.json")]
+    command = [sys.executable, "tools/bench_step.py", "--recipe", str(recipe), *options, *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(text) for text in (tmp_path / "out" / "steps.jsonl").read_text().splitlines()]
+    assert [(line["tokens"], line["fraction"], line["source"]) for line in lines] == [
+        (tokens, fraction, source) for tokens, fraction in ((64, 1), (128, 1), (128, 0.5)) for source in ("memory", "store")
+    ]
+    for line in lines[1::2]:
+        assert line["data_wait_ms"] > 0 and line["read_ms"] > 0 and "slower_than_memory" in line and "backward_gib" in line
+        assert line["ttt_steps"] == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fraction.png", "length.png", "steps.jsonl", "steps.md"]
+    assert sorted(path.name for path in (tmp_path / "stores").iterdir()) == [
+        *(f"tiny-{shape}-float32" for shape in ("128-0.5-in-16", "128-all", "64-all")),
+    ]
+    assert json.loads((tmp_path / "128-0.5-trace.json").read_text())["traceEvents"] and (tmp_path / "128-0.5-trace.md").is_file()
+    assert "writing 4 random samples of 64 tokens" in done.stderr
