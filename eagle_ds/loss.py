@@ -7,9 +7,10 @@ label q' = exp(target logit - full logsumexp) (so sum q' <= 1):
     acceptance           alpha = sum_v min(q'_v, p_v)              dalpha/dz = p * (m - m.p),  m = [p < q']
 
 The gradients with respect to states and weights are computed in forward, chunk by chunk, and only scaled in backward, so
-neither logits nor probabilities outlive their chunk. A chunk of C rows holds the gradients of all T steps' logits in the
-weight's type (so that one matmul serves all steps) and three float32 copies of one step's: C * Vd * (2T + 12) bytes in
-bf16. Rows that do not count are skipped before the matmul. Losses: DESIGN section 2; soft cross-entropy as in EAGLE-3
+neither logits nor probabilities outlive their chunk. All T steps of a chunk's C rows go through each matmul together:
+C * T pairs of (row, step), less those that do not count, each with its logits in float32 and their gradient in the weight's
+type, and C + T label rows in float32: C * Vd * (6T + 12) bytes in bf16. Pairs stand row by row, so that the steps that one
+label teaches are neighbours and find it in the cache. Losses: DESIGN section 2; soft cross-entropy as in EAGLE-3
 (arXiv:2503.01840).
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,6 @@ CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}  # a GPU's matmuls want rows, a 
 COLUMNS = ("loss", "cross_entropy", "entropy", "counted", "trained", "correct", "alpha")
 
 LossKind = Literal["kl", "alpha", "lambda"]
-Rows = slice | Tensor
 
 
 @dataclass(frozen=True)
@@ -171,20 +171,17 @@ class _Pass:
     ) -> None:
         self.states, self.norm_weight, self.weight, self.eps = states, norm_weight, weight, eps
         self.targets, self.settings, self.mix = targets, settings, mix
-        self.row_losses = _row_losses_for(weight)
-        self.scales = settings.weights.tolist()
-        by_step = targets.counted.t()
-        blank = torch.zeros(by_step.shape, dtype=wide(weight.dtype), device=weight.device)
+        self.kernels = _kernels_for(weight)
+        self.scales = settings.weights.to(weight.device, wide(weight.dtype))
+        rows, steps = targets.counted.shape
+        blank = torch.zeros(rows, steps, dtype=wide(weight.dtype), device=weight.device)
         self.cross_entropy, self.entropy, self.alpha, self.correct = blank, blank.clone(), blank.clone(), blank.clone()
-        # what Python must know of the rows comes to the host at once: no waiting for the device between chunks
-        self.rows = list(by_step.nonzero()[:, 1].split(by_step.sum(1).tolist()))
-        self.before = F.pad(by_step.cpu().cumsum(1), (1, 0)).tolist()
-        self.label_span = (targets.index[:, 0].tolist(), targets.index[:, -1].tolist()) if len(targets.index) else ([], [])
+        self.pairs = targets.counted.reshape(-1).nonzero().squeeze(1)  # row * T + step
         self.d_norm: Tensor | None = None
         if gradients:
             self.d_norm = torch.zeros_like(norm_weight, dtype=wide(norm_weight.dtype))
             self.d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
-            self.d_states = [torch.zeros_like(s) for s in states]
+            self.d_states = [torch.empty_like(s) for s in states]
 
     def gradients(self) -> list[Tensor]:
         """Gradients of norm_weight, weight and the states, in their types."""
@@ -194,84 +191,102 @@ class _Pass:
 
     def run(self) -> StepSums:
         """Visit every chunk of rows."""
-        size, chunk = self.targets.index.shape[0], self._chunk_rows()
-        for start in range(0, size, chunk):
-            self._chunk(start, min(start + chunk, size))
-        trained = self.targets.trained
-        columns = (self._losses(), self.cross_entropy, self.entropy, self.targets.counted.t(), trained.t(), self.correct, self.alpha)
-        sums = torch.stack([column.sum(1, dtype=torch.float64) for column in columns], dim=1)
-        lengths = torch.stack([self.alpha.to(torch.float64).cumprod(0).sum(), trained.any(1).sum().to(torch.float64)])
+        for chunk in self._chunks():
+            self._chunk(chunk)
+        trained, counted = self.targets.trained, self.targets.counted
+        columns = (self._losses(), self.cross_entropy, self.entropy, counted, trained, self.correct, self.alpha)
+        sums = torch.stack([column.sum(0, dtype=torch.float64) for column in columns], dim=1)
+        lengths = torch.stack([self.alpha.to(torch.float64).cumprod(1).sum(), trained.any(1).sum().to(torch.float64)])
         return StepSums(sums, lengths)
 
-    def _chunk_rows(self) -> int:
-        """Rows whose logits fit the budget: gradients of all T steps in the weight's type, and three wide copies of one."""
-        vocab, size = self.weight.shape[0], self.weight.element_size()
-        budget = self.settings.chunk_bytes or CHUNK_BYTES[self.weight.device.type]
-        return max(budget // (vocab * (len(self.states) * size + 3 * max(size, 4))), 16)
+    def _chunks(self) -> list[_Chunk]:
+        """What Python must know of all chunks comes to the host at once: no waiting for the device between them."""
+        index, size = self.targets.index, self.targets.index.shape[0]
+        starts = list(range(0, size, self._chunk_rows()))
+        stops = [*starts[1:], size]
+        if not starts:
+            return []
+        before = F.pad(self.targets.counted.sum(1).cumsum(0), (1, 0))
+        found = torch.stack([before[starts], before[stops], index[starts, 0], index[[s - 1 for s in stops], -1] + 1]).tolist()
+        return [_Chunk(*numbers) for numbers in zip(starts, stops, *found, strict=True)]
 
-    def _chunk(self, start: int, stop: int) -> None:
-        """Labels of the chunk's target rows once, every step's logits against them, then one backward for all steps."""
-        spans = [(self.before[k][start], self.before[k][stop]) for k in range(len(self.states))]
-        total = sum(b - a for a, b in spans)
-        if not total:
+    def _chunk_rows(self) -> int:
+        """Rows whose logits fit the budget (the head of this file has the sum), in whole tiles of a matmul where there are many."""
+        vocab, steps, size = self.weight.shape[0], len(self.states), self.weight.element_size()
+        budget = self.settings.chunk_bytes or CHUNK_BYTES[self.weight.device.type]
+        rows = max(budget // (vocab * (steps * (size + max(size, 4)) + 3 * max(size, 4))), 16)
+        return rows // 256 * 256 or rows
+
+    def _chunk(self, chunk: _Chunk) -> None:
+        """Labels of the chunk's target rows once, all steps' logits against them, and the gradients of both matmuls."""
+        if chunk.first_pair == chunk.last_pair:
+            if self.d_norm is not None:
+                for gradient in self.d_states:
+                    gradient[chunk.start : chunk.stop] = 0
             return
-        labels = self._labels(self.label_span[0][start], self.label_span[1][stop - 1] + 1)
-        d_logits = self.weight.new_empty(total, self.weight.shape[0]) if self.d_norm is not None else None
-        done, inputs = 0, []
-        for step, (a, b) in enumerate(spans):
-            if a == b:
-                continue
-            rows = slice(start, stop) if b - a == stop - start else self.rows[step][a:b]
-            x = self.states[step][rows]
-            normed = rms_norm(x, self.norm_weight, self.eps)
-            self._step(step, rows, normed, labels, None if d_logits is None else d_logits[done : done + b - a])
-            inputs.append((step, rows, x, normed))
-            done += b - a
-        if d_logits is not None:
-            self._backward(d_logits, inputs)
+        pairs = self.pairs[chunk.first_pair : chunk.last_pair]
+        labels = self._labels(chunk.first_label, chunk.last_label)
+        states = torch.stack([s[chunk.start : chunk.stop] for s in self.states], 1).flatten(0, 1)
+        every = len(pairs) == len(states)
+        local = pairs - chunk.start * len(self.states)
+        x = states if every else states[local]
+        if self.d_norm is None:
+            self._losses_of(pairs, self._normed(x, self.norm_weight), labels, None)
+            return
+        with torch.enable_grad():
+            x, norm_weight = x.detach().requires_grad_(), self.norm_weight.detach().requires_grad_()
+            normed = self._normed(x, norm_weight)
+        d_logits = self.weight.new_empty(len(pairs), self.weight.shape[0])
+        self._losses_of(pairs, normed.detach(), labels, d_logits)
+        self.d_weight += d_logits.t() @ normed.detach()
+        d_x, d_norm = torch.autograd.grad(normed, [x, norm_weight], d_logits @ self.weight)
+        self.d_norm += d_norm
+        d_states = d_x if every else torch.zeros_like(states).index_copy_(0, local, d_x)
+        for gradient, part in zip(self.d_states, d_states.unflatten(0, (-1, len(self.states))).unbind(1), strict=True):
+            gradient[chunk.start : chunk.stop] = part
+
+    def _normed(self, x: Tensor, norm_weight: Tensor) -> Tensor:
+        return rms_norm(x, norm_weight, self.eps)
 
     def _labels(self, low: int, high: int) -> _Labels:
         logits = _logits(self.targets.hidden[low:high], self.targets.head.draft_rows)
-        lse_draft = torch.logsumexp(logits, -1)
-        entropy = lse_draft - (torch.softmax(logits, -1) * logits).sum(-1)
+        lse_draft, entropy = self.kernels.label_sums(logits)
         return _Labels(low, logits, lse_draft, self.targets.logsumexp[low:high].to(logits.dtype), entropy, self.targets.token[low:high])
 
-    def _step(self, step: int, rows: Rows, normed: Tensor, labels: _Labels, d_logits: Tensor | None) -> None:
-        """Losses of ``rows`` at ``step``; their gradient with respect to the logits into ``d_logits``."""
-        label_row = self.targets.index[rows, step] - labels.first
+    def _losses_of(self, pairs: Tensor, normed: Tensor, labels: _Labels, d_logits: Tensor | None) -> None:
+        """Losses of ``pairs``; their weighted gradient with respect to the logits into ``d_logits``."""
+        step = pairs % len(self.states)
+        label_row = self.targets.index.reshape(-1)[pairs] - labels.first
         mix = None if self.mix is None else self.mix[step]
-        cross_entropy, alpha, best = self.row_losses(
+        cross_entropy, alpha, best = self.kernels.row_losses(
             _logits(normed, self.weight), labels.logits, label_row, labels.lse_draft, labels.lse_full,
             self.settings.kind, mix, self.scales[step], d_logits,
         )  # fmt: skip
-        self.cross_entropy[step, rows] = cross_entropy
-        self.alpha[step, rows] = alpha
-        self.entropy[step, rows] = labels.entropy[label_row]
-        self.correct[step, rows] = (best + self.targets.head.d2t[best] == labels.token[label_row]).to(alpha.dtype)
+        self.cross_entropy.view(-1)[pairs] = cross_entropy
+        self.alpha.view(-1)[pairs] = alpha
+        self.entropy.view(-1)[pairs] = labels.entropy[label_row]
+        self.correct.view(-1)[pairs] = (best + self.targets.head.d2t[best] == labels.token[label_row]).to(alpha.dtype)
 
     def _losses(self) -> Tensor:
-        """[T, N] losses by the recipe's kind, 0 where a row does not count."""
+        """[N, T] losses by the recipe's kind, 0 where a row does not count."""
+        counted = self.targets.counted
         if self.settings.kind == "kl":
             return self.cross_entropy
-        counted = self.targets.counted.t()
         if self.settings.kind == "alpha":
             return -torch.log(torch.where(counted, self.alpha, 1.0))
-        w = 1.0 if self.mix is None else self.mix[:, None]
+        w = 1.0 if self.mix is None else self.mix
         return torch.where(counted, w * (self.cross_entropy - self.entropy) + (1 - w) * (1 - self.alpha), 0.0)
 
-    def _backward(self, d_logits: Tensor, inputs: list[tuple[int, Rows, Tensor, Tensor]]) -> None:
-        """Gradients of the head's matrix, of the norm, and of the states of one chunk."""
-        self.d_weight += d_logits.t() @ torch.cat([normed for *_, normed in inputs])
-        d_normed = d_logits @ self.weight
-        done = 0
-        for step, rows, x, normed in inputs:
-            grad = d_normed[done : done + len(normed)].to(self.d_norm.dtype)
-            done += len(normed)
-            scale = torch.rsqrt(x.to(grad.dtype).square().mean(-1, keepdim=True) + self.eps)
-            x_hat = x * scale
-            self.d_norm += (grad * x_hat).sum(0)
-            grad *= self.norm_weight
-            self.d_states[step][rows] = (scale * (grad - x_hat * (grad * x_hat).mean(-1, keepdim=True))).to(x.dtype)
+
+class _Chunk(NamedTuple):
+    """Rows [start, stop), their counted pairs, and the target rows that teach them."""
+
+    start: int
+    stop: int
+    first_pair: int
+    last_pair: int
+    first_label: int
+    last_label: int
 
 
 @dataclass
@@ -286,41 +301,65 @@ class _Labels:
     token: Tensor  # int64 [M]
 
 
-def row_losses(
-    logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor, kind: LossKind, mix: Tensor | None,
-    weight: float, d_logits: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(cross-entropy, alpha, argmax) of each row, each [n]; ``d_logits`` [n, Vd], if given, receives weight * d loss / d logits.
+class LossKernels(Protocol):
+    """The row-wise work between the matmuls: this module's plain functions, or ``loss_triton``'s."""
 
-    logits [n, Vd]; target_logits [M, Vd], of which row i is taught by ``target_row[i]``; lse_draft and lse_full [M], of the
-    target logits over the draft and the full vocabulary. The reference for, and twin of, ``loss_triton.row_losses``.
-    """
-    t = target_logits[target_row]
-    q, q_full = torch.exp(t - lse_draft[target_row, None]), torch.exp(t - lse_full[target_row, None])
-    lse = torch.logsumexp(logits, -1)
-    p = torch.exp(logits - lse[:, None])
-    alpha = torch.minimum(q_full, p).sum(-1)
-    if d_logits is not None:
-        below = (p < q_full).to(p.dtype)
-        d_alpha = p * (below - (below * p).sum(-1, keepdim=True)) if kind != "kl" else p
-        if kind == "kl":
+    @staticmethod
+    def label_sums(target_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(logsumexp, entropy of the softmax), each [M], of target logits [M, Vd]."""
+        ...
+
+    @staticmethod
+    def row_losses(
+        logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor, kind: LossKind,
+        mix: Tensor | None, weight: Tensor, d_logits: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """(cross-entropy, alpha, argmax) of each row, each [n]; ``d_logits`` [n, Vd], if given, receives weight * d loss / d logits.
+
+        logits [n, Vd]; target_logits [M, Vd], of which row i is taught by ``target_row[i]``; lse_draft and lse_full [M], of
+        the target logits over the draft and the full vocabulary; weight [n]; mix [n], for the ``lambda`` loss.
+        """
+        ...
+
+
+class PlainKernels:
+    """``LossKernels`` in PyTorch: the reference, and the CPU path."""
+
+    @staticmethod
+    def label_sums(target_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``LossKernels``."""
+        lse = torch.logsumexp(target_logits, -1)
+        return lse, lse - (torch.softmax(target_logits, -1) * target_logits).sum(-1)
+
+    @staticmethod
+    def row_losses(
+        logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor, kind: LossKind,
+        mix: Tensor | None, weight: Tensor, d_logits: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See ``LossKernels``."""
+        t = target_logits[target_row]
+        q, q_full = torch.exp(t - lse_draft[target_row, None]), torch.exp(t - lse_full[target_row, None])
+        lse = torch.logsumexp(logits, -1)
+        p = torch.exp(logits - lse[:, None])
+        alpha = torch.minimum(q_full, p).sum(-1)
+        if d_logits is not None:
             gradient = p - q
-        elif kind == "alpha":
-            gradient = -d_alpha / alpha[:, None]
-        else:
-            w = 1.0 if mix is None else mix
-            gradient = w * (p - q) - (1 - w) * d_alpha
-        d_logits.copy_(gradient * weight)
-    return lse - (q * logits).sum(-1), alpha, logits.argmax(-1)
+            if kind != "kl":
+                below = (p < q_full).to(p.dtype)
+                d_alpha = p * (below - (below * p).sum(-1, keepdim=True))
+                w = 1.0 if mix is None else mix[:, None]
+                gradient = -d_alpha / alpha[:, None] if kind == "alpha" else w * gradient - (1 - w) * d_alpha
+            d_logits.copy_(gradient * weight[:, None])
+        return lse - (q * logits).sum(-1), alpha, logits.argmax(-1)
 
 
-def _row_losses_for(weight: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _kernels_for(weight: Tensor) -> type[LossKernels]:
     """The Triton twin for half precision on a GPU, else the plain one."""
     if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
-        from eagle_ds import loss_triton
+        from eagle_ds.loss_triton import TritonKernels
 
-        return loss_triton.row_losses
-    return row_losses
+        return TritonKernels
+    return PlainKernels
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eagle_ds.loss import LossSettings, head_loss, label_facts, row_losses
+from eagle_ds.loss import LossSettings, PlainKernels, head_loss, label_facts
 from tests.cases import TINY, Case
 from tests.steps import make_targets, rank_batch, relative_error
 
@@ -47,7 +47,9 @@ def test_gradient_of_the_row_formula_is_autograds(kind: str) -> None:
     loss = {"kl": cross, "alpha": -torch.log(alpha), "lambda": mix * cross + (1 - mix) * (1 - alpha)}[kind]
     (expected,) = torch.autograd.grad(0.7 * loss.sum(), logits)
     found = torch.empty_like(expected)
-    got = row_losses(logits.detach(), target, row, lse_draft, lse_full, kind, mix, 0.7, found)
+    got = PlainKernels.row_losses(
+        logits.detach(), target, row, lse_draft, lse_full, kind, mix.expand(6), torch.full((6,), 0.7, dtype=torch.float64), found
+    )
     assert relative_error(got[0], cross.detach()) < 1e-13 and relative_error(got[1], alpha.detach()) < 1e-13
     assert torch.equal(got[2], logits.argmax(-1)) and relative_error(found, expected) < 1e-13
 
@@ -74,14 +76,15 @@ def test_a_batch_without_counted_rows_has_zero_loss_and_zero_gradients() -> None
 @pytest.mark.parametrize("kind", ["kl", "alpha", "lambda"])
 @pytest.mark.parametrize("vocab", [32000, 4096, 999])
 def test_the_triton_twin_agrees(kind: str, vocab: int) -> None:
-    from eagle_ds import loss_triton
+    from eagle_ds.loss_triton import TritonKernels
 
     torch.manual_seed(0)
     logits, target = (2 * torch.randn(n, vocab, device="cuda") for n in (65, 40))
-    row, mix = torch.randint(0, 40, (65,), device="cuda"), torch.tensor(0.3, device="cuda")
-    lse_draft = torch.logsumexp(target, -1)
+    row, mix, weight = torch.randint(0, 40, (65,), device="cuda"), torch.rand(65, device="cuda"), torch.rand(65, device="cuda")
+    sums, fused_sums = PlainKernels.label_sums(target), TritonKernels.label_sums(target)
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(fused_sums, sums, strict=True))
     plain, fused = (torch.empty(65, vocab, device="cuda") for _ in range(2))
-    expected = row_losses(logits, target, row, lse_draft, lse_draft + 0.2, kind, mix, 0.7, plain)
-    found = loss_triton.row_losses(logits, target, row, lse_draft, lse_draft + 0.2, kind, mix, 0.7, fused)
+    expected = PlainKernels.row_losses(logits, target, row, sums[0], sums[0] + 0.2, kind, mix, weight, plain)
+    found = TritonKernels.row_losses(logits, target, row, sums[0], sums[0] + 0.2, kind, mix, weight, fused)
     assert relative_error(found[0], expected[0]) < 1e-5 and relative_error(found[1], expected[1]) < 1e-5
     assert torch.equal(found[2], expected[2]) and relative_error(fused, plain) < 1e-5

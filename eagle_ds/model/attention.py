@@ -11,9 +11,9 @@ j belongs to, so no gradient through lse is needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class KeyBounds:
     hi: np.ndarray
     lo_device: Tensor
     hi_device: Tensor
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what a backend worked out for these rows
 
     @cached_property
     def runs(self) -> list[tuple[int, int, bool]]:

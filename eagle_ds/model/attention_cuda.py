@@ -1,15 +1,22 @@
-"""Which attention runs on a GPU: cuDNN for long runs of rows, Triton for everything else.
+"""Which attention runs on a GPU: cuDNN for large regular blocks, Triton for everything else.
 
-A run of rows p = a .. b-1 that sees keys lo .. p is one full block, keys [lo, a) for all of it, and one causal square,
-keys [a, b): two calls of cuDNN's kernels (through aten, which takes and returns lse), merged by ``merge``. cuDNN builds
-a plan for each new shape, so short and irregular runs go to the Triton kernel, which compiles no shape in.
+cuDNN's kernels (through aten, which takes and returns lse) are the fastest, but they know only rectangles and causal
+squares, and build a plan for each new shape (90 ms). So a sequence's rows are cut into parts:
+
+    run      rows p = a .. b-1 that see keys lo .. p, at least ``min_run`` of them: one full block, keys [lo, a), and one
+             causal square, keys [a, b)
+    stairs   groups of ``STEP_ROWS`` rows of one document, however scattered: the keys that all rows of a group see, cut to
+             a multiple of ``STEP_KEYS`` so that few shapes occur, are a full block; the rest of each row's keys go to Triton
+    rows     anything else: Triton, which compiles no shape in
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,61 +25,108 @@ from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttenti
 logger = logging.getLogger(__name__)
 
 MIN_RUN = 4096  # rows; below it cuDNN's plan building and extra passes over dK/dV cost more than its kernels save
+STEP_ROWS, STEP_KEYS = 2048, 8192  # at most 16 shapes up to 128K tokens, and what Triton keeps of a 128K sequence is a fifth
+
+
+class Part(NamedTuple):
+    """Query rows [start, stop) and how they are attended."""
+
+    start: int
+    stop: int
+    kind: Literal["causal run", "full run", "stairs", "rows"]
+    shared: tuple[int, ...] = ()  # stairs: keys of each group's full block, from the document's first on
+
+    @property
+    def size(self) -> int:
+        """Rows."""
+        return self.stop - self.start
+
+
+def cut(bounds: KeyBounds, min_run: int, step: tuple[int, int]) -> Iterator[Part]:
+    """Long runs, and between them stairs (of ``step`` rows and keys) and other rows."""
+    start = 0
+    for a, b, causal in bounds.runs:
+        if b - a >= min_run:
+            yield from _cut_irregular(bounds, start, a, *step)
+            yield Part(a, b, "causal run" if causal else "full run")
+            start = b
+    yield from _cut_irregular(bounds, start, len(bounds.lo), *step)
+
+
+def _cut_irregular(bounds: KeyBounds, start: int, stop: int, group: int, keys: int) -> Iterator[Part]:
+    """Stairs of each document with rows enough, and the rows between them, joined."""
+    edges = [start, *(start + 1 + np.flatnonzero(np.diff(bounds.lo[start:stop]))).tolist(), stop]
+    for a, b in zip(edges, edges[1:], strict=False):
+        first_rows = np.arange(a, b - group + 1, group)
+        shared = (bounds.hi[first_rows] - bounds.lo[first_rows]) // keys * keys
+        first_rows, shared = first_rows[shared > 0], shared[shared > 0]
+        if not len(shared):
+            continue
+        if first_rows[0] > start:
+            yield Part(start, int(first_rows[0]), "rows")
+        start = int(first_rows[-1]) + group
+        yield Part(int(first_rows[0]), start, "stairs", tuple(shared.tolist()))
+    if start < stop:
+        yield Part(start, stop, "rows")
 
 
 class TritonBackend:
     """Interval attention and diagonals in Triton."""
 
-    def __init__(self) -> None:
+    def __init__(self, head_dim: int = 128) -> None:
         from eagle_ds.model import diagonal_triton
         from eagle_ds.model.attention_triton import TritonAttention
 
-        intervals = TritonAttention()
+        intervals = TritonAttention(head_dim)
         self.forward, self.backward = intervals.forward, intervals.backward
         self.diagonal_forward, self.diagonal_backward = diagonal_triton.diagonal_forward, diagonal_triton.diagonal_backward
 
 
 class CudnnBackend(TritonBackend):
-    """cuDNN for runs of at least ``min_run`` rows, Triton for the rows between them and for the diagonals."""
+    """cuDNN for runs and stairs, Triton for the other rows and for the diagonals."""
 
-    def __init__(self, min_run: int = MIN_RUN) -> None:
-        super().__init__()
+    def __init__(self, head_dim: int = 128, min_run: int = MIN_RUN, step: tuple[int, int] = (STEP_ROWS, STEP_KEYS)) -> None:
+        super().__init__(head_dim)
         self.triton_forward, self.triton_backward = self.forward, self.backward
         self.forward, self.backward = self._forward, self._backward
-        self.min_run = min_run
+        self.min_run, self.step = min_run, step
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
-        parts = [
-            self._run_forward(q[a:b], k, v, bounds.rows(a, b), causal, scale)
-            if causal is not None
-            else self.triton_forward(q[a:b], k, v, bounds.rows(a, b), scale)
-            for a, b, causal in self._parts(bounds)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+        done = []
+        for part in self.parts(bounds):
+            rows = (q[part.start : part.stop], k, v, _rows_of(bounds, part))
+            if part.kind == "stairs":
+                done.append(self.triton_forward(*rows, scale, _stairs_forward(*rows[:3], bounds, part, scale)))
+            elif part.kind == "rows":
+                done.append(self.triton_forward(*rows, scale))
+            else:
+                done.append(self._run_forward(*rows, part.kind == "causal run", scale))
+        if len(done) == 1:
+            return done[0]
+        return torch.cat([out for out, _ in done]), torch.cat([lse for _, lse in done])
 
     def _backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
         dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
-        dq = []
-        for a, b, causal in self._parts(bounds):
-            rows = (dout[a:b], q[a:b], k, v, out[a:b], lse[a:b], bounds.rows(a, b))
-            dq.append(self.triton_backward(*rows, scale, dk, dv) if causal is None else self._run_backward(*rows, causal, scale, dk, dv))
-        return dq[0] if len(dq) == 1 else torch.cat(dq)
-
-    def _parts(self, bounds: KeyBounds) -> list[tuple[int, int, bool | None]]:
-        """Long runs, and the rows between them joined (None)."""
-        parts: list[tuple[int, int, bool | None]] = []
-        for a, b, causal in bounds.runs:
-            if b - a >= self.min_run:
-                parts.append((a, b, causal))
-            elif parts and parts[-1][2] is None:
-                parts[-1] = (parts[-1][0], b, None)
+        done = []
+        for part in self.parts(bounds):
+            a, b = part.start, part.stop
+            rows = (dout[a:b], q[a:b], k, v, out[a:b], lse[a:b])
+            own = _rows_of(bounds, part)
+            if part.kind == "stairs":
+                done.append(self.triton_backward(*rows, own, scale, dk, dv, _stairs_backward(*rows, bounds, part, scale, dk, dv)))
+            elif part.kind == "rows":
+                done.append(self.triton_backward(*rows, own, scale, dk, dv))
             else:
-                parts.append((a, b, None))
-        return parts or [(0, 0, None)]
+                done.append(self._run_backward(*rows, own, part.kind == "causal run", scale, dk, dv))
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def parts(self, bounds: KeyBounds) -> list[Part]:
+        """How the rows are cut, worked out once for each bounds."""
+        if "parts" not in bounds.memo:
+            bounds.memo["parts"] = list(cut(bounds, self.min_run, self.step)) or [Part(0, 0, "rows")]
+        return bounds.memo["parts"]
 
     def _run_forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         done = None
@@ -94,6 +148,45 @@ class CudnnBackend(TritonBackend):
             dv[keys] += block_dv
             total = dq if total is None else total + dq
         return torch.zeros_like(q) if total is None else total
+
+
+def _rows_of(bounds: KeyBounds, part: Part) -> KeyBounds:
+    """Bounds of the part's rows; for stairs, of the keys behind the full blocks."""
+    key = f"rows {part.start}:{part.stop}"
+    if key not in bounds.memo:
+        own = bounds.rows(part.start, part.stop)
+        if part.kind == "stairs":
+            behind = own.lo + np.repeat(part.shared, part.size // len(part.shared))
+            own = KeyBounds.make(behind, own.hi, own.lo_device.device)
+        bounds.memo[key] = own
+    return bounds.memo[key]
+
+
+def _stairs(bounds: KeyBounds, part: Part) -> Iterator[tuple[slice, slice]]:
+    """(rows of the part, keys) of each group's full block."""
+    group, first = part.size // len(part.shared), int(bounds.lo[part.start])
+    for n, shared in enumerate(part.shared):
+        yield slice(n * group, (n + 1) * group), slice(first, first + shared)
+
+
+def _stairs_forward(q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the part's rows over their full blocks."""
+    done = [_cudnn_forward(q[rows], k[keys], v[keys], False, scale) for rows, keys in _stairs(bounds, part)]
+    return torch.cat([out for out, _ in done]), torch.cat([lse for _, lse in done])
+
+
+def _stairs_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, part: Part, scale: float,
+    dk: Tensor, dv: Tensor,
+) -> Tensor:  # fmt: skip
+    """dq of the part's rows from their full blocks, whose dk and dv are added."""
+    done = []
+    for rows, keys in _stairs(bounds, part):
+        dq, block_dk, block_dv = _cudnn_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], False, scale)
+        dk[keys] += block_dk
+        dv[keys] += block_dv
+        done.append(dq)
+    return torch.cat(done)
 
 
 def _run_blocks(bounds: KeyBounds, causal: bool) -> Iterator[tuple[slice, bool]]:
@@ -148,6 +241,6 @@ def _choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Bl
         return ReferenceAttention(), f"plain PyTorch: the GPU kernels take bfloat16 and float16, not {dtype}"
     if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
         return ReferenceAttention(), f"plain PyTorch: head_dim {head_dim} is not a power of two from 16 to 256"
-    if torch.cuda.get_device_capability(device) < (9, 0) or not torch.backends.cudnn.is_available():
-        return TritonBackend(), "cuDNN's attention with lse wants compute capability 9.0 or newer"
-    return CudnnBackend(), f"cuDNN {torch.backends.cudnn.version()} for runs of {MIN_RUN} rows or more, Triton for the rest"
+    if head_dim > 128 or torch.cuda.get_device_capability(device) < (9, 0) or not torch.backends.cudnn.is_available():
+        return TritonBackend(head_dim), "cuDNN's attention with lse wants head_dim up to 128 and compute capability 9.0 or newer"
+    return CudnnBackend(head_dim), f"cuDNN {torch.backends.cudnn.version()} for large blocks, Triton for the rest"

@@ -1,4 +1,4 @@
-"""Interval attention on the GPU: FlashAttention-2's algorithm (arXiv:2307.08691) for rows that each see one run of keys.
+"""Interval attention on the GPU: FlashAttention's algorithm (arXiv:2307.08691) for rows that each see one run of keys.
 
 Row i sees keys lo[i] <= j < hi[i], with lo and hi non-decreasing in i (query rows are kept sorted). Then
 
@@ -6,8 +6,12 @@ Row i sees keys lo[i] <= j < hi[i], with lo and hi non-decreasing in i (query ro
     a block of keys [a, b) is seen by the query rows from the first with hi > a up to the first with lo >= b
 
 so neither direction needs a mask tensor or a list of blocks, and no shape is compiled in: packs, windows, trained
-rows only and ring blocks of any length run the same binary. Scores are kept in base 2. The backward recomputes them
-twice, once for dq and once for dk/dv; both take the final out and lse (see ``attention.py``).
+rows only and ring blocks of any length run the same binary. Only the blocks at the rim of what is seen pay for a mask.
+Tiles come by TMA (tensor descriptors), scores are kept in base 2.
+
+The backward recomputes the scores twice, once for dq (a program owns query rows) and once for dk and dv (it owns keys and
+walks over the rows of all heads that read them): seven matmuls where one pass would do five, but that pass has to add
+its dq tiles to memory, and came out slower. Both take the final out and lse (see ``attention.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from eagle_ds.model.attention import KeyBounds
 
@@ -23,29 +28,18 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _scores(q, k, columns, lo, hi, scale_log2, MASKED: tl.constexpr):
-    """Base-2 scores [BM, BN]; hidden ones -inf."""
-    s = tl.dot(q, tl.trans(k)) * scale_log2
-    if MASKED:
-        s = tl.where((columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None]), s, float("-inf"))
-    return s
-
-
-@triton.jit
-def _forward_span(acc, peak, total, q, K, V, stride_k, stride_v, start, stop, M, lo, hi, scale_log2,
-                  BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _forward_span(acc, peak, total, q, K, V, k_column, v_column, start, stop, lo, hi, scale_log2, BN: tl.constexpr, MASKED: tl.constexpr):
     """Online softmax over the keys [start, stop)."""
-    width = tl.arange(0, D)
     for j in tl.range(start, stop, BN):
-        columns = j + tl.arange(0, BN)
-        inside = columns[:, None] < M
-        k = tl.load(K + columns[:, None].to(tl.int64) * stride_k + width[None, :], mask=inside, other=0.0)
-        s = _scores(q, k, columns, lo, hi, scale_log2, MASKED)
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(s - finite[:, None])
+        s = tl.dot(q, K.load([j, k_column]).T)
+        if MASKED:
+            columns = j + tl.arange(0, BN)
+            s = tl.where((columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None]), s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1) * scale_log2)
+        finite = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+        p = tl.exp2(s * scale_log2 - finite[:, None])
         shrink = tl.exp2(peak - finite)
-        v = tl.load(V + columns[:, None].to(tl.int64) * stride_v + width[None, :], mask=inside, other=0.0)
+        v = V.load([j, v_column])
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         total = total * shrink + tl.sum(p, 1)
         peak = new_peak
@@ -53,148 +47,156 @@ def _forward_span(acc, peak, total, q, K, V, stride_k, stride_v, start, stop, M,
 
 
 @triton.jit
-def _forward_kernel(Q, K, V, Out, Lse, Lo, Hi, N, M, scale_log2, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh,
-                    stride_o, stride_oh, stride_l, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # late rows see most keys: start them first
-    head = tl.program_id(1)
-    rows = block * BM + tl.arange(0, BM)
-    real = rows < N
-    last = tl.minimum(block * BM + BM, N) - 1
-    lo = tl.load(Lo + rows, mask=real, other=0).to(tl.int32)
-    hi = tl.load(Hi + rows, mask=real, other=0).to(tl.int32)
-    first_key, last_key = tl.load(Lo + block * BM).to(tl.int32), tl.load(Hi + last).to(tl.int32)
+def _span_of_rows(Lo, Hi, first, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Keys of the query rows [first, first + BM): (start, full_start, full_stop, stop), between the middle two seen by all rows."""
+    last = tl.minimum(first + BM, N) - 1
+    start = tl.load(Lo + first).to(tl.int32) // BN * BN
+    stop = tl.load(Hi + last).to(tl.int32)
     full_start = tl.cdiv(tl.load(Lo + last).to(tl.int32), BN) * BN
-    full_stop = tl.load(Hi + block * BM).to(tl.int32) // BN * BN
-    first_key = first_key // BN * BN
+    full_stop = tl.load(Hi + first).to(tl.int32) // BN * BN
     if full_stop <= full_start:
-        full_start = last_key
-        full_stop = last_key
-    width = tl.arange(0, D)
-    q = tl.load(Q + head * stride_qh + rows[:, None].to(tl.int64) * stride_q + width[None, :], mask=real[:, None], other=0.0)
-    K += head // GROUP * stride_kh
-    V += head // GROUP * stride_vh
-    acc = tl.zeros([BM, D], dtype=tl.float32)
-    peak = tl.full([BM], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BM], dtype=tl.float32)
-    acc, peak, total = _forward_span(acc, peak, total, q, K, V, stride_k, stride_v, first_key, tl.minimum(full_start, last_key), M,
-                                     lo, hi, scale_log2, BN, D, True)  # fmt: skip
-    acc, peak, total = _forward_span(acc, peak, total, q, K, V, stride_k, stride_v, full_start, full_stop, M,
-                                     lo, hi, scale_log2, BN, D, False)  # fmt: skip
-    acc, peak, total = _forward_span(acc, peak, total, q, K, V, stride_k, stride_v, full_stop, last_key, M,
-                                     lo, hi, scale_log2, BN, D, True)  # fmt: skip
-    seen = total > 0
-    out = acc / tl.where(seen, total, 1.0)[:, None]
-    lse = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) / 1.4426950408889634, float("-inf"))
-    to_out = Out + head * stride_oh + rows[:, None].to(tl.int64) * stride_o + width[None, :]
-    tl.store(to_out, out.to(Out.dtype.element_ty), mask=real[:, None])
-    tl.store(Lse + rows.to(tl.int64) * stride_l + head, lse, mask=real)
+        full_start = stop
+        full_stop = stop
+    return start, tl.minimum(full_start, stop), full_stop, stop
 
 
 @triton.jit
-def _dq_span(dq, q, dout, lse2, delta, K, V, stride_k, stride_v, start, stop, M, lo, hi, scale_log2,
-             BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    width = tl.arange(0, D)
+def _forward_kernel(Q, K, V, Out, Lse, Done, DoneLse, Lo, Hi, N, scale_log2, q_head, k_head, v_head, RESUME: tl.constexpr,
+                    GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # late rows see most keys: start them first
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    first = block * BM
+    rows = first + tl.arange(0, BM)
+    real = rows < N
+    lo = tl.load(Lo + rows, mask=real, other=0).to(tl.int32)
+    hi = tl.load(Hi + rows, mask=real, other=0).to(tl.int32)
+    start, full_start, full_stop, stop = _span_of_rows(Lo, Hi, first, N, BM, BN)
+    q = Q.load([first, head * q_head])
+    k_column, v_column = head // GROUP * k_head, head // GROUP * v_head
+    if RESUME:  # from the (out, lse) of other keys
+        acc = Done.load([first, head * D]).to(tl.float32)
+        peak = tl.load(DoneLse + rows.to(tl.int64) * heads + head, mask=real, other=float("-inf")) * 1.4426950408889634
+        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+    else:
+        acc = tl.zeros([BM, D], dtype=tl.float32)
+        peak = tl.full([BM], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BM], dtype=tl.float32)
+    acc, peak, total = _forward_span(acc, peak, total, q, K, V, k_column, v_column, start, full_start, lo, hi, scale_log2, BN, True)
+    acc, peak, total = _forward_span(acc, peak, total, q, K, V, k_column, v_column, full_start, full_stop, lo, hi, scale_log2, BN, False)
+    acc, peak, total = _forward_span(acc, peak, total, q, K, V, k_column, v_column, full_stop, stop, lo, hi, scale_log2, BN, True)
+    seen = total > 0
+    out = acc / tl.where(seen, total, 1.0)[:, None]
+    lse = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) / 1.4426950408889634, float("-inf"))
+    Out.store([first, head * D], out.to(Out.dtype))
+    tl.store(Lse + rows.to(tl.int64) * heads + head, lse, mask=real)
+
+
+@triton.jit
+def _row_facts_kernel(DOut, Out, Lse, Delta, Lse2, N, padded, dout_row, dout_head, out_row, out_head, lse_row, lse_head,
+                      D: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+    """delta = rowsum(dout * out) and the base-2 lse, each [heads, padded]; rows past N get an lse of inf, so p = 0."""
+    head = tl.program_id(1)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    real = rows < N
+    width, at = tl.arange(0, D), rows.to(tl.int64)
+    dout = tl.load(DOut + at[:, None] * dout_row + head * dout_head + width[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+    out = tl.load(Out + at[:, None] * out_row + head * out_head + width[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+    lse = tl.load(Lse + at * lse_row + head * lse_head, mask=real, other=float("inf"))
+    to = head.to(tl.int64) * padded + rows
+    tl.store(Delta + to, tl.sum(dout * out, 1), mask=rows < padded)
+    tl.store(Lse2 + to, lse * 1.4426950408889634, mask=rows < padded)
+
+
+@triton.jit
+def _dq_span(dq, q, dout, lse2, delta, K, V, k_column, v_column, start, stop, lo, hi, scale_log2, BN: tl.constexpr, MASKED: tl.constexpr):
     for j in tl.range(start, stop, BN):
-        columns = j + tl.arange(0, BN)
-        inside = columns[:, None] < M
-        k = tl.load(K + columns[:, None].to(tl.int64) * stride_k + width[None, :], mask=inside, other=0.0)
-        v = tl.load(V + columns[:, None].to(tl.int64) * stride_v + width[None, :], mask=inside, other=0.0)
-        p = tl.exp2(_scores(q, k, columns, lo, hi, scale_log2, MASKED) - lse2[:, None])
-        ds = p * (tl.dot(dout, tl.trans(v)) - delta[:, None])
+        k = K.load([j, k_column])
+        p = tl.exp2(tl.dot(q, k.T) * scale_log2 - lse2[:, None])
+        if MASKED:
+            columns = j + tl.arange(0, BN)
+            p = tl.where((columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None]), p, 0.0)
+        v = V.load([j, v_column])
+        ds = p * (tl.dot(dout, v.T) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq)
     return dq
 
 
 @triton.jit
-def _dq_kernel(Q, K, V, DOut, Lse, Delta, DQ, Lo, Hi, N, M, scale, scale_log2, stride_q, stride_qh, stride_k, stride_kh,
-               stride_v, stride_vh, stride_o, stride_oh, stride_dq, stride_dqh, stride_l,
-               GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _dq_kernel(Q, K, V, DOut, Other, DQ, Lse2, Delta, Lo, Hi, N, padded, scale, scale_log2, q_head, k_head, v_head, dout_head,
+               RESUME: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    rows = block * BM + tl.arange(0, BM)
+    first = block * BM
+    rows = first + tl.arange(0, BM)
     real = rows < N
-    last = tl.minimum(block * BM + BM, N) - 1
     lo = tl.load(Lo + rows, mask=real, other=0).to(tl.int32)
     hi = tl.load(Hi + rows, mask=real, other=0).to(tl.int32)
-    first_key, last_key = tl.load(Lo + block * BM).to(tl.int32), tl.load(Hi + last).to(tl.int32)
-    full_start = tl.cdiv(tl.load(Lo + last).to(tl.int32), BN) * BN
-    full_stop = tl.load(Hi + block * BM).to(tl.int32) // BN * BN
-    first_key = first_key // BN * BN
-    if full_stop <= full_start:
-        full_start = last_key
-        full_stop = last_key
-    width = tl.arange(0, D)
-    at = rows[:, None].to(tl.int64)
-    q = tl.load(Q + head * stride_qh + at * stride_q + width[None, :], mask=real[:, None], other=0.0)
-    dout = tl.load(DOut + head * stride_oh + at * stride_o + width[None, :], mask=real[:, None], other=0.0)
-    lse2 = tl.load(Lse + rows.to(tl.int64) * stride_l + head, mask=real, other=0.0) * 1.4426950408889634
-    delta = tl.load(Delta + rows.to(tl.int64) * stride_l + head, mask=real, other=0.0)
-    K += head // GROUP * stride_kh
-    V += head // GROUP * stride_vh
+    start, full_start, full_stop, stop = _span_of_rows(Lo, Hi, first, N, BM, BN)
+    q = Q.load([first, head * q_head])
+    dout = DOut.load([first, head * dout_head])
+    facts = head.to(tl.int64) * padded + rows
+    lse2 = tl.load(Lse2 + facts, mask=real, other=float("inf"))
+    delta = tl.load(Delta + facts, mask=real, other=0.0)
+    k_column, v_column = head // GROUP * k_head, head // GROUP * v_head
     dq = tl.zeros([BM, D], dtype=tl.float32)
-    dq = _dq_span(dq, q, dout, lse2, delta, K, V, stride_k, stride_v, first_key, tl.minimum(full_start, last_key), M,
-                  lo, hi, scale_log2, BN, D, True)  # fmt: skip
-    dq = _dq_span(dq, q, dout, lse2, delta, K, V, stride_k, stride_v, full_start, full_stop, M,
-                  lo, hi, scale_log2, BN, D, False)  # fmt: skip
-    dq = _dq_span(dq, q, dout, lse2, delta, K, V, stride_k, stride_v, full_stop, last_key, M,
-                  lo, hi, scale_log2, BN, D, True)  # fmt: skip
-    tl.store(DQ + head * stride_dqh + at * stride_dq + width[None, :], (dq * scale).to(DQ.dtype.element_ty), mask=real[:, None])
+    dq = _dq_span(dq, q, dout, lse2, delta, K, V, k_column, v_column, start, full_start, lo, hi, scale_log2, BN, True)
+    dq = _dq_span(dq, q, dout, lse2, delta, K, V, k_column, v_column, full_start, full_stop, lo, hi, scale_log2, BN, False)
+    dq = _dq_span(dq, q, dout, lse2, delta, K, V, k_column, v_column, full_stop, stop, lo, hi, scale_log2, BN, True)
+    dq *= scale
+    if RESUME:  # dq from other keys
+        dq += Other.load([first, head * D]).to(tl.float32)
+    DQ.store([first, head * D], dq.to(DQ.dtype))
 
 
 @triton.jit
-def _dkv_span(dk, dv, k, v, Q, DOut, Lse, Delta, Lo, Hi, columns, stride_q, stride_o, stride_l, start, stop, N, scale_log2,
-              BM: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    width = tl.arange(0, D)
-    for i in tl.range(start, stop, BM):
+def _dkv_span(dk, dv, k, v, Q, DOut, Lse2, Delta, Lo, Hi, columns, kv_head, q_head, dout_head, padded, start, stop, N, scale_log2,
+              GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """The query rows [start, stop) of the GROUP heads that read this block of keys, in one loop."""
+    blocks = tl.cdiv(tl.maximum(stop - start, 0), BM)
+    for n in tl.range(0, GROUP * blocks):
+        head = kv_head * GROUP + n // blocks
+        i = start + n % blocks * BM
         rows = i + tl.arange(0, BM)
-        real = rows < N
-        at = rows[:, None].to(tl.int64)
-        q = tl.load(Q + at * stride_q + width[None, :], mask=real[:, None], other=0.0)
-        dout = tl.load(DOut + at * stride_o + width[None, :], mask=real[:, None], other=0.0)
-        lse2 = tl.load(Lse + rows.to(tl.int64) * stride_l, mask=real, other=0.0) * 1.4426950408889634
-        delta = tl.load(Delta + rows.to(tl.int64) * stride_l, mask=real, other=0.0)
-        s = tl.dot(k, tl.trans(q)) * scale_log2
+        q = Q.load([i, head * q_head])
+        dout = DOut.load([i, head * dout_head])
+        facts = head.to(tl.int64) * padded + rows
+        p = tl.exp2(tl.dot(k, q.T) * scale_log2 - tl.load(Lse2 + facts)[None, :])
         if MASKED:
-            lo = tl.load(Lo + rows, mask=real, other=0).to(tl.int32)
-            hi = tl.load(Hi + rows, mask=real, other=0).to(tl.int32)
-            s = tl.where((columns[:, None] >= lo[None, :]) & (columns[:, None] < hi[None, :]), s, float("-inf"))
-        p = tl.exp2(s - lse2[None, :])
+            lo = tl.load(Lo + rows, mask=rows < N, other=0).to(tl.int32)
+            hi = tl.load(Hi + rows, mask=rows < N, other=0).to(tl.int32)
+            p = tl.where((columns[:, None] >= lo[None, :]) & (columns[:, None] < hi[None, :]), p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv)
-        ds = p * (tl.dot(v, tl.trans(dout)) - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk)
+        ds = (p * (tl.dot(v, dout.T) - tl.load(Delta + facts)[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk)
     return dk, dv
 
 
 @triton.jit
-def _dkv_kernel(Q, K, V, DOut, Lse, Delta, DK, DV, Lo, Hi, First, FullFirst, FullLast, Last, N, M, scale, scale_log2,
-                stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh, stride_dk, stride_dkh,
-                stride_dv, stride_dvh, stride_l, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _dkv_kernel(Q, K, V, DOut, DK, DV, Lse2, Delta, Lo, Hi, First, FullFirst, FullLast, Last, N, M, padded, scale, scale_log2,
+                q_head, k_head, v_head, dout_head, dk_row, dk_head, dv_row, dv_head,
+                GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     block, kv_head = tl.program_id(0), tl.program_id(1)
     columns = block * BN + tl.arange(0, BN)
-    inside = columns[:, None] < M
-    width = tl.arange(0, D)
-    at = columns[:, None].to(tl.int64)
-    k = tl.load(K + kv_head * stride_kh + at * stride_k + width[None, :], mask=inside, other=0.0)
-    v = tl.load(V + kv_head * stride_vh + at * stride_v + width[None, :], mask=inside, other=0.0)
+    k = K.load([block * BN, kv_head * k_head])
+    v = V.load([block * BN, kv_head * v_head])
     first, last = tl.load(First + block), tl.load(Last + block)
-    full_first = tl.cdiv(tl.load(FullFirst + block) - first, BM) * BM + first
+    full_first = first + tl.cdiv(tl.load(FullFirst + block) - first, BM) * BM
     full_last = first + tl.maximum(tl.load(FullLast + block) - first, 0) // BM * BM
     if full_last <= full_first:
         full_first = last
         full_last = last
     dk = tl.zeros([BN, D], dtype=tl.float32)
     dv = tl.zeros([BN, D], dtype=tl.float32)
-    for g in tl.range(0, GROUP):
-        head = kv_head * GROUP + g
-        q, dout, lse, delta = Q + head * stride_qh, DOut + head * stride_oh, Lse + head, Delta + head
-        dk, dv = _dkv_span(dk, dv, k, v, q, dout, lse, delta, Lo, Hi, columns, stride_q, stride_o, stride_l,
-                           first, tl.minimum(full_first, last), N, scale_log2, BM, D, True)  # fmt: skip
-        dk, dv = _dkv_span(dk, dv, k, v, q, dout, lse, delta, Lo, Hi, columns, stride_q, stride_o, stride_l,
-                           full_first, full_last, N, scale_log2, BM, D, False)  # fmt: skip
-        dk, dv = _dkv_span(dk, dv, k, v, q, dout, lse, delta, Lo, Hi, columns, stride_q, stride_o, stride_l,
-                           full_last, last, N, scale_log2, BM, D, True)  # fmt: skip
-    to_k = DK + kv_head * stride_dkh + at * stride_dk + width[None, :]
-    to_v = DV + kv_head * stride_dvh + at * stride_dv + width[None, :]
+    dk, dv = _dkv_span(dk, dv, k, v, Q, DOut, Lse2, Delta, Lo, Hi, columns, kv_head, q_head, dout_head, padded,
+                       first, tl.minimum(full_first, last), N, scale_log2, GROUP, D, BM, True)  # fmt: skip
+    dk, dv = _dkv_span(dk, dv, k, v, Q, DOut, Lse2, Delta, Lo, Hi, columns, kv_head, q_head, dout_head, padded,
+                       full_first, full_last, N, scale_log2, GROUP, D, BM, False)  # fmt: skip
+    dk, dv = _dkv_span(dk, dv, k, v, Q, DOut, Lse2, Delta, Lo, Hi, columns, kv_head, q_head, dout_head, padded,
+                       full_last, last, N, scale_log2, GROUP, D, BM, True)  # fmt: skip
+    inside = columns[:, None] < M
+    at, width = columns[:, None].to(tl.int64), tl.arange(0, D)[None, :]
+    to_k = DK + kv_head * dk_head + at * dk_row + width
+    to_v = DV + kv_head * dv_head + at * dv_row + width
     tl.store(to_k, tl.load(to_k, mask=inside, other=0.0) + dk * scale, mask=inside)
     tl.store(to_v, tl.load(to_v, mask=inside, other=0.0) + dv, mask=inside)
 
@@ -202,54 +204,74 @@ def _dkv_kernel(Q, K, V, DOut, Lse, Delta, DK, DV, Lo, Hi, First, FullFirst, Ful
 class TritonAttention:
     """``BlockAttention`` for half-precision CUDA tensors, d a power of two from 16 to 256, and bounds that do not decrease."""
 
-    # (BM, BN, warps, stages), the fastest of those tried on an H200 at d = 128: 525, 601 and 388 TFLOP/s at 32K tokens
-    forward_blocks = (128, 128, 8, 3)
-    dq_blocks = (128, 64, 8, 3)
-    dkv_blocks = (64, 128, 8, 3)
+    def __init__(self, head_dim: int = 128) -> None:
+        # (BM, BN, warps, stages): the fastest of those tried on an H200 at d = 128 (docs/benchmarks/h200.md), and what fits at 256
+        self.forward_blocks = (128, 128, 8, 3) if head_dim <= 128 else (128, 64, 8, 2)
+        self.dq_blocks = (128, 64, 8, 3) if head_dim <= 128 else (64, 64, 8, 1)
+        self.dkv_blocks = (64, 128, 8, 3) if head_dim <= 128 else (32, 64, 8, 2)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
-        """See ``BlockAttention``."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float, done: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See ``BlockAttention``. ``done``: (out, lse) of other keys, merged with these."""
         n, heads, d = q.shape
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = torch.empty(n, heads, dtype=torch.float32, device=q.device)
-        if n:
-            bm, bn, warps, stages = self.forward_blocks
-            _forward_kernel[(triton.cdiv(n, bm), heads)](
-                q, k, v, out, lse, bounds.lo_device, bounds.hi_device, n, k.shape[0], scale * LOG2E, *_strides(q, k, v, out), lse.stride(0),
-                GROUP=heads // k.shape[1], D=d, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
-            )  # fmt: skip
+        out = torch.empty(n, heads, d, dtype=q.dtype, device=q.device)
+        lse = torch.full((n, heads), -torch.inf, dtype=torch.float32, device=q.device)
+        if not n or not k.shape[0]:
+            return done or (out.zero_(), lse)
+        bm, bn, warps, stages = self.forward_blocks
+        done_out, done_lse = (x.contiguous() for x in done or (out, lse))
+        _forward_kernel[(triton.cdiv(n, bm), heads)](
+            _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(out, bm), lse, _tiles(done_out, bm), done_lse, bounds.lo_device,
+            bounds.hi_device, n, scale * LOG2E, q.stride(1), k.stride(1), v.stride(1), RESUME=done is not None,
+            GROUP=heads // k.shape[1], D=d, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
         return out, lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
-        dk: Tensor, dv: Tensor,
+        dk: Tensor, dv: Tensor, other_dq: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """See ``BlockAttention``."""
-        n, heads, d = q.shape
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        if not n:
-            return dq
-        lse = lse.contiguous()
-        delta = (dout.float() * out.float()).sum(-1)
-        common = {"GROUP": heads // k.shape[1], "D": d}
+        """See ``BlockAttention``. ``other_dq``: dq of other keys, to which this one is added."""
+        (n, heads, d), keys = q.shape, k.shape[0]
+        if not n or not keys:
+            return torch.zeros_like(q) if other_dq is None else other_dq
+        lse2, delta = _row_facts(dout, out, lse)
+        dq = torch.empty(n, heads, d, dtype=q.dtype, device=q.device)
+        other = dq if other_dq is None else other_dq.contiguous()
+        heads_at = (q.stride(1), k.stride(1), v.stride(1), dout.stride(1))
+        sizes = {"GROUP": heads // k.shape[1], "D": d}
         bm, bn, warps, stages = self.dq_blocks
         _dq_kernel[(triton.cdiv(n, bm), heads)](
-            q, k, v, dout, lse, delta, dq, bounds.lo_device, bounds.hi_device, n, k.shape[0], scale, scale * LOG2E,
-            *_strides(q, k, v, dout, dq), lse.stride(0), BM=bm, BN=bn, num_warps=warps, num_stages=stages, **common,
+            _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(dout, bm), _tiles(other, bm), _tiles(dq, bm), lse2, delta,
+            bounds.lo_device, bounds.hi_device, n, lse2.shape[1], scale, scale * LOG2E, *heads_at,
+            RESUME=other_dq is not None, BM=bm, BN=bn, num_warps=warps, num_stages=stages, **sizes,
         )  # fmt: skip
         bm, bn, warps, stages = self.dkv_blocks
-        _dkv_kernel[(triton.cdiv(k.shape[0], bn), k.shape[1])](
-            q, k, v, dout, lse, delta, dk, dv, bounds.lo_device, bounds.hi_device, *_rows_of_key_blocks(bounds, k.shape[0], bn),
-            n, k.shape[0], scale, scale * LOG2E, *_strides(q, k, v, dout, dk, dv), lse.stride(0),
-            BM=bm, BN=bn, num_warps=warps, num_stages=stages, **common,
+        _dkv_kernel[(triton.cdiv(keys, bn), k.shape[1])](
+            _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(dout, bm), dk, dv, lse2, delta, bounds.lo_device, bounds.hi_device,
+            *_rows_of_key_blocks(bounds, keys, bn), n, keys, lse2.shape[1], scale, scale * LOG2E, *heads_at,
+            *dk.stride()[:2], *dv.stride()[:2], BM=bm, BN=bn, num_warps=warps, num_stages=stages, **sizes,
         )  # fmt: skip
         return dq
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    """Row and head stride of each [rows, heads, d] tensor, whose last dimension must be dense."""
-    assert all(t.stride(2) == 1 for t in tensors)
-    return [s for t in tensors for s in t.stride()[:2]]
+def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of [rows, d] tiles of x [M, heads, d], whose heads lie within its rows: head h starts in column h * x.stride(1)."""
+    assert x.stride(2) == 1 and x.stride(0) >= (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    width = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    return TensorDescriptor(x, [x.shape[0], width], [x.stride(0), 1], [rows, x.shape[2]])
+
+
+def _row_facts(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(base-2 lse, delta), each float32 [heads, N and at least a block of rows more]."""
+    n, heads, d = out.shape
+    padded = triton.cdiv(n, 64) * 64 + 128
+    lse2, delta = (torch.empty(heads, padded, dtype=torch.float32, device=out.device) for _ in range(2))
+    _row_facts_kernel[(triton.cdiv(padded, 64), heads)](
+        dout, out, lse, delta, lse2, n, padded, *dout.stride()[:2], *out.stride()[:2], *lse.stride(), D=d, BM=64, num_warps=4
+    )
+    return lse2, delta
 
 
 def _rows_of_key_blocks(bounds: KeyBounds, keys: int, block: int) -> list[Tensor]:
