@@ -166,7 +166,9 @@ class TrainingConfig(Section):
     epochs: PositiveInt = Field(1, description="passes over the store")
     max_steps: PositiveInt | None = Field(None, description="stop after this many optimizer steps; null: epochs decide")
     seed: int = Field(0, description="of initialisation and sampling order")
-    recompute: Literal["none", "mlp", "full"] = Field("none", description="what the backward computes again to save memory")
+    recompute: Literal["none", "selective", "mlp", "full"] = Field(
+        "none", description="what the backward computes again to save memory: nothing, all but matmuls, the MLP, everything"
+    )
     non_finite: Literal["stop", "skip"] = Field("stop", description="on a NaN or Inf loss or gradient: all ranks stop or skip the step")
     log_interval: PositiveInt = Field(1, description="optimizer steps between log lines")
     eval_interval: NonNegativeInt = Field(0, description="optimizer steps between evaluations on eval_store; 0: never")

@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     layout.add_argument("--ring", type=int, default=1)
     layout.add_argument("--ring-mode", choices=("auto", "gather", "p2p"), default="auto")
     layout.add_argument("--all-rows", action="store_true", help="work on untrained rows too, as trainers without the plan do")
-    layout.add_argument("--recompute", choices=("none", "mlp", "full"), default="full")
+    layout.add_argument("--recompute", choices=("none", "selective", "mlp", "full"), default="full")
     layout.add_argument("--offload-activations", action="store_true", help="keep activations of the unroll in pinned CPU memory")
     layout.add_argument("--deepspeed-config", help="default: the recipe's")
     store = parser.add_argument_group("from disk")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from eagle_ds.data.batch import Batch
 from eagle_ds.model.arch import DraftArch
@@ -25,10 +26,11 @@ from eagle_ds.model.ttt import PrefixAttention
 HeadLoss = Callable[[list[Tensor], Tensor, Tensor, float], Any]
 """(T states [N, D], norm weight [D], head weight [Vd, D], eps) -> a differentiable loss and what goes with it."""
 
-Recompute = Literal["none", "mlp", "full"]
-"""What is computed again in the backward: nothing; the MLP and output projection; also embedding, norms and q, k, v."""
+Recompute = Literal["none", "selective", "mlp", "full"]
+"""What is computed again in the backward: nothing; everything but matmuls, whose results are kept; the MLP and output
+projection; also embedding, norms and q, k, v."""
 
-TILE_ROWS = 8192  # rows of one recomputed tile: enough to fill a GPU, 1.4 GB of an 8B draft's MLP
+TILE_ROWS = 16384  # rows of one recomputed tile: enough to fill a GPU, 1.4 GB of an 8B draft's MLP
 
 
 class RMSNorm(nn.Module):
@@ -192,21 +194,37 @@ class Eagle3Draft(nn.Module):
 
     def unroll(self, batch: Batch, prefix: PrefixAttention, recompute: Recompute = "none") -> list[Tensor]:
         """[g_1 .. g_T] of the query rows, each [N, D], before the final norm. K_0/V_0 are computed for context rows only."""
-        layer = self.midlayer
         fused = self.fuse(batch.aux)
-        again = recompute == "full"
+        again = "none" if recompute == "mlp" else recompute
         anchor = prefix.exchange(
-            *_run(again, self.context_kv, _pick(fused, batch.context_index), batch.context_ids, batch.context_positions)
+            *self._run(again, self.context_kv, _pick(fused, batch.context_index), batch.context_ids, batch.context_positions)
         )
         state, states, diagonals = _pick(fused, batch.query_index), [], []
         for step in range(batch.plan.ttt_steps):
-            q, *kv = _run(again, self.query_projections, state, batch.query_ids[:, step], batch.query_positions + step, step > 0)
+            q, *kv = self._run(again, self.query_projections, state, batch.query_ids[:, step], batch.query_positions + step, step > 0)
             diagonals += kv
             attended = prefix.attend(anchor, step, q, diagonals)
-            raw = layer.finish(state, attended) if recompute == "none" else _finish_in_tiles(layer, state, attended)
+            raw = self._finish(state, attended, recompute)
             states.append(raw)
             state = self.hand_on(raw)
         return states
+
+    def _run(self, recompute: Recompute, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Call ``function``, keeping for the backward all that autograd wants, its matmuls' results, or its inputs alone."""
+        if recompute == "none":
+            return function(*inputs)
+        policy = _all_matmuls_but(self.arch.intermediate_size)
+        context = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if recompute == "selective" else {}
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **context)
+
+    def _finish(self, state: Tensor, attended: Tensor, recompute: Recompute) -> Tensor:
+        """The layer's second half. What is recomputed is so a tile of rows at a time: the MLP's width never meets all rows."""
+        if recompute == "none":
+            return self.midlayer.finish(state, attended)
+        again: Recompute = "selective" if recompute == "selective" else "full"
+        tiles = zip(state.split(TILE_ROWS), attended.split(TILE_ROWS), strict=True)
+        done = [self._run(again, self.midlayer.finish, *tile) for tile in tiles]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
     def context_kv(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """K_0, V_0 [M, Hkv, d] of rows with fused states [M, D] and next tokens ``ids`` [M]."""
@@ -224,13 +242,12 @@ def _pick(rows: Tensor, index: Tensor | None) -> Tensor:
     return rows if index is None else rows[index]
 
 
-def _run(recompute: bool, function: Callable[..., Any], *inputs: Any) -> Any:
-    """Call ``function``, keeping only its inputs for the backward if asked to."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else function(*inputs)
+def _all_matmuls_but(inner: int) -> Callable[..., CheckpointPolicy]:
+    """Policy of selective recomputation: keep matmuls' results, but those of the MLP's last one, which sums over ``inner``:
+    no backward reads them."""
 
+    def policy(_context: Any, op: Any, *inputs: Any, **_options: Any) -> CheckpointPolicy:
+        matmul = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if matmul and inputs[-1].shape[0] != inner else CheckpointPolicy.PREFER_RECOMPUTE
 
-def _finish_in_tiles(layer: DraftLayer, state: Tensor, attended: Tensor) -> Tensor:
-    """``layer.finish``, recomputed in the backward one tile of rows at a time, so that the MLP's width never meets all rows."""
-    tiles = zip(state.split(TILE_ROWS), attended.split(TILE_ROWS), strict=True)
-    done = [_run(True, layer.finish, *tile) for tile in tiles]
-    return done[0] if len(done) == 1 else torch.cat(done)
+    return policy

@@ -110,7 +110,7 @@ def test_adam_steps_stay_with_the_single_process(pool: GlooPool, tiny: Tiny, lay
 
 
 def test_recomputing_changes_nothing(pool: GlooPool, tiny: Tiny) -> None:
-    for recompute in ("mlp", "full"):
+    for recompute in ("selective", "mlp", "full"):
         check(*run(pool, tiny, "R2", "ds_stage2.json", training__recompute=recompute))
 
 
