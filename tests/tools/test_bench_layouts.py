@@ -1,0 +1,70 @@
+"""tools/bench_layouts.py trains the same draft under several layouts, from the same start over the same data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from eagle_ds.bench.learnable import Playground, Sizes
+from eagle_ds.config import load_recipe
+from eagle_ds.data.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "bench_layouts.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_layouts", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(TOOL), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+
+
+def test_layouts_are_read(tool: ModuleType) -> None:
+    read = {text: tool.read_layout(text) for text in ("1", "U4", "R2:p2p", "U2R2:gather", "1/float32", "U2R2/bfloat16")}
+    assert [layout.processes for layout in read.values()] == [1, 4, 2, 4, 1, 4]
+    assert read["U2R2:gather"].parallel == {"ulysses": 2, "ring": 2, "ring_mode": "gather"}
+    assert (read["1/float32"].name, read["1/float32"].dtype, read["U4"].dtype) == ("1_float32", "float32", None)
+    assert all(tool.read_layout(text) for text in tool.LAYOUTS)
+    for text in ("", "U", "4", "R2:ring", "U2:p2p", "R2U2", "1/float16"):
+        with pytest.raises(ValueError, match="is no layout; write 1, U4"):
+            tool.read_layout(text)
+
+
+def test_what_the_target_says_next_is_in_the_data(tmp_path: Path) -> None:
+    place = Playground(tmp_path, Sizes(hidden=64, vocab=50, tokens=200, samples=2))
+    place.make_data()
+    store = Store(place.store)
+    reader = store.reader(store.entries[1])
+    ids, labels = reader.read_small("input_ids"), reader.read_small("target_token_id")
+    assert (labels[:-1] == ids[1:]).float().mean() > 0.8  # the tokens follow the target's choice nine times of ten
+    assert [entry.num_trained / entry.num_tokens for entry in store.entries] == [0.5, 1.0]
+    recipe = load_recipe(place.write_recipe("x", {"ulysses": 2}, "float32", 7))
+    assert recipe.training.max_steps == 7 and recipe.parallel.ulysses == 2 and recipe.run_dir == tmp_path / "x"
+
+
+def test_a_run_learns_and_is_compared(tmp_path: Path) -> None:
+    small = ["--device", "cpu", "--steps", "6", "--tokens", "48", "--hidden", "32", "--max-relative", "1e-6"]
+    done = run("--out", str(tmp_path), *small, "--layouts", "U2", "U8")  # eight processes are more than fit
+    assert done.returncode == 0, done.stderr
+    compared = json.loads((tmp_path / "compare.json").read_text())
+    assert compared["steps"] == [1, 2, 3, 4, 5, 6] and [found["label"] for found in compared["runs"]] == ["U2"]
+    assert compared["runs"][0]["last_loss"] < compared["runs"][0]["first_loss"]
+
+
+def test_a_typo_is_said_in_a_sentence(tmp_path: Path) -> None:
+    refused = run("--out", str(tmp_path / "x"), "--layouts", "4U")
+    assert refused.returncode == 2 and "error: 4U is no layout" in refused.stderr
