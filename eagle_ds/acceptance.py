@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from eagle_ds.capture.hf import load_model
 from eagle_ds.config import Recipe
 from eagle_ds.data.chat import ChatEncoder, Message, load_tokenizer, messages_of, record_id
 from eagle_ds.data.conversations import ConversationFile
@@ -264,16 +265,14 @@ class LoadedTarget:
 
 
 def load_target(model: str, layers: Sequence[int], dtype: str, device: str, revision: str | None = None) -> LoadedTarget:
-    """Load a target for decoding. ``device`` ``auto``: cuda where there is one; ``spread``: over all GPUs."""
-    from transformers import AutoModelForCausalLM
+    """Load a target for decoding. ``device`` ``auto``: cuda where there is one; ``split``: its layers over all GPUs.
 
+    Raises ValueError, one sentence, for a target or tokenizer that cannot be loaded.
+    """
     folder = resolve_target(model, revision)
     facts = TargetFacts.from_folder(folder)
     tokenizer = load_tokenizer(folder)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    how = {"device_map": "auto"} if place == "spread" else {}
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **how)
-    loaded = loaded if how else loaded.to(place)
+    loaded = load_model(folder, dtype, device)
     encoder = ChatEncoder(tokenizer, facts.max_position_embeddings)
     stops = frozenset(stop_token_ids(folder)) or frozenset({tokenizer.eos_token_id})
     return LoadedTarget(CachedTarget(loaded.requires_grad_(False).eval(), layers), encoder, facts, stops, folder)

@@ -190,7 +190,7 @@ def _train(recipe: Recipe, rank: int) -> None:
         train(recipe, int(os.environ.get("LOCAL_RANK", 0)))
         if rank == 0:
             write_report(recipe.run_dir)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         logger.debug("%s", traceback.format_exc())
         sys.stderr.write(f"error (rank {rank}): {error}\n")
         sys.exit(1)

@@ -164,6 +164,7 @@ def _files_text(recipe: Recipe, command: str) -> str:
         ("tensorboard/", "where the DeepSpeed JSON enables it"),
         ("checkpoints/", f"newest {recipe.training.keep_checkpoints}; a run started again resumes from the newest"),
         ("best/", f"by {recipe.training.best_by} acceptance length"),
+        ("report.html", "curves, speed, memory, how to serve the result"),
     ):
         rows.append(("writes", run / name, what))
     return _table(rows)

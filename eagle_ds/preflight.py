@@ -28,9 +28,18 @@ def check_files(recipe: Recipe, recipe_json: Path, overrides: Sequence[str] = ()
     check_store(recipe, Path(recipe.data.store), command)
     if recipe.data.eval_store is not None and recipe.training.eval_interval:
         check_store(recipe, Path(recipe.data.eval_store), command)
-    start = recipe.draft.init_from
-    if start is not None and not (Path(start) / "config.json").is_file():
-        raise ValueError(f"draft.init_from = {start} holds no config.json; give the folder of an exported EAGLE-3 draft, or null")
+    if recipe.draft.init_from is not None:
+        check_start(Path(recipe.draft.init_from))
+
+
+def check_start(folder: Path) -> None:
+    """Raise ValueError unless ``folder`` looks like a draft: exported or published, a checkpoint, or a run that has one."""
+    places = (folder, folder / "best", *folder.glob("checkpoints/step_*"))
+    if not (folder / "config.json").is_file() and not any((place / "arch.json").is_file() for place in places):
+        raise ValueError(
+            f"draft.init_from = {folder} holds no draft (no config.json, no checkpoint); give the folder of an exported or published "
+            "EAGLE-3 draft, a run folder, or null"
+        )
 
 
 def capture_command(recipe_json: Path, overrides: Sequence[str] = ()) -> str:

@@ -18,6 +18,7 @@ from eagle_ds import launch
 from eagle_ds.config import Recipe, load_recipe
 from eagle_ds.data.manifest import StoreFacts, write_facts
 from eagle_ds.ds_config import deepspeed_config, read_ds_json
+from eagle_ds.preflight import check_start
 from eagle_ds.settings import dotted_fields
 from tests.engine.tiny import make_tiny
 from tests.gloo import GlooPool
@@ -122,6 +123,7 @@ def test_the_deepspeed_launcher_runs_a_recipe_and_one_rank_plans() -> None:
         (["--deepspeed", "ds_configs/absent.json", "--plan"], "cannot read ds_configs/absent.json"),
         (["--data.store", "absent"], "python tools/prepare_hidden_states.py --recipe recipes/smollm2_cpu.json"),
         (["--gpu", "tpu", "--plan"], "--gpu tpu is not known to the planner; use h200"),
+        (["--training.schedule", "cosin"], 'training.schedule = "cosin": '),
     ],
 )
 def test_bad_input_is_one_sentence_and_an_exit_code(arguments: list[str], message: str) -> None:
@@ -191,6 +193,17 @@ def test_a_store_of_other_layers_is_refused_before_anything_starts(twin: list[st
     refused = run("bash", "tests/recipes/llama3_128k_twin.sh", *twin, "--target.aux_layer_ids", "[1, 2, 3]")
     assert refused.returncode == 2
     assert "was captured with aux_layer_ids [1, 3, 4], the recipe says [1, 2, 3]" in refused.stderr
+
+
+def test_a_draft_to_start_from_is_looked_for_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no draft .* published EAGLE-3 draft"):
+        check_start(tmp_path)
+    (tmp_path / "run/checkpoints/step_3").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step_3/arch.json").touch()
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published/config.json").touch()
+    for folder in ("run", "run/checkpoints/step_3", "published"):
+        check_start(tmp_path / folder)
 
 
 def run_as_rank(rank: int, world: int, arguments: list[str]) -> None:

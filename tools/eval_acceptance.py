@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     add("--recipe", type=Path, help="recipe JSON: gives target, draft (its run's best checkpoint), prompts and layers")
     add("--target", help="Hugging Face id or folder (default: the recipe's)")
     add("--draft", type=Path, help="exported or published draft, checkpoint, or run folder (default: the recipe's run)")
-    add("--baseline", default="none", help="'untrained' (where training starts), another draft's folder, or 'none' (default)")
+    add("--baseline", default="none", help="'untrained' (where its training started), another draft's folder, or 'none' (default)")
     add("--prompts", type=Path, help="JSONL of held-out conversations (default: the recipe's eval_conversations)")
     add("--num-prompts", type=int, default=16, help="how many of them, from the top of the file (default: %(default)s)")
     add("--max-prompt-tokens", type=int, help="pass over longer prompts (default: what the target has room for)")
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     add("--num-draft-tokens", type=int, help="tokens the draft proposes per pass (default: the recipe's ttt_steps, else 5)")
     add("--aux-layer-ids", type=int, nargs="+", metavar="ID", help="target layers it reads (default: as the draft or recipe says)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of both models (default: float32 on CPU, else the recipe's)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, spread (over all GPUs); default: cuda where there is one")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, or split: the target over all GPUs (default: a GPU if there is one)")
     add("--out", type=Path, help="folder for acceptance.json and .png (default: the run folder)")
     return parser.parse_args()
 
@@ -59,7 +59,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -109,7 +109,6 @@ def measure_drafts(
 
     from eagle_ds.acceptance import load_prompts, measure
     from eagle_ds.decoding import DecodeSettings
-    from eagle_ds.drafts import untrained_draft
 
     path = args.prompts or (recipe.data.eval_conversations if recipe else None)
     if path is None:
@@ -117,7 +116,7 @@ def measure_drafts(
     room = target.facts.max_position_embeddings - args.max_new_tokens
     found = load_prompts(path, target.encoder, args.num_prompts, min(args.max_prompt_tokens or room, room), args.turn)
     if args.baseline == "untrained":
-        baseline = untrained_draft(draft.arch, draft.vocab, recipe.training.seed if recipe else 0)
+        baseline = starting_point(draft, recipe)
     drafts = {"untrained" if args.baseline == "untrained" else "baseline": target.cache(baseline)} if baseline else {}
     drafts["trained" if args.baseline == "untrained" else "draft"] = target.cache(draft)
     steps = args.num_draft_tokens or (recipe.training.ttt_steps if recipe else 5)
@@ -134,6 +133,15 @@ def measure_drafts(
         "measured_at": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     return measured, facts
+
+
+def starting_point(draft: DraftOnDisk, recipe: Recipe | None) -> DraftOnDisk:
+    """What ``draft`` was before training: the folder that its recipe names, else random weights of its sizes."""
+    from eagle_ds.drafts import initial_draft, untrained_draft
+
+    if recipe and recipe.draft.init_from:
+        return initial_draft(recipe)
+    return untrained_draft(draft.arch, draft.vocab, recipe.training.seed if recipe else 0)
 
 
 def write(measured: Measurement, facts: dict[str, Any], out: Path) -> None:

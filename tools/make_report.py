@@ -25,7 +25,7 @@ def main() -> int:
 
     try:
         print(write_report(args.run))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

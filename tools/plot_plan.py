@@ -41,7 +41,7 @@ def main() -> None:
             documents = [in_turns(recipe.data.max_length, options.fraction, options.turn)]
         mode = choose_ring_mode(recipe, sum(d.num_tokens for d in documents), 2, float("inf"))
         draw(plan_for(recipe, documents, mode), recipe.name, options.png)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {options.png}")
 

@@ -3,6 +3,7 @@
 
     tools/prepare_hidden_states.py --recipe recipes/smollm2_cpu.json             # both stores that the recipe names
     tools/prepare_hidden_states.py --recipe recipes/llama3_128k.json --dry-run   # bytes and hours first
+    tools/prepare_hidden_states.py --recipe recipes/llama3_128k.json --device all   # on every GPU of this machine
     tools/prepare_hidden_states.py --target Qwen/Qwen3-8B --conversations chats.jsonl --store stores/qwen3 --max-length 32768
 
 Conversations are JSONL: {"id", "conversations": [{"role", "content"}, ...]}, {"messages": [...]} or {"text": ...}. The
@@ -37,7 +38,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     flags.add_argument("--aux-layer-ids", type=int, nargs="+", help="layer outputs to capture (default: 1, L//2-1, L-4)")
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--device", default="auto", help="cuda, cuda:1, cpu, or split: one target over all GPUs (default: a GPU if there is one)"
+        "--device",
+        default="auto",
+        help="cuda, cuda:1, cpu; all: a process with its own copy of the target on every GPU; split: one target over all GPUs "
+        "(default: a GPU if there is one)",
     )
     how.add_argument("--attention", default="sdpa", help="transformers' attention: sdpa, eager, flash_attention_2 (default: %(default)s)")
     how.add_argument("--batch-tokens", type=int, help="tokens of short samples computed together")
@@ -64,13 +68,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from eagle_ds.capture.run import plan_capture
+    from eagle_ds.capture.run import plan_capture, require_space
 
     recipe = read_recipe(args, overrides)
     devices = devices_of(args.device)
-    for job in jobs(args, recipe):
-        plan = plan_capture(job)
-        print(f"{job.conversations} -> {job.store}: {plan.stats}; {plan.done} samples stored already, {len(plan.todo)} to do")
+    plans = [plan_capture(job) for job in jobs(args, recipe)]  # what is wrong with the last one is said before the first takes hours
+    for plan in plans:
+        job = plan.job
+        print(f"{job.conversations} -> {job.store}: {plan.stats}; {plan.done} samples stored already, {len(plan.todo)} to do", flush=True)
+        if not args.dry_run:
+            require_space(plan)
+    for plan in plans:
         if args.dry_run:
             forecast(plan, len(devices))
         else:
@@ -140,11 +148,13 @@ def forecast(plan, processes: int) -> None:
     from eagle_ds.capture.run import probe_seconds
 
     stored, raw, free = (size / 1e9 for size in (plan.store_bytes, plan.raw_bytes, plan.free_bytes))
-    print(f"  to write: {stored:.2f} GB ({raw:.2f} GB of states before encoding); free: {free:.1f} GB")
+    print(f"{plan.job.store}: to write {stored:.2f} GB ({raw:.2f} GB of states before encoding); free: {free:.1f} GB")
     if plan.todo:
         seconds = probe_seconds(plan) / processes
         rate = plan.tokens / seconds
-        print(f"  to compute: {plan.tokens} tokens in about {seconds / 3600:.2f} hours at {rate:.0f} tokens/s on this machine")
+        print(
+            f"{plan.job.store}: to compute {plan.tokens} tokens in about {seconds / 3600:.2f} hours at {rate:.0f} tokens/s on this machine"
+        )
 
 
 def execute(plan, devices: list[str]) -> None:

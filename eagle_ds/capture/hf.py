@@ -150,7 +150,8 @@ def check_head(states: HiddenStates) -> None:
 
 
 def load_model(folder: Path, dtype: str, device: str = "auto", attention: str = "sdpa") -> nn.Module:
-    """The target on ``device`` (``auto``: the GPU where there is one; ``split``: its layers over all GPUs)."""
+    """The target on ``device`` (``auto``: the GPU where there is one; ``split``: its layers over all GPUs), in ``dtype``
+    (``auto``: as it is stored). Raises ValueError, one sentence, where transformers cannot load it."""
     from transformers import AutoModelForCausalLM
 
     if device == "auto":
@@ -158,7 +159,10 @@ def load_model(folder: Path, dtype: str, device: str = "auto", attention: str = 
     where: Any = "auto" if device == "split" else {"": device}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation=attention, device_map=None if device == "cpu" else where
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attention,
+            device_map=None if device == "cpu" else where,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ValueError(f"the target {folder} cannot be loaded by transformers: {str(error).splitlines()[0]}") from error

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from eagle_ds.capture.hf import load_model
 from eagle_ds.data.chat import ChatEncoder, Message, load_tokenizer, messages_of, record_id
 from eagle_ds.data.conversations import ConversationFile
 from eagle_ds.target import resolve_target, stop_token_ids
@@ -61,12 +62,10 @@ class TransformersGenerator:
     """The target in this process.  Prompts of a batch are padded on the left."""
 
     def __init__(self, model: str, sampling: Sampling, dtype: str = "auto", device: str = "auto", max_length: int | None = None) -> None:
-        from transformers import AutoModelForCausalLM
-
         folder = resolve_target(model)
         tokenizer = load_tokenizer(folder)
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+        self.model = load_model(folder, dtype, device).eval()
+        self.device = self.model.get_input_embeddings().weight.device
         self.sampling = sampling
         self.stop_ids = set(stop_token_ids(folder)) or {tokenizer.eos_token_id}
         self.max_length = max_length or self.model.config.max_position_embeddings

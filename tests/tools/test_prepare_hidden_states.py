@@ -50,7 +50,7 @@ def test_a_recipe_fills_both_stores_and_chooses_the_vocabulary(recipe, tmp_path,
 def test_a_dry_run_tells_bytes_and_hours_and_writes_nothing(recipe, tmp_path, capsys):
     assert main(["--recipe", str(recipe), "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "5 samples" in told and "to write: 0.00 GB" in told and "hours at" in told
+    assert "5 samples" in told and "to write 0.00 GB" in told and "hours at" in told
     assert not (tmp_path / "train_store").exists() and not (tmp_path / "eval_store").exists()
 
 
@@ -78,6 +78,7 @@ def test_flags_do_without_a_recipe(target, recipe, tmp_path):
         (["--recipe", "RECIPE", "--target.hidden_size", "64", "--draft.hidden_size", "64"], "target.hidden_size=64 in the recipe"),
         (["--recipe", "RECIPE", "--target.model", "models/none"], "is not a folder here"),
         (["--recipe", "RECIPE", "--data.conversations", "none.jsonl"], "none.jsonl does not exist"),
+        (["--recipe", "RECIPE", "--data.eval_conversations", "gone.jsonl"], "gone.jsonl does not exist"),
         (["--recipe", "RECIPE", "--device", "all"], "--device all needs GPUs"),
     ],
 )

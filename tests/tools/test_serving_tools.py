@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +83,37 @@ def test_an_exported_draft_decodes_as_its_checkpoint(run_dir: Path, tmp_path: Pa
     assert (baseline["name"], draft["name"]) == ("baseline", "draft")
     assert baseline["acceptance_by_position"] == draft["acceptance_by_position"]
     assert found["differences"][0]["value"] == 0.0
+
+
+def test_a_draft_that_was_trained_further_is_compared_with_where_it_began(run_dir: Path, tmp_path: Path, call) -> None:
+    assert call("export_draft", run_dir, "--dtype", "float32", "--out", tmp_path / "served") == 0
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    recipe["draft"]["init_from"] = str(tmp_path / "served")
+    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    arguments = ("--recipe", run_dir / "recipe.json", "--baseline", "untrained", "--num-prompts", 2, "--max-new-tokens", 8)
+    assert call("eval_acceptance", *arguments) == 0
+    found = json.loads((run_dir / "acceptance.json").read_text())
+    assert found["drafts"][0]["acceptance_by_position"] == found["drafts"][1]["acceptance_by_position"]
+
+
+def test_a_target_that_transformers_cannot_load_is_one_sentence(run_dir: Path, target: Path, tmp_path: Path, call, capsys) -> None:
+    shutil.copytree(target, tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    assert call("eval_acceptance", "--draft", run_dir, "--target", tmp_path / "odd") == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and "cannot be loaded" in said
+    assert not (run_dir / "acceptance.json").exists()
+
+
+def test_a_disk_that_fills_up_leaves_no_result(run_dir: Path, call, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert call("eval_acceptance", "--draft", run_dir, "--num-prompts", 1, "--max-new-tokens", 3) == 1
+    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (run_dir / "acceptance.json").exists()
 
 
 def test_bfloat16_counts_its_divergences(run_dir: Path, call) -> None:
