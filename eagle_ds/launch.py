@@ -95,6 +95,18 @@ def main(script: str, accelerator: str | None = None) -> None:
     _train(recipe, rank)
 
 
+def enter_repository(arguments: argparse.Namespace, models: Sequence[str] = ("target", "baseline")) -> None:
+    """Go to the repository, where the relative paths of a recipe start. Paths on the command line start where it was typed: they
+    are made absolute first, those of ``models`` (a folder or a Hugging Face id) where such a folder exists."""
+    root = Path(__file__).resolve().parent.parent
+    if Path.cwd() == root:
+        return
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path) or (name in models and value and Path(value).exists()):
+            setattr(arguments, name, type(value)(Path(value).absolute()))
+    os.chdir(root)
+
+
 def _complain_once(error: ValueError) -> None:
     """Exit with the message from a node's first rank alone. The others found the same and leave quietly: were they to fail
     too, the launcher might kill the first one before it has spoken."""

@@ -206,6 +206,19 @@ def test_a_draft_to_start_from_is_looked_for_before_anything_starts(tmp_path: Pa
         check_start(tmp_path / folder)
 
 
+def test_tools_read_a_recipes_paths_from_the_repository_and_their_own_from_where_they_are_called(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from argparse import Namespace; from pathlib import Path; from eagle_ds.launch import enter_repository\n"
+        "given = Namespace(out=Path('x'), target='here', baseline='org/name', limit=3, draft=None)\n"
+        "enter_repository(given)\n"
+        "print(Path.cwd(), given.out, given.target, given.baseline, given.limit, given.draft)"
+    )
+    shown = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert shown.stdout.split() == [str(ROOT), str(tmp_path / "x"), str(tmp_path / "here"), "org/name", "3", "None"], shown.stderr
+
+
 def run_as_rank(rank: int, world: int, arguments: list[str]) -> None:
     """What the launcher does for each process, RANK and the like being set by the pool."""
     sys.argv = ["twin", f"--local_rank={rank}", *arguments]

@@ -68,7 +68,9 @@ def main() -> int:
 def run(args: argparse.Namespace) -> None:
     from eagle_ds.config import load_recipe
     from eagle_ds.drafts import load_draft, recipe_of, run_of
+    from eagle_ds.launch import enter_repository
 
+    enter_repository(args)
     recipe = load_recipe(args.recipe) if args.recipe else None
     if args.draft is None and recipe is None:
         raise ValueError("no draft is named; give --draft FOLDER, or --recipe to take its run's best checkpoint")

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eagle_ds.config import load_recipe
+from eagle_ds.launch import enter_repository
 from eagle_ds.layout import SequencePlan
 from eagle_ds.plan import heaviest_sequence
 from eagle_ds.planner import choose_ring_mode, in_turns, plan_for
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--turn", type=int, default=512, help="with --fraction: trained tokens in a row (default 512)")
     options, overrides = parser.parse_known_args()
     try:
+        enter_repository(options)
         recipe = load_recipe(options.recipe, overrides)
         if options.fraction is None:
             documents = heaviest_sequence(recipe, dp=1)[0]

@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from eagle_ds.capture.run import plan_capture, require_space
+    from eagle_ds.launch import enter_repository
 
+    enter_repository(args)
     recipe = read_recipe(args, overrides)
     devices = devices_of(args.device)
     plans = [plan_capture(job) for job in jobs(args, recipe)]  # what is wrong with the last one is said before the first takes hours
