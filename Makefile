@@ -26,7 +26,7 @@ $(STAMP): requirements.txt
 	  echo "creating $(VENV) with $$($$found --version)"; \
 	  $$found -m venv $(VENV) || { rm -rf $(VENV); echo "error: python -m venv failed; Debian and Ubuntu want the package python3-venv"; exit 1; }; \
 	fi
-	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 test: $(STAMP)  ## all tests that this machine can run (GPU tests are skipped without one)
@@ -38,8 +38,8 @@ lint: $(STAMP)  ## ruff over everything
 demo: export PATH := $(abspath $(VENV))/bin:$(PATH)
 demo: $(STAMP)  ## SmolLM2 on two CPU processes: capture, train, export, measured acceptance length, report
 	tools/fetch_embedded_target.py
-	tools/prepare_hidden_states.py --recipe $(DEMO).json --limit $(DEMO_SAMPLES) --limit-eval 12
+	tools/prepare_hidden_states.py --recipe $(DEMO).json --limit $(DEMO_SAMPLES) --limit-eval 12 --device cpu,cpu
 	deepspeed --num_gpus 2 $(DEMO).sh
 	tools/export_draft.py runs/smollm2_cpu
-	tools/eval_acceptance.py --recipe $(DEMO).json --baseline untrained --num-prompts 12 --max-new-tokens 48
+	tools/eval_acceptance.py --recipe $(DEMO).json --baseline untrained --num-prompts 12 --max-new-tokens 48 --processes 2
 	tools/make_report.py runs/smollm2_cpu

@@ -242,14 +242,41 @@ def _ratio(gained: np.ndarray, passes: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class LoadedTarget:
-    """A target ready to decode, its prompts' encoder, and the embedding that drafts of its width share."""
+class TargetFiles:
+    """What decoding needs of a target beside its weights."""
 
-    cached: CachedTarget
-    encoder: ChatEncoder
-    facts: TargetFacts
-    stop_ids: frozenset[int]
     folder: Path
+    facts: TargetFacts
+    encoder: ChatEncoder
+    stop_ids: frozenset[int]
+
+    @classmethod
+    def open(cls, model: str, revision: str | None = None) -> TargetFiles:
+        """Raises ValueError, one sentence, for a target or tokenizer that is missing or cannot be read."""
+        folder = resolve_target(model, revision)
+        facts, tokenizer = TargetFacts.from_folder(folder), load_tokenizer(folder)
+        stops = frozenset(stop_token_ids(folder)) or frozenset({tokenizer.eos_token_id})
+        return cls(folder, facts, ChatEncoder(tokenizer, facts.max_position_embeddings), stops)
+
+    def check_draft(self, draft: DraftOnDisk) -> None:
+        """Raise ValueError if a draft was made for another size."""
+        for name, stated in (("hidden_size", draft.arch.target_hidden_size), ("vocab_size", draft.arch.target_vocab_size)):
+            if getattr(self.facts, name) != stated:
+                raise ValueError(f"draft {draft.folder} is for a target of {name} {stated}, but this one has {getattr(self.facts, name)}")
+
+
+@dataclass(frozen=True)
+class LoadedTarget:
+    """A target ready to decode, and the embedding that drafts of its width share."""
+
+    files: TargetFiles
+    cached: CachedTarget
+
+    @classmethod
+    def load(cls, files: TargetFiles, layers: Sequence[int], dtype: str, device: str) -> LoadedTarget:
+        """``device`` ``auto``: cuda where there is one; ``split``: its layers over all GPUs. ValueError if it cannot be loaded."""
+        loaded = load_model(files.folder, dtype, device)
+        return cls(files, CachedTarget(loaded.requires_grad_(False).eval(), layers))
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -258,24 +285,8 @@ class LoadedTarget:
 
     def cache(self, draft: DraftOnDisk) -> CachedDraft:
         """A draft beside this target: same device, same type. Raises ValueError if it was made for another size."""
-        for name, stated in (("hidden_size", draft.arch.target_hidden_size), ("vocab_size", draft.arch.target_vocab_size)):
-            if getattr(self.facts, name) != stated:
-                raise ValueError(f"draft {draft.folder} is for a target of {name} {stated}, but this one has {getattr(self.facts, name)}")
+        self.files.check_draft(draft)
         return CachedDraft(draft.build(self.embedding, self.embedding.dtype, self.embedding.device), draft.vocab)
-
-
-def load_target(model: str, layers: Sequence[int], dtype: str, device: str, revision: str | None = None) -> LoadedTarget:
-    """Load a target for decoding. ``device`` ``auto``: cuda where there is one; ``split``: its layers over all GPUs.
-
-    Raises ValueError, one sentence, for a target or tokenizer that cannot be loaded.
-    """
-    folder = resolve_target(model, revision)
-    facts = TargetFacts.from_folder(folder)
-    tokenizer = load_tokenizer(folder)
-    loaded = load_model(folder, dtype, device)
-    encoder = ChatEncoder(tokenizer, facts.max_position_embeddings)
-    stops = frozenset(stop_token_ids(folder)) or frozenset({tokenizer.eos_token_id})
-    return LoadedTarget(CachedTarget(loaded.requires_grad_(False).eval(), layers), encoder, facts, stops, folder)
 
 
 def measure_during_training(recipe: Recipe, draft: DraftOnDisk, device: torch.device, max_new_tokens: int = 64) -> dict[str, Any]:
@@ -285,10 +296,11 @@ def measure_during_training(recipe: Recipe, draft: DraftOnDisk, device: torch.de
     """
     assert recipe.data.eval_conversations is not None, "the recipe is validated: acceptance_interval needs eval_conversations"
     dtype = "float32" if device.type == "cpu" else recipe.target.dtype
-    target = load_target(recipe.target.model, recipe.target.aux_ids, dtype, str(device), recipe.target.revision)
-    settings = DecodeSettings(max_new_tokens, recipe.training.ttt_steps, target.stop_ids)
-    room = min(recipe.data.max_length, target.facts.max_position_embeddings) - max_new_tokens
-    found = load_prompts(recipe.data.eval_conversations, target.encoder, recipe.training.acceptance_prompts, room)
+    files = TargetFiles.open(recipe.target.model, recipe.target.revision)
+    settings = DecodeSettings(max_new_tokens, recipe.training.ttt_steps, files.stop_ids)
+    room = min(recipe.data.max_length, files.facts.max_position_embeddings) - max_new_tokens
+    found = load_prompts(recipe.data.eval_conversations, files.encoder, recipe.training.acceptance_prompts, room)
+    target = LoadedTarget.load(files, recipe.target.aux_ids, dtype, str(device))
     measured = measure(target.cached, {"draft": target.cache(draft)}, found.prompts, settings, plain=False)
     rounds = rounds_of(measured.drafts["draft"])
     del target, measured

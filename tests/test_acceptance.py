@@ -14,6 +14,7 @@ from eagle_ds.acceptance import Measurement, Prompt, acceptance_length, bootstra
 from eagle_ds.config import Recipe
 from eagle_ds.data.chat import ChatEncoder
 from eagle_ds.decoding import Decoded, DecodeSettings, Divergence, Round
+from eagle_ds.decoding_pool import DecodingJob, measure_job
 from eagle_ds.drafts import build_draft, untrained_draft
 from eagle_ds.target import load_target_weights
 from tests.draft_cases import PLAIN, random_draft, recipe_for
@@ -144,9 +145,34 @@ def test_acceptance_during_training_is_that_of_the_draft_as_it_stands(tmp_path: 
 
 
 def test_a_draft_for_another_target_is_refused(target_folder: Path) -> None:
-    target = acceptance.load_target(str(target_folder), (1, 2, 5), "float32", "cpu")
+    target = acceptance.TargetFiles.open(str(target_folder))
     with pytest.raises(ValueError, match="vocab_size 300, but this one has 280"):
-        target.cache(random_draft(type(PLAIN)(**{**PLAIN.__dict__, "target_vocab_size": 300})))
+        target.check_draft(random_draft(type(PLAIN)(**{**PLAIN.__dict__, "target_vocab_size": 300})))
+
+
+def decoding_job(target_folder: Path, **change: object) -> DecodingJob:
+    files = acceptance.TargetFiles.open(str(target_folder))
+    settings = {"drafts": {"a": random_draft(), "b": untrained_draft(PLAIN, random_draft().vocab)}, "device": "cpu"} | change
+    return DecodingJob(files, (1, 2, 5), "float32", settings=DecodeSettings(8, 3, files.stop_ids), **settings)
+
+
+def test_processes_give_what_one_gives_in_the_order_of_the_prompts(target_folder: Path) -> None:
+    job, told = decoding_job(target_folder), []
+    prompts = [Prompt(str(n), tuple(range(3, 9 + 5 * n))) for n in range(5)]
+    alone = measure_job(job, prompts, 1, lambda tokens: None)
+    shared = measure_job(job, prompts, 2, told.append)
+    assert [answer.tokens for answer in shared.plain] == [answer.tokens for answer in alone.plain]
+    for name in ("a", "b"):
+        assert [answer.tokens for answer in shared.drafts[name]] == [answer.tokens for answer in alone.drafts[name]]
+        assert [answer.rounds for answer in shared.drafts[name]] == [answer.rounds for answer in alone.drafts[name]]
+    assert shared.summary()["prompts"] == alone.summary()["prompts"]
+    assert sum(told) == sum(len(a.tokens) for a in (*shared.plain, *shared.drafts["a"], *shared.drafts["b"]))
+
+
+def test_what_fails_in_a_process_is_told_here(target_folder: Path) -> None:
+    job = decoding_job(target_folder, device="cuda:99")
+    with pytest.raises(ValueError, match="cannot be loaded by transformers"):
+        measure_job(job, [Prompt("0", (3, 4)), Prompt("1", (3, 4))], 2, lambda tokens: None)
 
 
 def test_the_untrained_draft_is_the_same_every_time(target_folder: Path) -> None:

@@ -22,7 +22,7 @@ LAYERS = (
     {"parallel"},
     {"model"},
     {"loss", "loss_triton"},
-    {"capture", "decoding", "drafts", "served", "served_check", "export", "acceptance", "figures", "report", "compare"},
+    {"capture", "decoding", "drafts", "served", "served_check", "export", "acceptance", "figures", "report", "decoding_pool", "compare"},
     {"engine"},
     {"preflight", "plan", "launch", "bench"},
 )

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the acceptance length of a draft by real speculative decoding on its target.
 
-    tools/eval_acceptance.py --recipe recipes/smollm2_cpu.json --baseline untrained --num-prompts 12 --max-new-tokens 64
+    tools/eval_acceptance.py --recipe recipes/smollm2_cpu.json --baseline untrained --num-prompts 12 --processes 2
     tools/eval_acceptance.py --target meta-llama/Llama-3.1-8B-Instruct --draft drafts/new --baseline drafts/published \\
         --prompts chats.eval.jsonl --num-prompts 64 --max-new-tokens 256 --num-draft-tokens 5 --dtype bfloat16
 
@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
-    from eagle_ds.acceptance import LoadedTarget, Measurement
+    from eagle_ds.acceptance import Measurement
     from eagle_ds.config import Recipe
+    from eagle_ds.decoding_pool import DecodingJob
     from eagle_ds.drafts import DraftOnDisk
 
 
@@ -50,6 +51,7 @@ def parse() -> argparse.Namespace:
     add("--aux-layer-ids", type=int, nargs="+", metavar="ID", help="target layers it reads (default: as the draft or recipe says)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of both models (default: float32 on CPU, else the recipe's)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, or split: the target over all GPUs (default: a GPU if there is one)")
+    add("--processes", type=int, default=1, help="on a CPU: processes with a copy of the target each, which share the cores (default: 1)")
     add("--out", type=Path, help="folder for acceptance.json and .png (default: the run folder)")
     return parser.parse_args()
 
@@ -80,17 +82,20 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or run_of(draft.folder) or (recipe.run_dir if recipe else None)
     if out is None:
         raise ValueError(f"{draft.folder} lies in no run folder; give --out for acceptance.json and acceptance.png")
-    target = open_target(args, recipe, draft)
-    measured, facts = measure_drafts(args, recipe, target, draft, baseline)
+    job = describe_job(args, recipe, draft, baseline)
+    measured, facts = measure_drafts(args, recipe, job)
     facts |= {"draft": str(draft.folder), "baseline": args.baseline}
     write(measured, facts, out)
 
 
-def open_target(args: argparse.Namespace, recipe: Recipe | None, draft: DraftOnDisk) -> LoadedTarget:
-    """The target, in the type and on the device asked for."""
+def describe_job(args: argparse.Namespace, recipe: Recipe | None, draft: DraftOnDisk, baseline: DraftOnDisk | None) -> DecodingJob:
+    """Target, drafts and settings asked for; only the target's small files are read."""
     import torch
 
-    from eagle_ds.acceptance import load_target
+    from eagle_ds.acceptance import TargetFiles
+    from eagle_ds.decoding import DecodeSettings
+    from eagle_ds.decoding_pool import DecodingJob
+    from eagle_ds.target import check_aux_ids
 
     model = args.target or (recipe.target.model if recipe else None)
     layers = args.aux_layer_ids or draft.layer_outputs or (recipe.target.aux_ids if recipe else None)
@@ -99,37 +104,39 @@ def open_target(args: argparse.Namespace, recipe: Recipe | None, draft: DraftOnD
     if layers is None:
         raise ValueError(f"{draft.folder} does not say which target layers it reads; give --aux-layer-ids")
     on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
-    args.dtype = args.dtype or ("float32" if on_cpu else recipe.target.dtype if recipe else "bfloat16")
-    return load_target(model, layers, args.dtype, args.device, recipe.target.revision if recipe and not args.target else None)
+    if args.processes > 1 and not on_cpu:
+        raise ValueError(f"--processes {args.processes} shares out the cores of a CPU; leave it out on a GPU, or add --device cpu")
+    dtype = args.dtype or ("float32" if on_cpu else recipe.target.dtype if recipe else "bfloat16")
+    files = TargetFiles.open(model, recipe.target.revision if recipe and not args.target else None)
+    check_aux_ids(layers, files.facts.num_layers)
+    untrained = args.baseline == "untrained"
+    baseline = starting_point(draft, recipe) if untrained else baseline
+    drafts = ({"untrained" if untrained else "baseline": baseline} if baseline else {}) | {"trained" if untrained else "draft": draft}
+    steps = args.num_draft_tokens or (recipe.training.ttt_steps if recipe else 5)
+    return DecodingJob(files, tuple(layers), dtype, args.device, drafts, DecodeSettings(args.max_new_tokens, steps, files.stop_ids))
 
 
-def measure_drafts(
-    args: argparse.Namespace, recipe: Recipe | None, target: LoadedTarget, draft: DraftOnDisk, baseline: DraftOnDisk | None
-) -> tuple[Measurement, dict[str, Any]]:
+def measure_drafts(args: argparse.Namespace, recipe: Recipe | None, job: DecodingJob) -> tuple[Measurement, dict[str, Any]]:
     """(answers, what they were measured on), under a progress bar."""
+    import torch
     from tqdm import tqdm
 
-    from eagle_ds.acceptance import load_prompts, measure
-    from eagle_ds.decoding import DecodeSettings
+    from eagle_ds.acceptance import load_prompts
+    from eagle_ds.decoding_pool import measure_job
 
     path = args.prompts or (recipe.data.eval_conversations if recipe else None)
     if path is None:
         raise ValueError("no prompts are named; give --prompts, or a recipe with data.eval_conversations")
-    room = target.facts.max_position_embeddings - args.max_new_tokens
-    found = load_prompts(path, target.encoder, args.num_prompts, min(args.max_prompt_tokens or room, room), args.turn)
-    if args.baseline == "untrained":
-        baseline = starting_point(draft, recipe)
-    drafts = {"untrained" if args.baseline == "untrained" else "baseline": target.cache(baseline)} if baseline else {}
-    drafts["trained" if args.baseline == "untrained" else "draft"] = target.cache(draft)
-    steps = args.num_draft_tokens or (recipe.training.ttt_steps if recipe else 5)
-    settings = DecodeSettings(args.max_new_tokens, steps, target.stop_ids)
-    total = len(found.prompts) * args.max_new_tokens * (1 + len(drafts))
+    room = job.target.facts.max_position_embeddings - args.max_new_tokens
+    found = load_prompts(path, job.target.encoder, args.num_prompts, min(args.max_prompt_tokens or room, room), args.turn)
+    total = len(found.prompts) * args.max_new_tokens * (1 + len(job.drafts))
     with tqdm(total=total, unit="token", smoothing=0.05, desc="decoding") as bar:
-        measured = measure(target.cached, drafts, found.prompts, settings, progress=bar.update)
+        measured = measure_job(job, found.prompts, args.processes, bar.update)
     facts = {
         "target": args.target or recipe.target.model,
-        "dtype": args.dtype,
-        "device": str(target.embedding.device),
+        "dtype": job.dtype,
+        "device": ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device,
+        "processes": args.processes,
         "prompts_file": str(path),
         "passed_over": {"too_long": found.too_long, "unusable": found.unusable},
         "measured_at": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -162,7 +169,8 @@ def write(measured: Measurement, facts: dict[str, Any], out: Path) -> None:
 
 def show(result: dict[str, Any]) -> None:
     """The figures in a few lines."""
-    print(f"\n{result['num_prompts']} prompts, {result['num_draft_tokens']} draft tokens per pass, {result['dtype']} on {result['device']}")
+    where = f"{result['dtype']} on {result['device']}" + (f", {result['processes']} processes" if result["processes"] > 1 else "")
+    print(f"\n{result['num_prompts']} prompts, {result['num_draft_tokens']} draft tokens per pass, {where}")
     print(f"  plain decoding        {result['plain']['tokens_per_s']:.1f} tokens/s")
     for draft in result["drafts"]:
         interval = draft["interval"]

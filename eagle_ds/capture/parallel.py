@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from eagle_ds.capture.run import Plan, compute, disk_errors, load_states, require_space
-from eagle_ds.data.store import SampleEntry, StoreWriter
+from eagle_ds.data.store import StoreWriter
 from eagle_ds.data.writer import SampleFiles
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def capture_on(plan: Plan, devices: Sequence[str], progress: Callable[[int], Non
             worker.start()
         try:
             for _ in plan.todo:
-                entry = _next(results, workers)
+                entry = next_result(results, workers)
                 writer.register(entry)
                 progress(entry.num_tokens)
         finally:
@@ -68,15 +68,15 @@ def work(plan: Plan, parent: int, threads: int, results: Any) -> None:
         results.put(error)
 
 
-def _next(results: Any, workers: Sequence[multiprocessing.process.BaseProcess]) -> SampleEntry:
-    """The next entry; raises what a worker raised, or RuntimeError if one died without a word."""
+def next_result(results: Any, workers: Sequence[multiprocessing.process.BaseProcess]) -> Any:
+    """What a worker put next; raises what a worker raised, or RuntimeError if one died without a word."""
     while True:
         dead = [worker for worker in workers if worker.exitcode not in (None, 0)]
         try:
             result = results.get(timeout=POLL_S)
         except queue.Empty:
             if dead:
-                raise RuntimeError(f"a capture process died with exit code {dead[0].exitcode} (killed for lack of memory?)") from None
+                raise RuntimeError(f"a process died with exit code {dead[0].exitcode} (killed for lack of memory?)") from None
             continue
         if isinstance(result, BaseException):
             raise result

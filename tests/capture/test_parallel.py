@@ -31,12 +31,12 @@ def results(*items) -> queue.Queue:
 def test_what_a_process_raised_is_raised_here():
     entry = SampleEntry("a", "a.h5", 1, 1, ((0, 1),), 10)
     waiting = results(entry, ValueError("no such device"))
-    assert parallel._next(waiting, []) == entry
+    assert parallel.next_result(waiting, []) == entry
     with pytest.raises(ValueError, match="no such device"):
-        parallel._next(waiting, [])
+        parallel.next_result(waiting, [])
 
 
 def test_a_process_that_died_without_a_word_is_noticed(monkeypatch):
     monkeypatch.setattr(parallel, "POLL_S", 0.01)
     with pytest.raises(RuntimeError, match="died with exit code -9"):
-        parallel._next(results(), [SimpleNamespace(exitcode=0), SimpleNamespace(exitcode=-9)])
+        parallel.next_result(results(), [SimpleNamespace(exitcode=0), SimpleNamespace(exitcode=-9)])
