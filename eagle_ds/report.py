@@ -178,8 +178,9 @@ def _acceptance_section(run: Run) -> str:
         )
     how = (
         f"Greedy speculative decoding of {found['num_prompts']} prompts of {found['prompts_file']}, up to {found['max_new_tokens']} new "
-        f"tokens, {found['num_draft_tokens']} draft tokens a pass, {found['dtype']} on {found['device']}{_processes(found)}. "
-        "Acceptance length is tokens per pass of the target, its own included; intervals are bootstrapped over prompts. Speed is transformers' own, not a server's."
+        f"tokens, {found['num_draft_tokens']} draft tokens a pass, {found['dtype']} on {found['device']}{_processes(found)}. Acceptance "
+        "length is tokens per pass of the target, its own included; intervals are bootstrapped over prompts. Speed is transformers' own, "
+        "not a server's."
     )
     gaps = "; ".join(f"{name}: largest logit gap {gap:.4f}" for name, gap in _largest_gaps(found))
     diverged = f"<p class=note>Answers that left plain decoding at a near tie: {_text(gaps)}.</p>" if gaps else ""

@@ -164,7 +164,7 @@ def load_model(folder: Path, dtype: str, device: str = "auto", attention: str = 
             attn_implementation=attention,
             device_map=None if device == "cpu" else where,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise ValueError(f"the target {folder} cannot be loaded by transformers: {str(error).splitlines()[0]}") from error
     log.info("target %s loaded on %s in %s, %s attention", folder, device, dtype, attention)
     return model

@@ -69,14 +69,14 @@ def work(plan: Plan, parent: int, threads: int, results: Any) -> None:
 
 
 def next_result(results: Any, workers: Sequence[multiprocessing.process.BaseProcess]) -> Any:
-    """What a worker put next; raises what a worker raised, or RuntimeError if one died without a word."""
+    """What a worker put next; raises what a worker raised, or ChildProcessError if one died without a word."""
     while True:
         dead = [worker for worker in workers if worker.exitcode not in (None, 0)]
         try:
             result = results.get(timeout=POLL_S)
         except queue.Empty:
             if dead:
-                raise RuntimeError(f"a process died with exit code {dead[0].exitcode} (killed for lack of memory?)") from None
+                raise ChildProcessError(f"a process died with exit code {dead[0].exitcode} (killed for lack of memory?)") from None
             continue
         if isinstance(result, BaseException):
             raise result

@@ -38,5 +38,5 @@ def test_what_a_process_raised_is_raised_here():
 
 def test_a_process_that_died_without_a_word_is_noticed(monkeypatch):
     monkeypatch.setattr(parallel, "POLL_S", 0.01)
-    with pytest.raises(RuntimeError, match="died with exit code -9"):
+    with pytest.raises(ChildProcessError, match="died with exit code -9"):
         parallel.next_result(results(), [SimpleNamespace(exitcode=0), SimpleNamespace(exitcode=-9)])
