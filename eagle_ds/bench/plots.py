@@ -72,7 +72,7 @@ def fraction_figure(results: Sequence[Result]) -> bytes | None:
 
 
 def scaling_figure(results: Sequence[Result]) -> bytes | None:
-    """Strong scaling: the fastest step of each shape by number of GPUs, and its efficiency; None unless some shape ran on two numbers."""
+    """Strong scaling: the fastest step of each shape by number of GPUs, its efficiency and memory; None without two numbers of GPUs."""
     fastest: dict[Hashable, Result] = {}
     for result in sorted(_timed(results), key=lambda r: -_seconds(r)):
         if result.data_parallel == 1:
@@ -80,7 +80,7 @@ def scaling_figure(results: Sequence[Result]) -> bytes | None:
     series = _series(list(fastest.values()), lambda r: (r.model, r.shape, f"T = {r.ttt_steps}", r.source), lambda r: r.gpus)
     if not series:
         return None
-    figure, (time, efficiency) = canvas(1, 2, (12, 4.6))
+    figure, (time, efficiency, memory) = canvas(1, 3, (15, 4.6))
     lowest = 100.0
     for colour, (label, curve) in zip(_colours(series), series.items(), strict=True):
         gpus, seconds = [r.gpus for r in curve], [_seconds(r) for r in curve]
@@ -89,18 +89,20 @@ def scaling_figure(results: Sequence[Result]) -> bytes | None:
         time.plot(gpus, ideal, ":", color=colour)
         shares = [100 * best / real for best, real in zip(ideal, seconds, strict=True)]
         efficiency.plot(gpus, shares, "o-", color=colour, label=label)
+        memory.plot(gpus, [r.peak_gib for r in curve], "o-", color=colour, label=label)
         lowest = min(lowest, *shares)
         for result, share in zip(curve, shares, strict=True):
             text = f"{share:.0f}% {result.layout}"
             efficiency.annotate(text, (result.gpus, share), (3, 5), textcoords="offset points", fontsize=7, color=INK)
     counts = sorted({result.gpus for curve in series.values() for result in curve})
-    for axes in (time, efficiency):
+    for axes in (time, efficiency, memory):
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
         axes.margins(x=0.12)
         axes.set_xlabel("GPUs")
     time.set(title="seconds a step (dotted: ideal)", yscale="log")
+    memory.set(title="peak memory of the fullest GPU, GiB", ylim=(0, None))
     efficiency.axhline(100, color=INK, linewidth=0.8, linestyle=":")
     efficiency.set(title="efficiency, % of ideal", ylim=(min(50, lowest - 5), 110))
     time.legend()

@@ -18,6 +18,7 @@ import torch
 from eagle_ds import ranges as rg
 from eagle_ds.config import Recipe
 from eagle_ds.data.format import TORCH_DTYPES, Sample
+from eagle_ds.data.manifest import FACTS_NAME
 from eagle_ds.data.store import Store, StoreFacts, StoreWriter
 from eagle_ds.layout import Document
 
@@ -37,18 +38,25 @@ def default_samples(num_tokens: int, per_step: int) -> int:
 def random_store(root: Path, recipe: Recipe, document: Document, count: int, *, dtype: str) -> Store:
     """The store at ``root`` with ``count`` samples of ``document``'s length and trained spans, in the recipe's widths.
 
-    What is there already is kept. Raises ValueError if a store of other widths lies there, if its samples have another
-    shape, or if the disk has no room.
+    What is there already is kept, and a store that lacks nothing is only read, by many processes at once. Raises ValueError if
+    a store of other widths lies there, if its samples have another shape, or if the disk has no room.
     """
     target = recipe.target
     facts = StoreFacts("random", "random", "random", target.hidden_size, target.aux_ids, target.vocab_size, dtype=dtype)
-    with StoreWriter(root, facts, workers=min(os.cpu_count() or 1, MAX_WORKERS)) as writer:
-        missing = [name for name in map("random-{}".format, range(count)) if name not in writer.done_ids]
-        if missing:
-            _fill(writer, missing, document)
+    names = [f"random-{number}" for number in range(count)]
+    if not _holds(root, facts, names):
+        with StoreWriter(root, facts, workers=min(os.cpu_count() or 1, MAX_WORKERS)) as writer:
+            _fill(writer, [name for name in names if name not in writer.done_ids], document)
     store = Store(root)
     check_shape(store, document)
     return store
+
+
+def _holds(root: Path, facts: StoreFacts, names: list[str]) -> bool:
+    if not (root / FACTS_NAME).is_file():
+        return False
+    store = Store(root)
+    return store.facts == facts and {entry.id for entry in store.entries} >= set(names)
 
 
 def check_shape(store: Store, document: Document) -> None:

@@ -15,6 +15,7 @@ from eagle_ds.bench.ceilings import data_sheet_tflops
 from eagle_ds.bench.flops import model_flops
 from eagle_ds.bench.random_store import default_samples, random_store
 from eagle_ds.bench.sources import StoreSource
+from eagle_ds.data.store import StoreWriter
 from eagle_ds.layout import Document
 from eagle_ds.planner import Device, draft_parameters, floor_seconds, in_turns, plan_for
 from tests.bench.worker import time_both
@@ -61,6 +62,8 @@ def test_a_random_store_is_kept_topped_up_and_checked(tiny: Tiny, tmp_path: Path
     assert len(more) == 3 and [(tmp_path / entry.path).stat().st_mtime_ns for entry in more.entries[:2]] == before
     ids = [more.reader(entry).read_small("input_ids").tolist() for entry in more.entries]
     assert ids[0] != ids[1] != ids[2]
+    with StoreWriter(tmp_path, more.facts):  # another process has it open
+        assert len(random_store(tmp_path, recipe, document, 3, dtype="bfloat16")) == 3
     with pytest.raises(ValueError, match="48 trained, where 96 with 96 trained are timed; give another folder"):
         random_store(tmp_path, recipe, Document(TOKENS, ((0, TOKENS),)), 3, dtype="bfloat16")
     with pytest.raises(ValueError, match="dtype"):
