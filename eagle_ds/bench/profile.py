@@ -19,7 +19,7 @@ COMMUNICATION, COPIES, OPTIMIZER, LOSS, OTHER = "communication", "copies and fil
 CATEGORIES = (
     (COMMUNICATION, r"nccl"),
     (OPTIMIZER, r"multi_tensor_apply|Adam"),
-    ("attention diagonals", r"diagonal|^_backward_kernel"),
+    ("attention diagonals", r"diagonal"),
     ("attention prefix", r"sdpa|flash|fmha|cudnn|flex_attention|attention|^_(forward|row_facts|dq|dkv)_kernel"),
     (LOSS, r"^_(label|row)_kernel|[Ss]oft[Mm]ax|logsumexp|nll_loss"),
     ("matmul", r"gemm|nvjet|cutlass|cublas|splitK|gemv|matmul|triton_tem_fused_.*mm"),

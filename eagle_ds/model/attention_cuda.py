@@ -25,7 +25,7 @@ from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttenti
 logger = logging.getLogger(__name__)
 
 MIN_RUN = 4096  # rows; below it cuDNN's plan building and extra passes over dK/dV cost more than its kernels save
-STEP_ROWS, STEP_KEYS = 2048, 8192  # at most 16 shapes up to 128K tokens, and what Triton keeps of a 128K sequence is a fifth
+STEP_ROWS, STEP_KEYS = 2048, 4096  # at most 32 shapes up to 128K tokens, where Triton keeps about a fifth of the work
 
 
 class Part(NamedTuple):

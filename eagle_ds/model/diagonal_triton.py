@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 @triton.jit
-def _forward_kernel(Q, Out, Lse, Merged, MergedLse, Ks, Vs, scale, COUNT: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
-                    D: tl.constexpr):  # fmt: skip
+def _diagonal_forward_kernel(Q, Out, Lse, Merged, MergedLse, Ks, Vs, scale, COUNT: tl.constexpr, GROUP: tl.constexpr,
+                             GROUP_PADDED: tl.constexpr, D: tl.constexpr):  # fmt: skip
     row, kv_head, kv_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     group, width = tl.arange(0, GROUP_PADDED), tl.arange(0, D)
     real = group < GROUP
@@ -40,8 +40,8 @@ def _forward_kernel(Q, Out, Lse, Merged, MergedLse, Ks, Vs, scale, COUNT: tl.con
 
 
 @triton.jit
-def _backward_kernel(Q, DOut, Out, Lse, DQ, DQOut, Ks, Vs, DKs, DVs, scale, COUNT: tl.constexpr, GROUP: tl.constexpr,
-                     GROUP_PADDED: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def _diagonal_backward_kernel(Q, DOut, Out, Lse, DQ, DQOut, Ks, Vs, DKs, DVs, scale, COUNT: tl.constexpr, GROUP: tl.constexpr,
+                              GROUP_PADDED: tl.constexpr, D: tl.constexpr):  # fmt: skip
     row, kv_head, kv_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     group, width = tl.arange(0, GROUP_PADDED), tl.arange(0, D)
     real = group < GROUP
@@ -71,7 +71,7 @@ def diagonal_forward(q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Te
         return out, lse
     q, out, lse, ks, vs = _dense(q, out, lse, diagonals)
     merged, merged_lse = torch.empty_like(out), torch.empty_like(lse)
-    _forward_kernel[(q.shape[0], ks[0].shape[1])](q, out, lse, merged, merged_lse, ks, vs, scale, **_sizes(q, ks), num_warps=1)
+    _diagonal_forward_kernel[(q.shape[0], ks[0].shape[1])](q, out, lse, merged, merged_lse, ks, vs, scale, **_sizes(q, ks), num_warps=1)
     return merged, merged_lse
 
 
@@ -84,7 +84,7 @@ def diagonal_backward(
     q, out, lse, ks, vs = _dense(q, out, lse, diagonals)
     dks, dvs = tuple(map(torch.empty_like, ks)), tuple(map(torch.empty_like, vs))
     total = torch.empty_like(q)
-    _backward_kernel[(q.shape[0], ks[0].shape[1])](
+    _diagonal_backward_kernel[(q.shape[0], ks[0].shape[1])](
         q, dout.contiguous(), out, lse, dq.contiguous(), total, ks, vs, dks, dvs, scale, **_sizes(q, ks), num_warps=1
     )
     return total, [g for pair in zip(dks, dvs, strict=True) for g in pair]
