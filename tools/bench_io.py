@@ -4,10 +4,13 @@
     tools/bench_io.py                                    # 128K and 4K tokens, H = 4096: 12 minutes on two quiet cores, 10 GB of disk
     tools/bench_io.py --tokens 4096 --tries 3            # a quick look: two minutes
     tools/bench_io.py --out docs/benchmarks              # write io.json and io.png there
+    tools/bench_io.py --convert                          # instead, how fast tools/convert_ckpt_to_hdf5.py is: two minutes, 5 GB
 
 The states are those of the embedded target (tools/fetch_embedded_target.py), laid side by side to the width of a large model
 and tiled to the length. For each format: size; time to write it durably; time and bytes for one rank of --ranks to read its own
-rows. The peer's file is read whole, as the peer does. Ends with the ratios that the project promises; exit code 1 if one is missed.
+rows. The peer's file is read whole, as the peer does. --convert times the whole command over --files files of --file-tokens
+tokens (plain ones cached, from the disk and with --verify, then half as many gzip'd ones), and writes convert.json. Either ends
+with what the project promises; exit code 1 if a promise is missed.
 """
 
 from __future__ import annotations
@@ -30,10 +33,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from eagle_ds.bench import convert
 from eagle_ds.bench.chart import io_figure
 from eagle_ds.bench.io import Goal, Measurement, as_record, goals, measure_all
-from eagle_ds.bench.states import capture_states, facts_for
+from eagle_ds.bench.states import States, capture_states, facts_for
 from eagle_ds.capture.embedded import DEFAULT_FOLDER, ensure_embedded_target
+from eagle_ds.data.manifest import StoreFacts
 
 
 def parse() -> argparse.Namespace:
@@ -43,6 +48,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=8, help="ranks that share the sequence")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of our encoder and our reader")
     parser.add_argument("--tries", type=int, default=2, help="warm reads of each rank, of which the best counts")
+    parser.add_argument("--convert", action="store_true", help="measure conversion instead")
+    parser.add_argument("--files", type=int, default=8, help="of --convert: plain files (default: %(default)s)")
+    parser.add_argument("--file-tokens", type=int, default=8192, help="of --convert: tokens of each file (default: %(default)s)")
     parser.add_argument("--target", type=Path, default=DEFAULT_FOLDER, help="folder of the embedded target (made if it is not there)")
     parser.add_argument("--scratch", type=Path, help="folder for the files, on the disk to measure (default: the system's temporary one)")
     parser.add_argument("--out", type=Path, help="write io.json and io.png into this folder")
@@ -55,17 +63,43 @@ def main() -> int:
     states = capture_states(ensure_embedded_target(options.target), options.width)
     facts = facts_for(options.target, options.width)
     torch.set_num_threads(1)
-    console, records, promised = Console(width=150), [], []
+    console = Console(width=150)
+    met = bench_conversion(options, states, facts, console) if options.convert else bench_formats(options, states, facts, console)
+    return 0 if met else 1
+
+
+def bench_formats(options: argparse.Namespace, states: States, facts: StoreFacts, console: Console) -> bool:
+    """Size, writing and reading of each format; whether every promise is met."""
+    records, promised = [], []
     for num_tokens in options.tokens:
         with tempfile.TemporaryDirectory(dir=options.scratch, prefix="bench-io-") as folder:
             results = list(measure_all(states, facts, num_tokens, options.ranks, options.threads, options.tries, Path(folder)))
         promised.append((num_tokens, goals({result.name: result for result in results})))
         records += results
         console.print(table(results))
-        console.print(goal_table(num_tokens, promised[-1][1]))
+        console.print(goal_table(f"{num_tokens} tokens", promised[-1][1]))
     if options.out:
-        save(options, records, promised)
-    return 0 if all(goal.met for _, met in promised for goal in met) else 1
+        document = {
+            **about(options),
+            "measurements": [as_record(record) for record in records],
+            "promises": [{"num_tokens": tokens, **goal_record(goal)} for tokens, goals_there in promised for goal in goals_there],
+        }
+        write_json(options.out / "io.json", document)
+        (options.out / "io.png").write_bytes(io_figure(document))
+    return all(goal.met for _, goals_there in promised for goal in goals_there)
+
+
+def bench_conversion(options: argparse.Namespace, states: States, facts: StoreFacts, console: Console) -> bool:
+    """Speed of the conversion tool; whether it is what is promised."""
+    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="bench-convert-") as folder:
+        runs = list(convert.measure_conversions(states, facts, options.files, options.file_tokens, options.threads, Path(folder)))
+    promised = convert.goals(runs)
+    console.print(conversion_table(runs, options.threads))
+    console.print(goal_table("conversion", promised))
+    if options.out:
+        records = {"measurements": [convert.as_record(run) for run in runs], "promises": [goal_record(goal) for goal in promised]}
+        write_json(options.out / "convert.json", {**about(options), "file_tokens": options.file_tokens, **records})
+    return all(goal.met for goal in promised)
 
 
 def table(results: Sequence[Measurement]) -> Table:
@@ -90,9 +124,21 @@ def table(results: Sequence[Measurement]) -> Table:
     return shown
 
 
-def goal_table(num_tokens: int, promised: Sequence[Goal]) -> Table:
+def conversion_table(runs: Sequence[convert.Conversion], workers: int) -> Table:
+    """One row a run of the tool."""
+    shown = Table(title=f"the whole command, {workers} workers")
+    for heading in ("source", "files", "MB", "raw MB", "stored MB", "time", "source MB/s", "raw MB/s"):
+        shown.add_column(heading, justify="left" if heading == "source" else "right")
+    for run in runs:
+        sizes = [f"{size / 1e6:.0f}" for size in (run.source_bytes, run.raw_bytes, run.stored_bytes)]
+        speeds = [f"{speed:.0f}" for speed in (run.source_mb_per_s, run.raw_mb_per_s)]
+        shown.add_row(run.title, str(run.files), *sizes, f"{run.seconds:.1f} s", *speeds)
+    return shown
+
+
+def goal_table(what: str, promised: Sequence[Goal]) -> Table:
     """What was promised and what came out."""
-    shown = Table(title=f"promises at {num_tokens} tokens")
+    shown = Table(title=f"promises: {what}")
     for heading in ("promise", "limit", "measured", ""):
         shown.add_column(heading, justify="left" if heading == "promise" else "right")
     for goal in promised:
@@ -101,25 +147,33 @@ def goal_table(num_tokens: int, promised: Sequence[Goal]) -> Table:
     return shown
 
 
-def save(options: argparse.Namespace, records: Sequence[Measurement], promised: Sequence[tuple[int, Sequence[Goal]]]) -> None:
-    """io.json and io.png."""
-    document = {
+def goal_record(goal: Goal) -> dict[str, object]:
+    """For JSON."""
+    return {"promise": goal.text, "limit": goal.limit, "measured": goal.value, "met": goal.met}
+
+
+def about(options: argparse.Namespace) -> dict[str, object]:
+    """What a figure must say of itself."""
+    return {
         "date": date.today().isoformat(),
         "command": " ".join(["tools/bench_io.py", *sys.argv[1:]]),
-        "hardware": f"{os.cpu_count()}-core CPU, {platform.machine()}",
+        "hardware": f"{os.cpu_count()} CPU cores ({processor()})",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "h5py": h5py.__version__},
         "width": options.width,
         "threads": options.threads,
-        "measurements": [as_record(record) for record in records],
-        "promises": [
-            {"num_tokens": tokens, "promise": goal.text, "limit": goal.limit, "measured": goal.value, "met": goal.met}
-            for tokens, met in promised
-            for goal in met
-        ],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "io.json").write_text(json.dumps(document, indent=2) + "\n")
-    (options.out / "io.png").write_bytes(io_figure(document))
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_json(path: Path, document: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":

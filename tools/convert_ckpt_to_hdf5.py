@@ -33,7 +33,7 @@ exit codes
   3  some files were rejected, all others are in the store; DST/rejected.jsonl has the reasons
   4  --strict: stopped at the first rejected file
   5  a stored file differs from its source (--verify, --delete-source); it is listed among the rejected, the source is kept
-  6  the machine failed: disk full, target unreadable; what was converted is kept
+  6  the machine failed: disk full or read-only, target unreadable; what was converted is kept
   130  interrupted; what was converted is kept
 """
 
@@ -81,6 +81,9 @@ def main() -> int:
     except ConversionStopped as error:
         errors.print(f"stopped: {error}", markup=False, soft_wrap=True)
         return 6
+    except OSError as error:
+        errors.print(f"stopped: {error}; what was converted is kept, run the same command again to go on", markup=False, soft_wrap=True)
+        return 6
     except KeyboardInterrupt:
         errors.print("interrupted; what was converted is kept, run the same command again to go on")
         return 130
@@ -114,7 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     work.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (default: %(default)s)")
     work.add_argument("--strict", action="store_true", help="stop at the first rejected file")
     work.add_argument("--verify", action="store_true", help="read every stored file back and compare it with its source bit for bit")
-    work.add_argument("--delete-source", action="store_true", help="delete each source file after such a comparison")
+    work.add_argument("--delete-source", action="store_true", help="delete each source file after such a comparison; links stay")
     work.add_argument("--dry-run", action="store_true", help="check flags and a few files, predict size and time, write nothing")
     return parser.parse_args()
 

@@ -146,7 +146,7 @@ class _Reads:
 
 
 def _read(kind: Format, path: Path, plan: RankRows, states: States, tries: int) -> _Reads:
-    _forget(path)
+    forget(path)
     with _Watch() as cold:
         read = kind.read(path, plan)
     _check(read, plan, states)
@@ -175,7 +175,7 @@ def _mean(costs: list[Cost]) -> Cost:
     return Cost(mean(cost.wall_s for cost in costs), mean(cost.cpu_s for cost in costs))
 
 
-def _forget(path: Path) -> None:
+def forget(path: Path) -> None:
     """Drop the file from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -74,26 +74,26 @@ class Progress:
 def convert(options: ConvertOptions, on_progress: Callable[[Progress], None] = lambda progress: None) -> Summary:
     """Do it. Raises ValueError for what the user must change, `ConversionStopped` where the machine fails."""
     begin = time.perf_counter()
-    items, duplicates = _unique(iter_source(options.source, options.mapping))
-    summary = Summary(found=len(items) + len(duplicates), rejected=duplicates)
-    options.destination.mkdir(parents=True, exist_ok=True)
-    with _RejectLog(options.destination / REJECTED_NAME, duplicates) as log:
-        seen, unreadable = survey(items, options.workers)
-        if seen is None:
+    found = _unique(iter_source(options.source, options.mapping))
+    summary = Summary(found=len(found), rejected=list(found.duplicates))
+    seen, unreadable = survey(found.items, options.workers)
+    if seen is None or (options.strict and found.duplicates):
+        options.destination.mkdir(parents=True, exist_ok=True)
+        with _RejectLog(options.destination / REJECTED_NAME, found.duplicates) as log:
             for rejected in unreadable:
                 _reject(summary, log, rejected)
-        elif not (options.strict and duplicates):
-            summary.facts, completer = settle(options, seen)
-            completer = replace(completer, masks=index_masks(options))
-            _warn_of_slow_head(completer)
-            worker = Worker(
-                options.destination,
-                summary.facts,
-                completer,
-                verify=options.verify or options.delete_source,
-                encoders=max(1, (os.cpu_count() or 1) // options.workers),
-            )
-            _run(options, items, worker, summary, log, on_progress)
+    else:
+        summary.facts, completer = settle(options, seen)
+        completer = replace(completer, masks=index_masks(options))
+        _warn_of_slow_head(completer)
+        worker = Worker(
+            options.destination,
+            summary.facts,
+            completer,
+            verify=options.verify or options.delete_source,
+            encoders=max(1, (os.cpu_count() or 1) // options.workers),
+        )
+        _run(options, found, worker, summary, on_progress)
     summary.stopped_early = options.strict and bool(summary.rejected)
     summary.seconds = time.perf_counter() - begin
     return summary
@@ -101,8 +101,9 @@ def convert(options: ConvertOptions, on_progress: Callable[[Progress], None] = l
 
 def plan(options: ConvertOptions) -> tuple[Summary, Prediction | None]:
     """``--dry-run``: the same checks of flags and a few files, and a prediction; writes nothing."""
-    items, duplicates = _unique(iter_source(options.source, options.mapping))
-    summary = Summary(found=len(items) + len(duplicates), rejected=duplicates)
+    found = _unique(iter_source(options.source, options.mapping))
+    items = found.items
+    summary = Summary(found=len(found), rejected=list(found.duplicates))
     seen, unreadable = survey(items, options.workers)
     if seen is None:
         summary.rejected += unreadable
@@ -125,15 +126,15 @@ def _warn_of_slow_head(completer: Completer) -> None:
 
 def _run(
     options: ConvertOptions,
-    items: Sequence[SourceItem],
+    found: _Found,
     worker: Worker,
     summary: Summary,
-    log: _RejectLog,
     on_progress: Callable[[Progress], None],
 ) -> None:
-    """Convert what is not stored yet; compare what is, if asked to."""
-    deleter = _Deleter(items) if options.delete_source else None
-    with StoreWriter(worker.root, worker.facts, workers=1) as writer:
+    """Convert what is not stored yet; compare what is, if asked to. Writes nothing before the store is ours alone."""
+    items = found.items
+    deleter = _Deleter(found) if options.delete_source else None
+    with StoreWriter(worker.root, worker.facts, workers=1) as writer, _RejectLog(worker.root / REJECTED_NAME, found.duplicates) as log:
         entries = {entry.id: entry for entry in read_manifest(worker.root)[0]}
         jobs = _jobs(items, {name: entries[name] for name in writer.done_ids}, compare=worker.verify)
         summary.already_done = len(writer.done_ids & {item.id for item in items})
@@ -180,17 +181,31 @@ def _reject(summary: Summary, log: _RejectLog, rejected: Rejected) -> None:
     log.add(rejected)
 
 
-def _unique(found: Iterator[SourceItem]) -> tuple[list[SourceItem], list[Rejected]]:
-    """Items by id, and a rejection for each whose id is taken: ``data_1.ckpt`` beside ``data_1.ckpt.gz``."""
+@dataclass(frozen=True)
+class _Found:
+    """What lies in the source: items of unlike ids, and a rejection for each whose id was taken."""
+
+    items: list[SourceItem]
+    duplicates: list[Rejected]
+    with_duplicates: set[Path]  # the files that these lie in
+
+    def __len__(self) -> int:
+        return len(self.items) + len(self.duplicates)
+
+
+def _unique(source: Iterator[SourceItem]) -> _Found:
+    """Sort out ids that are taken: ``data_1.ckpt`` beside ``data_1.ckpt.gz``."""
     items: dict[str, SourceItem] = {}
-    duplicates = []
-    for item in found:
+    found = _Found([], [], set())
+    for item in source:
         if item.id in items:
             detail = f"its id {item.id!r} is that of {items[item.id].path}; keep one of the two"
-            duplicates.append(Rejected(item.place, Reason.DUPLICATE, detail))
+            found.duplicates.append(Rejected(item.place, Reason.DUPLICATE, detail))
+            found.with_duplicates.add(item.path)
         else:
             items[item.id] = item
-    return list(items.values()), duplicates
+    found.items.extend(items.values())
+    return found
 
 
 def _stored(root: Path) -> set[str]:
@@ -201,18 +216,37 @@ def _stored(root: Path) -> set[str]:
 
 
 class _Deleter:
-    """Deletes a source file once every sample in it is stored and compared."""
+    """Deletes a source file once every sample in it is stored and compared; one that changed since, or is a link, stays."""
 
-    def __init__(self, items: Sequence[SourceItem]) -> None:
-        self._left = Counter(item.path for item in items)
+    def __init__(self, found: _Found) -> None:
+        self._left = Counter(item.path for item in found.items)
+        self._left.update(found.with_duplicates)  # what is not stored may not be deleted
+        self._seen = {path: _stamp(path) for path in self._left}
 
     def finished(self, item: SourceItem) -> bool:
         """Count one sample off; True if that was the file's last and the file is gone."""
-        self._left[item.path] -= 1
-        if self._left[item.path]:
+        path = item.path
+        self._left[path] -= 1
+        if self._left[path]:
             return False
-        item.path.unlink()
+        if path.is_symlink() or _stamp(path) != self._seen[path]:
+            logger.warning("%s is kept: it is a link, or has changed since the conversion began", path)
+            return False
+        try:
+            path.unlink()
+        except OSError as error:
+            logger.warning("%s is kept: it cannot be deleted (%s)", path, error.strerror)
+            return False
         return True
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """(size, time of the last change), None where there is no file."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_size, facts.st_mtime_ns
 
 
 class _RejectLog:

@@ -76,7 +76,8 @@ def _inspect_store(root: Path) -> Report:
     for entry in store.entries[::step]:
         try:
             with store.reader(entry, threads=1) as reader:
-                report.header = report.header or reader.header
+                header = reader.header
+            report.header = report.header or header
             _add_sizes(report, root / entry.path)
         except StoreError as error:
             report.problems.append(str(error))
@@ -155,7 +156,11 @@ def export_checkpoints(path: str | Path, out: str | Path, ids: Sequence[str] | N
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         try:
             with reader:
-                torch.save(_peer_dict(reader), temporary)
+                tensors = _peer_dict(reader)
+            try:
+                torch.save(tensors, temporary)
+            except RuntimeError as error:  # torch's words for a full disk
+                raise OSError(f"{temporary} cannot be written ({str(error)[:200]}); is the disk full?") from error
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)

@@ -140,6 +140,12 @@ def differing_facts(ours: StoreFacts, theirs: StoreFacts) -> list[str]:
     ]
 
 
+def check_same_facts(root: Path, facts: StoreFacts) -> None:
+    """Raise ValueError, naming the differences, if the store at ``root`` was made with other facts."""
+    if differences := differing_facts(facts, read_facts(root)):
+        raise ValueError(f"the store {root} was made with other facts: {'; '.join(differences)}; choose another folder")
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

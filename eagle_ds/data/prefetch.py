@@ -112,4 +112,3 @@ def adopt(item: MicroBatch, device: torch.device) -> MicroBatch:
             if isinstance(value, torch.Tensor):
                 value.record_stream(stream)
     return item
-

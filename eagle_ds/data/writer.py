@@ -42,9 +42,8 @@ from eagle_ds.data.manifest import (
     MANIFEST_NAME,
     SampleEntry,
     StoreFacts,
-    differing_facts,
+    check_same_facts,
     manifest_line,
-    read_facts,
     read_manifest,
     sample_path,
     sync_folder,
@@ -176,15 +175,20 @@ class StoreWriter:
 
     def _settle(self) -> set[str]:
         """Bring the folder into a sound state and return the ids that need no writing."""
-        shutil.rmtree(self.root / "writing", ignore_errors=True)
-        (self.root / "writing").mkdir()
-        if not (self.root / FACTS_NAME).exists():
+        writing, is_new = self.root / "writing", not (self.root / FACTS_NAME).exists()
+        if is_new and writing.is_dir() and any(writing.iterdir()):
+            raise ValueError(f"{writing} has files in it that no store of ours put there, and would be swept; choose another folder")
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir()
+        if is_new:
             write_facts(self.root, self.facts)
-        elif differences := differing_facts(self.facts, read_facts(self.root)):
-            raise ValueError(f"the store {self.root} was made with other facts: {'; '.join(differences)}; choose another folder")
+        else:
+            check_same_facts(self.root, self.facts)
         entries, whole_lines = read_manifest(self.root)
         with (self.root / MANIFEST_NAME).open("ab") as manifest:
-            manifest.truncate(len(whole_lines))
+            if manifest.tell() > len(whole_lines):
+                manifest.truncate(len(whole_lines))
+        sync_folder(self.root)
         return {entry.id for entry in entries if _size(self.root / entry.path) == entry.bytes}
 
     def _append(self, entry: SampleEntry) -> None:

@@ -152,6 +152,35 @@ def test_reading_ahead_changes_nothing(root: Path) -> None:
         outer.close()
 
 
+def test_a_run_resumed_in_the_middle_of_an_epoch_with_other_threads_and_depth_gets_the_same_batches(root: Path) -> None:
+    store = Store(root / "train")
+
+    def batches(start: int, threads: int, depth: int) -> list[tuple[int, int, tuple[str, ...], torch.Tensor]]:
+        data = dataset(store, 2, 1, sp_rank=1, threads=threads)
+        sampler = Sampler(data.samples, dp=1, accumulation=2, pack_tokens=50, seed=1)
+        assert sampler.steps_in(0) > 3  # step 3 is in the middle of an epoch
+        reading = Prefetcher(data.batches(sampler.steps(start, 6)), depth, "read")
+        return [(item.step.number, item.index, item.batch.names, item.batch.aux) for item in reading]
+
+    whole = batches(0, threads=1, depth=1)
+    for threads, depth in ((1, 3), (4, 2)):
+        for ours, theirs in zip(batches(3, threads, depth), whole[6:], strict=True):
+            assert ours[:3] == theirs[:3] and torch.equal(ours[3], theirs[3])
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, MemoryError])
+def test_a_reading_thread_that_dies_is_an_error_at_its_consumer_and_no_wait(end: type[BaseException]) -> None:
+    def items() -> Iterator[int]:
+        yield 0
+        raise end
+
+    outer = Prefetcher(Prefetcher(items(), 2, "inner"), 1, "outer")
+    assert next(outer) == 0
+    with pytest.raises(end):
+        next(outer)
+    outer.close()
+
+
 def test_the_prefetcher_runs_ahead_by_its_depth_and_no_further() -> None:
     made: list[int] = []
 

@@ -105,6 +105,21 @@ def test_a_deleted_or_cut_file_is_written_again_and_takes_the_old_ones_place(sto
     assert mended.manifest_hash != store.manifest_hash
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_tensors_of_any_strides_are_stored(tmp_path: Path, dtype: str) -> None:
+    facts = make_facts(dtype=dtype)
+    sample = make_sample("s", 150, facts)
+    odd = dataclasses.replace(
+        sample,
+        input_ids=sample.input_ids.repeat_interleave(2)[::2],
+        aux_hidden_state=sample.aux_hidden_state.t().contiguous().t(),
+        hidden_state=torch.stack([sample.hidden_state] * 2, -1)[..., 1],
+    )
+    assert not odd.aux_hidden_state.is_contiguous() and not odd.hidden_state.is_contiguous() and not odd.input_ids.is_contiguous()
+    store = write_store(tmp_path, facts, odd)
+    assert_stored(store.reader(store.entries[0]), sample)
+
+
 def test_threads_may_add_at_once(tmp_path: Path) -> None:
     samples = [make_sample(f"s{n}", 40 + 10 * n, FACTS, seed=n) for n in range(8)]
     with StoreWriter(tmp_path, FACTS) as writer, ThreadPoolExecutor(4) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import resource
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -132,6 +133,26 @@ def test_verify_finds_missing_cut_and_exchanged_files(store: Path, run) -> None:
     code, text = run(store, "--verify")
     assert code == 3 and "6 files verified, 3 damaged" in text
     assert all(str(path) in text for path in (first, second, third))
+
+
+def test_any_missing_or_cut_file_is_named_without_verify_too(store: Path, run) -> None:
+    paths = [store / entry_of(store, number).path for number in (3, 5)]
+    paths[0].unlink()
+    paths[1].write_bytes(paths[1].read_bytes()[:-100])
+    code, text = run(store)
+    assert code == 3 and f"damaged: {paths[0]}: the file is missing" in text and f"damaged: {paths[1]}: " in text
+    assert "over 4 files" in text
+
+
+def test_an_export_to_a_full_disk_is_one_sentence_and_leaves_no_half_file(store: Path, run, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # the sample of 1000 tokens needs half a megabyte
+    try:
+        code, text = run(store, "--export-ckpt", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1 and "cannot be written" in text and "Traceback" not in text
+    assert [path.name for path in sorted((tmp_path / "out").rglob("*.*"))] == ["data_0.ckpt", "data_1.ckpt", "data_2.ckpt"]
 
 
 def test_a_damaged_small_dataset_is_found(store: Path, run) -> None:

@@ -21,6 +21,7 @@ from eagle_ds.data.importers.rejected import Reason, Rejected
 
 FinalNorm = Literal["auto", "apply", "skip"]
 
+INTEGERS = (torch.int64, torch.int32, torch.int16)
 CHECK_ROWS = 1024  # rows scanned at once for NaN and Inf: a few MB, stays in cache
 RMS_ROWS = 64
 RMS_TOLERANCE = 0.1
@@ -49,11 +50,15 @@ class Completer:
         ids = self._check_ids(place, raw.input_ids)
         aux, last = self._states(place, raw)
         mask = self._mask(place, raw.loss_mask, ids)
-        for name, states in (("aux_hidden_state", aux), ("hidden_state", last)):
+        for name, states, cast in (("aux_hidden_state", raw.aux, aux), ("hidden_state", raw.last, last)):
             check_finite(place, name, states)
-        last = self._normed(place, last, raw.before_norm)
-        token, logsumexp = self._token_facts(raw, last)
-        return Sample(sample_id, ids, mask, aux, last, token, logsumexp)
+            if cast is not states:
+                check_finite(place, name, cast, f"once cast: its value is beyond {self.dtype}; choose another --cast")
+        normed = self._normed(place, last, raw.before_norm)
+        if normed is not last:
+            check_finite(place, "hidden_state", normed, "once normed; check --target and --final-norm")
+        token, logsumexp = self._token_facts(place, raw, normed)
+        return Sample(sample_id, ids, mask, aux, normed, token, logsumexp)
 
     def head(self) -> torch.Tensor | None:
         """The target's head [V, H] where token facts are to be computed."""
@@ -72,7 +77,7 @@ class Completer:
             raise Rejected(place, Reason.WRONG_SHAPE, f"{detail}; name the layers with --aux-layer-ids")
 
     def _check_ids(self, place: str, ids: torch.Tensor) -> torch.Tensor:
-        if ids.dtype not in (torch.int64, torch.int32, torch.int16):
+        if ids.dtype not in INTEGERS:
             raise Rejected(place, Reason.DTYPE, f"input_ids are {ids.dtype}, expected integers")
         low, high = int(ids.min()), int(ids.max())
         limit = self.vocab_size or 2**31
@@ -98,7 +103,9 @@ class Completer:
                 detail = "no loss_mask; give the conversations with --dataset and the tokenizer with --target"
                 raise Rejected(place, Reason.MISSING_KEY, detail)
             return self._mask_from_dataset(place, self.masks, ids)
-        wide = mask.to(torch.float32) if mask.dtype == torch.bfloat16 else mask
+        if mask.is_complex():
+            raise Rejected(place, Reason.DTYPE, f"loss_mask is {mask.dtype}, expected 0 and 1 as integers, booleans or real numbers")
+        wide = mask.to(torch.float32) if mask.is_floating_point() else mask
         if not bool(((wide == 0) | (wide == 1)).all()):
             raise Rejected(place, Reason.MASK, f"loss_mask holds {float(wide.min()):g} to {float(wide.max()):g}, expected only 0 and 1")
         return mask.to(torch.uint8)
@@ -123,11 +130,15 @@ class Completer:
             _check_normed(place, norm, last, expected=not apply)
         return norm(last) if norm is not None and apply else last
 
-    def _token_facts(self, raw: RawSample, last: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _token_facts(self, place: str, raw: RawSample, last: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if (head := self.head()) is not None:
             return head_facts(last, head)
-        token, logsumexp = raw.target_token_id, raw.target_logsumexp
-        return None if token is None else token.to(torch.int32), None if logsumexp is None else logsumexp.to(torch.float32)
+        for name, kinds in (("target_token_id", INTEGERS), ("target_logsumexp", (torch.float32,))):
+            found = getattr(raw, name)
+            if found is not None and (found.dtype not in kinds or found.shape != raw.input_ids.shape):
+                detail = f"{name} is {found.dtype} {list(found.shape)}, expected {kinds[0]} {list(raw.input_ids.shape)}"
+                raise Rejected(place, Reason.WRONG_SHAPE, f"{detail}; check --map")
+        return None if raw.target_token_id is None else raw.target_token_id.to(torch.int32), raw.target_logsumexp
 
 
 @dataclass(frozen=True)
@@ -162,13 +173,13 @@ def _check_normed(place: str, norm: FinalRmsNorm, last: torch.Tensor, expected: 
         raise Rejected(place, Reason.FINAL_NORM, f"{detail}; check --target, or say --final-norm {mend}")
 
 
-def check_finite(place: str, name: str, states: torch.Tensor) -> None:
+def check_finite(place: str, name: str, states: torch.Tensor, mend: str = "expected finite numbers; capture it again") -> None:
     """Raise `Rejected` at the first row with a NaN or Inf. min and max carry both, at memory speed."""
     for rows in _blocks(len(states), CHECK_ROWS):
         low, high = torch.aminmax(states[rows])
         if not (torch.isfinite(low) and torch.isfinite(high)):
             row = rows.start + int((~torch.isfinite(states[rows])).any(-1).nonzero()[0])
-            raise Rejected(place, Reason.NOT_FINITE, f"{name} has a NaN or Inf in row {row}, expected finite numbers; capture it again")
+            raise Rejected(place, Reason.NOT_FINITE, f"{name} has a NaN or Inf in row {row}, {mend}")
 
 
 def head_facts(hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

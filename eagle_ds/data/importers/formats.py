@@ -49,7 +49,7 @@ class RawSample:
 def read_torch(path: Path, checksums: bool = True) -> RawSample:
     """SpecForge's and Model-Optimizer's dicts, plain or gzipped."""
     tensors = load_torch(path, checksums)
-    mask = tensors.get("loss_mask")
+    mask = _mask(path, tensors)
     return canonical(path, _pick(path, tensors, IDS_NAMES), _pick(path, tensors, AUX_NAMES), _pick(path, tensors, LAST_NAMES), mask)
 
 
@@ -65,7 +65,7 @@ def read_safetensors(path: Path) -> RawSample:
     if states.dim() != 3 or states.shape[1] < 2:
         found = list(states.shape)
         raise Rejected(path, Reason.WRONG_SHAPE, f"hidden_states is {found}, expected [S, A+1, H] with the last state after the aux ones")
-    ids, mask = _pick(path, tensors, IDS_NAMES), tensors.get("loss_mask")
+    ids, mask = _pick(path, tensors, IDS_NAMES), _mask(path, tensors)
     raw = canonical(path, ids, states[:, :-1].flatten(1), states[:, -1], mask)
     raw.before_norm = True
     return raw
@@ -92,10 +92,17 @@ def _drop_batch(tensor: torch.Tensor, dims: int) -> torch.Tensor:
     return tensor[0] if tensor.dim() == dims + 1 and tensor.shape[0] == 1 else tensor
 
 
+def _mask(path: Path, tensors: Mapping[str, Any]) -> torch.Tensor | None:
+    return None if tensors.get("loss_mask") is None else _pick(path, tensors, ("loss_mask",))
+
+
 def _pick(path: Path, tensors: Mapping[str, Any], names: Sequence[str]) -> torch.Tensor:
     for name in names:
         if name in tensors:
-            if not isinstance(tensors[name], torch.Tensor):
-                raise Rejected(path, Reason.DTYPE, f"{name} is a {type(tensors[name]).__name__}, expected a tensor")
-            return tensors[name]
+            tensor = tensors[name]
+            if not isinstance(tensor, torch.Tensor):
+                raise Rejected(path, Reason.DTYPE, f"{name} is a {type(tensor).__name__}, expected a tensor")
+            if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+                raise Rejected(path, Reason.DTYPE, f"{name} is a sparse, quantized, nested or empty-shell tensor, expected a plain one")
+            return tensor
     raise Rejected(path, Reason.MISSING_KEY, f"no {' or '.join(names)}; the file holds {', '.join(sorted(map(str, tensors))) or 'nothing'}")

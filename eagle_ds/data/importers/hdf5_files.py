@@ -92,7 +92,7 @@ def read_hdf5(path: Path, mapping: Hdf5Map, group: str = "") -> RawSample:
 
 def natural_key(text: str) -> list[str | int]:
     """data_2 before data_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
 
 
 def _open(path: Path) -> h5py.File:

@@ -24,7 +24,13 @@ class Reason(StrEnum):
     FINAL_NORM = "final norm"
     DUPLICATE = "duplicate id"
     READBACK = "read-back differs"
+    FAILED = "conversion failed"
     WORKER = "worker died"
+
+
+def printable(text: str) -> str:
+    """File names are bytes: those that are no UTF-8 come out with backslashes, fit for JSON and terminals."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Rejected(ValueError):
@@ -32,7 +38,7 @@ class Rejected(ValueError):
 
     def __init__(self, path: Path | str, reason: Reason, detail: str) -> None:
         super().__init__(path, reason, detail)
-        self.path, self.reason, self.detail = str(path), reason, detail
+        self.path, self.reason, self.detail = printable(str(path)), reason, detail
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}: {self.detail}"

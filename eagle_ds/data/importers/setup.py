@@ -13,8 +13,10 @@ from eagle_ds.data.importers.completion import Completer, FinalNorm
 from eagle_ds.data.importers.hdf5_files import Hdf5Map
 from eagle_ds.data.importers.masks import ConversationMasks
 from eagle_ds.data.importers.survey import Survey
-from eagle_ds.data.manifest import FACTS_NAME, StoreFacts, read_facts
+from eagle_ds.data.manifest import FACTS_NAME, StoreFacts, check_same_facts, read_facts
 from eagle_ds.target import TargetFacts, check_aux_ids, load_target_weights, resolve_target, target_hash, tokenizer_hash
+
+OWN_FOLDERS = ("writing", "samples")  # of a store
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +50,12 @@ class ConvertOptions:
         source, destination = self.source.resolve(), self.destination.resolve()
         if destination == source or destination.is_relative_to(source):
             raise ValueError(f"destination {self.destination} lies inside the source {self.source}; choose a folder outside")
+        if any(source.is_relative_to(destination / own) for own in OWN_FOLDERS):
+            raise ValueError(f"source {self.source} lies where the store {self.destination} keeps its own files; choose another folder")
         if self.dataset is not None and self.target is None:
             raise ValueError("--dataset needs --target, whose tokenizer and chat template make the loss mask")
+        if self.dataset is not None and not self.dataset.is_file():
+            raise ValueError(f"--dataset {self.dataset} is not a file; give a JSONL of conversations")
         if self.head_device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"--head-device is {self.head_device}, but there is no CUDA device here; use cpu, or --skip-head")
         if self.cast and self.delete_source:
@@ -61,7 +67,8 @@ def settle(options: ConvertOptions, survey: Survey) -> tuple[StoreFacts, Complet
 
     Raises ValueError where something is missing or contradicts the files.
     """
-    existing = read_facts(options.destination) if (options.destination / FACTS_NAME).exists() else None
+    is_store = (options.destination / FACTS_NAME).exists()
+    existing = read_facts(options.destination) if is_store else None
     before_norm = options.final_norm == "apply" or (options.final_norm == "auto" and survey.before_norm)
     folder = None
     if options.target is not None:
@@ -71,6 +78,8 @@ def settle(options: ConvertOptions, survey: Survey) -> tuple[StoreFacts, Complet
     if not survey.has_mask and options.dataset is None:
         raise ValueError("these files have no loss mask; give the conversations they were captured from with --dataset, and --target")
     facts = _facts(options, survey, existing, folder)
+    if is_store:
+        check_same_facts(options.destination, facts)
     has_weights = folder is not None and any(folder.glob("*.safetensors"))
     return facts, Completer(
         hidden_size=facts.hidden_size,

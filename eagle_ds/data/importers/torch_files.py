@@ -26,7 +26,7 @@ from eagle_ds.data.importers.rejected import Reason, Rejected
 
 logger = logging.getLogger(__name__)
 
-ZIP_MAGIC = b"PK\x03\x04"
+ZIP_MAGIC, GZIP_MAGIC = b"PK\x03\x04", b"\x1f\x8b"
 INFLATE_BLOCK_BYTES = 4 << 20
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
@@ -49,11 +49,13 @@ def _load(path: Path, content: Path, checksums: bool) -> dict[str, Any]:
         is_zip = file.read(4) == ZIP_MAGIC
         if size == 0:
             raise Rejected(path, Reason.TRUNCATED, "the file is empty, expected a torch archive")
+        if not is_zip and _first_bytes(content) == GZIP_MAGIC:
+            raise Rejected(path, Reason.UNREADABLE, "it is gzip-compressed, expected a plain torch file; rename it to end in .gz")
         if is_zip and not zipfile.is_zipfile(file):
             raise Rejected(path, Reason.TRUNCATED, f"{size} bytes without a zip directory at the end; it was written or copied in part")
         if is_zip and checksums:
             _check_records(path, file)
-    loaded = _unpickle_tensors(path, content, is_zip)
+        loaded = _unpickle_tensors(path, Path(f"/proc/self/fd/{file.fileno()}"), is_zip)  # what was checked, whatever its name
     if not isinstance(loaded, dict):
         raise Rejected(path, Reason.MISSING_KEY, f"it holds a {type(loaded).__name__}, expected a dict of tensors")
     return loaded
@@ -64,7 +66,7 @@ def _unpickle_tensors(path: Path, content: Path, is_zip: bool) -> Any:
         return torch.load(content, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
         cause = str(error).replace("\n", " ")
-        if "Unsupported" in cause or "GLOBAL" in cause:
+        if "Unsupported operand" not in cause and ("Unsupported" in cause or "GLOBAL" in cause):  # an operand is noise, not code
             detail = "it would run code when loaded, expected tensors only; save it again as a plain dict of tensors"
             raise Rejected(path, Reason.UNSAFE, f"{detail} ({_first_sentence(cause)})") from error
         raise Rejected(path, Reason.UNREADABLE, f"not a torch file ({_first_sentence(cause)})") from error
@@ -134,7 +136,15 @@ def _gunzip(path: Path, target: BinaryIO) -> None:
     except EOFError as error:
         raise Rejected(path, Reason.TRUNCATED, "the gzip stream ends in the middle; it was written or copied in part") from error
     except (gzip.BadGzipFile, failure) as error:
+        if (begin := _first_bytes(path)) != GZIP_MAGIC:
+            detail = f"its name says gzip, but it begins with {begin!r}, expected {GZIP_MAGIC!r}"
+            raise Rejected(path, Reason.CORRUPT, f"{detail}; rename it if it is a plain torch file") from error
         raise Rejected(path, Reason.CORRUPT, f"the gzip stream is damaged ({error})") from error
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(GZIP_MAGIC))
 
 
 @functools.cache

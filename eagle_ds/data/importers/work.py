@@ -73,6 +73,9 @@ class Worker:
             return Outcome(job, failure=f"{self.root}: {error.strerror or error}")
         except ValueError as error:
             return Outcome(job, failure=str(error))
+        except Exception as error:  # one file's oddity must not stop a million others
+            detail = f"converting it failed ({type(error).__name__}: {str(error)[:200]}); the file is left as it is"
+            return Outcome(job, rejected=Rejected(job.item.place, Reason.FAILED, detail))
         return Outcome(job, entry, raw_bytes=sample.aux_hidden_state.nbytes + sample.hidden_state.nbytes)
 
 
@@ -147,11 +150,13 @@ def _read_ahead(jobs: Iterator[Job], depth: int) -> Iterator[Job]:
 
 def _will_need(path: Path) -> None:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
     except OSError:
         return  # the worker will say why it cannot be read
     try:
         os.posix_fadvise(descriptor, 0, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+    except OSError:
+        return  # no regular file
     finally:
         os.close(descriptor)
 
@@ -192,10 +197,16 @@ class _Pool:
 
     def _give(self, jobs: Iterator[Job], connection: Connection | None = None) -> None:
         """The next job to a worker, a new one if none is named; nothing where no job is left."""
-        if (job := next(jobs, None)) is not None:
-            connection = connection or self._start()
+        if (job := next(jobs, None)) is None:
+            return
+        connection = connection or self._start()
+        try:
             connection.send(job)
-            self._busy[connection] = job
+        except OSError:  # it died between two jobs
+            self._dismiss(connection)
+            connection = self._start()
+            connection.send(job)
+        self._busy[connection] = job
 
     def _start(self) -> Connection:
         ours, theirs = self._context.Pipe()
@@ -206,12 +217,16 @@ class _Pool:
         return ours
 
     def _bury(self, connection: Connection, job: Job) -> Outcome:
+        cause = f"the worker that converted it died (exit code {self._dismiss(connection)}"
+        hint = "; -9 is mostly the system's out-of-memory killer: use fewer --workers)"
+        return Outcome(job, rejected=Rejected(job.item.place, Reason.WORKER, cause + hint))
+
+    def _dismiss(self, connection: Connection) -> int | None:
+        """Forget a dead worker; its exit code."""
         process = self._processes.pop(connection)
         process.join()
         connection.close()
-        cause = f"the worker that converted it died (exit code {process.exitcode}"
-        hint = "; -9 is mostly the system's out-of-memory killer: use fewer --workers)"
-        return Outcome(job, rejected=Rejected(job.item.place, Reason.WORKER, cause + hint))
+        return process.exitcode
 
 
 def _serve(connection: Connection, worker: Worker) -> None:
@@ -222,6 +237,6 @@ def _serve(connection: Connection, worker: Worker) -> None:
         while True:
             try:
                 job = connection.recv()
-            except EOFError:
+                connection.send(worker.run(job, files))
+            except (EOFError, BrokenPipeError):
                 return
-            connection.send(worker.run(job, files))
