@@ -46,6 +46,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -53,10 +54,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from eagle_ds.data.conversion import REJECTED_NAME, ConversionStopped, Progress, Summary, convert, plan
-from eagle_ds.data.importers import Hdf5Map, Reason
-from eagle_ds.data.importers.setup import ConvertOptions
-from eagle_ds.data.importers.survey import Prediction
+from eagle_ds.data.processes import start_fork_server
+
+if TYPE_CHECKING:
+    from eagle_ds.data.conversion import Progress, Summary
+    from eagle_ds.data.importers.setup import ConvertOptions
+    from eagle_ds.data.importers.survey import Prediction
 
 SHOWN_REJECTS = 20
 LINE_EVERY_S = 10.0
@@ -64,6 +67,10 @@ LINE_EVERY_S = 10.0
 
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.workers > 1 and not arguments.dry_run:
+        start_fork_server()  # before this process loads torch itself, below
+    from eagle_ds.data.conversion import ConversionStopped, plan
+
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     handler = RichHandler(console=errors, show_path=False, show_time=False, markup=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
@@ -127,6 +134,9 @@ def layer_ids(text: str) -> tuple[int, ...]:
 
 
 def make_options(arguments: argparse.Namespace) -> ConvertOptions:
+    from eagle_ds.data.importers import Hdf5Map
+    from eagle_ds.data.importers.setup import ConvertOptions
+
     named = vars(arguments)
     kept = {name: named[name] for name in ConvertOptions.__dataclass_fields__ if name in named}
     mapping = Hdf5Map.parse(arguments.map) if arguments.map else None
@@ -135,6 +145,8 @@ def make_options(arguments: argparse.Namespace) -> ConvertOptions:
 
 def run(options: ConvertOptions, errors: Console) -> Summary:
     """Convert, with one line of progress: live on a terminal, every ten seconds elsewhere."""
+    from eagle_ds.data.conversion import convert
+
     begin, last_line = time.monotonic(), time.monotonic()
     with errors.status("looking at the source") as status:
 
@@ -199,6 +211,8 @@ def show_prediction(console: Console, summary: Summary, prediction: Prediction |
 
 
 def show_rejected(console: Console, summary: Summary) -> None:
+    from eagle_ds.data.conversion import REJECTED_NAME
+
     if not summary.rejected:
         return
     table = Table("file", "reason", "found and expected", title="rejected", title_justify="left")
@@ -214,6 +228,8 @@ def gigabytes(count: int) -> str:
 
 
 def exit_code(summary: Summary) -> int:
+    from eagle_ds.data.importers import Reason
+
     if summary.reasons[Reason.READBACK]:
         return 5
     if summary.rejected:

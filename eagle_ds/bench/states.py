@@ -75,4 +75,5 @@ def _side_by_side(states: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _tiled(rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    return rows.repeat(-(-num_tokens // len(rows)), 1)[:num_tokens]
+    whole = rows.repeat(-(-num_tokens // len(rows)), 1)
+    return whole if len(whole) == num_tokens else whole[:num_tokens].clone()  # torch.save writes all of a view's storage

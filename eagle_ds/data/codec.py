@@ -143,7 +143,7 @@ def split_planes(rows: np.ndarray, padding: int = 0) -> np.ndarray:
     planes = np.empty((rows.itemsize, height + padding, width), np.uint8)
     planes[:, height:] = 0
     for byte in range(rows.itemsize):  # shifts and narrowing casts run on SIMD, strided byte copies do not
-        np.right_shift(rows, 8 * byte, out=planes[byte, :height], dtype=rows.dtype, casting="unsafe")
+        np.copyto(planes[byte, :height], rows >> 8 * byte if byte else rows, casting="unsafe")
     return planes.reshape(rows.itemsize, -1)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import h5py
@@ -16,6 +15,7 @@ import torch
 
 from eagle_ds.data.format import SMALL_DTYPES, WIDE_NAMES, Header
 from eagle_ds.data.manifest import FACTS_NAME, SampleEntry, StoreError, StoreFacts
+from eagle_ds.data.processes import fork_server
 from eagle_ds.data.reader import SampleReader
 from eagle_ds.data.store import Damage, Store, verify_file
 
@@ -127,7 +127,7 @@ def verify(path: str | Path, workers: int = 1) -> Iterator[tuple[Path, list[Dama
     if workers == 1:
         yield from map(check, store.entries)
         return
-    with ProcessPoolExecutor(workers, get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(workers, fork_server()) as pool:
         yield from pool.map(check, store.entries, chunksize=4)
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import io
 import os
+from contextlib import suppress
 from pathlib import Path
+
+FLUSH_BYTES = 16 << 20
 
 
 class DiskSink(io.RawIOBase):
@@ -19,6 +22,7 @@ class DiskSink(io.RawIOBase):
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._position = 0
+        self._flushed = 0  # the disk was told to write up to here
         self._error: OSError | None = None
 
     def check(self) -> None:
@@ -41,7 +45,16 @@ class DiskSink(io.RawIOBase):
         except OSError as error:
             self._error = error
         self._position += len(view)
+        if self._position >= self._flushed + FLUSH_BYTES:
+            self._flush_behind()
         return len(view)
+
+    def _flush_behind(self) -> None:
+        """Let the disk write while the encoders go on, so that the final fsync has little to wait for. DONTNEED starts the
+        writing of dirty pages and waits for none."""
+        with suppress(OSError):  # advice only
+            os.posix_fadvise(self._descriptor, self._flushed, self._position - self._flushed, os.POSIX_FADV_DONTNEED)
+        self._flushed = self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:
         size = os.preadv(self._descriptor, [buffer], self._position)

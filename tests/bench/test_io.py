@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from eagle_ds.bench import convert
 from eagle_ds.bench.chart import io_figure
 from eagle_ds.bench.formats import RankRows
 from eagle_ds.bench.io import as_record, goals, measure_all
 from eagle_ds.bench.states import make_sample
 from eagle_ds.data.manifest import StoreFacts
+from tests.store_cases import write_store
 
 WIDTH, TOKENS = 32, 1024
 
@@ -50,3 +52,35 @@ def test_every_format_is_measured_and_its_rows_are_checked(states: tuple[torch.T
     assert {goal.text for goal in goals(by_name)} >= {"saved against raw bytes", "bytes inflated / used"}
     document = {"width": WIDTH, "hardware": "here", "date": "today", "measurements": [as_record(result) for result in results]}
     assert io_figure(document).startswith(b"\x89PNG")
+
+
+def test_a_short_sample_takes_no_more_of_the_disk_than_its_rows(states: tuple[torch.Tensor, torch.Tensor]) -> None:
+    sample = make_sample(states, 30)
+    assert sample.hidden_state.untyped_storage().nbytes() == sample.hidden_state.nbytes
+
+
+def test_conversion_is_timed_over_whole_trees(
+    states: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = StoreFacts("t", "h", "k", WIDTH, (0, 1, 2), 40_000)
+    tool, runs = convert._run, []
+
+    def run(title: str, tree: convert.Tree, *rest: object) -> float:
+        runs.append((title, len(tree.paths), tree.source_bytes))
+        return 1.0 + tool(title, tree, *rest) if title.startswith("next") else fake_run(tree)
+
+    def fake_run(tree: convert.Tree) -> float:
+        write_store(convert._store_of(tree), facts, make_sample(states, 200))
+        return 100.0
+
+    monkeypatch.setattr(convert, "_run", run)
+    found = list(convert.measure_conversions(states, facts, 8, 200, 1, tmp_path))
+    assert [(result.files, result.gzipped) for result in found] == [(8, False)] * 3 + [(2, True)]
+    assert [count for _, count, _ in runs] == [1, 8, 8, 8, 2]
+    for result in found:
+        assert result.raw_bytes == result.files * 200 * 4 * WIDTH * 2
+        assert result.gzipped or result.raw_bytes < result.source_bytes < 1.3 * result.raw_bytes
+        assert result.source_mb_per_s == pytest.approx(result.source_bytes / 1e8) and result.sustained_mb_per_s > result.source_mb_per_s
+        assert convert.as_record(result)["sustained_mb_per_s"] == result.sustained_mb_per_s
+    assert [goal.met for goal in convert.goals(found)] == [False, False]  # of plain files alone, and 100 s were far too long
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith("_store")] == ["small_store"]

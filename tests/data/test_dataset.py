@@ -157,14 +157,14 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_with_other_threads_and_depth_ge
 
     def batches(start: int, threads: int, depth: int) -> list[tuple[int, int, tuple[str, ...], torch.Tensor]]:
         data = dataset(store, 2, 1, sp_rank=1, threads=threads)
-        sampler = Sampler(data.samples, dp=1, accumulation=2, pack_tokens=50, seed=1)
+        sampler = Sampler(data.samples, dp=1, accumulation=1, pack_tokens=50, seed=1)
         assert sampler.steps_in(0) > 3  # step 3 is in the middle of an epoch
         reading = Prefetcher(data.batches(sampler.steps(start, 6)), depth, "read")
         return [(item.step.number, item.index, item.batch.names, item.batch.aux) for item in reading]
 
     whole = batches(0, threads=1, depth=1)
     for threads, depth in ((1, 3), (4, 2)):
-        for ours, theirs in zip(batches(3, threads, depth), whole[6:], strict=True):
+        for ours, theirs in zip(batches(3, threads, depth), whole[3:], strict=True):
             assert ours[:3] == theirs[:3] and torch.equal(ours[3], theirs[3])
 
 

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 
+from eagle_ds.data import conversion
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
 from eagle_ds.data.importers import Completer, Reason, iter_source, masks
+from eagle_ds.data.importers.setup import ConvertOptions
 from eagle_ds.data.importers.work import Job, Outcome, Worker, run_jobs
 from eagle_ds.data.store import Store, StoreFacts, StoreWriter
 from eagle_ds.data.writer import SampleFiles
@@ -430,14 +432,14 @@ def test_an_interrupt_ends_cleanly(tmp_path: Path, run, tool: ModuleType, monkey
 # -- what is said before the work ------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_predicts_the_size_and_writes_nothing(tmp_path: Path, run, tool: ModuleType) -> None:
+def test_a_dry_run_predicts_the_size_and_writes_nothing(tmp_path: Path, run) -> None:
     for number in range(6):
         write_specforge(tmp_path / "src", number, features(1024, seed=number, hidden=256), gzipped=number % 2 == 0)
-    arguments = tool.ConvertOptions(tmp_path / "src", tmp_path / "dst", target_name="t", aux_layer_ids=AUX_IDS, vocab_size=VOCAB)
-    summary, prediction = tool.plan(arguments)
+    arguments = ConvertOptions(tmp_path / "src", tmp_path / "dst", target_name="t", aux_layer_ids=AUX_IDS, vocab_size=VOCAB)
+    summary, prediction = conversion.plan(arguments)
     assert run(tmp_path / "src", tmp_path / "dst", *FLAGS, "--dry-run") == 0
     assert not (tmp_path / "dst").exists()
-    done = tool.convert(arguments)
+    done = conversion.convert(arguments)
     assert summary.found == done.converted == 6
     assert prediction.raw_bytes == pytest.approx(done.raw_bytes, rel=0.05)
     assert prediction.stored_bytes == pytest.approx(done.stored_bytes, rel=0.05)

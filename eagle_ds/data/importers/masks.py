@@ -12,13 +12,13 @@ import hashlib
 import logging
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
 from eagle_ds.data.conversations import ConversationFile
+from eagle_ds.data.processes import fork_server
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class ConversationMasks:
         if workers == 1 or len(batches) == 1:
             found = [pair for batch in batches for pair in encode(batch)]
         else:
-            with ProcessPoolExecutor(workers, get_context("forkserver")) as pool:
+            with ProcessPoolExecutor(workers, fork_server()) as pool:
                 found = [pair for pairs in pool.map(encode, batches) for pair in pairs]
         if not found:
             raise ValueError(f"{path} has no conversation with an answer in it; give the one that the hidden states were captured from")

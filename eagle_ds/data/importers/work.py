@@ -6,7 +6,6 @@ costs that file only. Workers write files; the one manifest stays with the paren
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections import deque
@@ -23,6 +22,7 @@ from eagle_ds.data.importers.completion import Completer
 from eagle_ds.data.importers.rejected import Reason, Rejected
 from eagle_ds.data.importers.sources import SourceItem
 from eagle_ds.data.manifest import SampleEntry, StoreError, StoreFacts
+from eagle_ds.data.processes import fork_server
 from eagle_ds.data.reader import SampleReader
 from eagle_ds.data.writer import SampleFiles
 
@@ -163,9 +163,7 @@ def _will_need(path: Path) -> None:
 
 class _Pool:
     def __init__(self, worker: Worker, workers: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self._context, self._worker = context, worker
+        self._context, self._worker = fork_server(), worker
         self._busy: dict[Connection, Job] = {}
         self._processes: dict[Connection, BaseProcess] = {}
         self._size = workers
