@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from eagle_ds.acceptance import LoadedTarget, Measurement, Prompt, TargetFiles, measure
-from eagle_ds.capture.parallel import next_result
+from eagle_ds.capture.parallel import next_result, running
 from eagle_ds.decoding import CachedDraft, DecodeSettings
 from eagle_ds.drafts import DraftOnDisk
 
@@ -59,18 +59,12 @@ def _gather(job: DecodingJob, prompts: Sequence[Prompt], processes: int, progres
     threads = max(1, torch.get_num_threads() // processes)
     packed = pickle.dumps(job)  # as bytes: handed over as they are, tensors would need shared memory, of which containers have little
     workers = [context.Process(target=_work, args=(packed, threads, tasks, results), daemon=True) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
     answers: dict[int, Measurement] = {}
-    try:
+    with running(workers):
         while len(answers) < len(prompts):
             index, measured = next_result(results, workers)
             answers[index] = measured
             progress(sum(len(decoded.tokens) for decoded in (*measured.plain, *(one for (one,) in measured.drafts.values()))))
-    finally:
-        for worker in workers:
-            worker.terminate()
-            worker.join()
     ordered = [answers[index] for index in range(len(prompts))]
     plain = [decoded for one in ordered for decoded in one.plain]
     return Measurement(job.settings, list(prompts), plain, {name: [one.drafts[name][0] for one in ordered] for name in job.drafts})

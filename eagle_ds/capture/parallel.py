@@ -6,12 +6,13 @@ fit one GPU is captured by one process with ``device="split"`` instead.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
 import os
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,18 +35,28 @@ def capture_on(plan: Plan, devices: Sequence[str], progress: Callable[[int], Non
         shares = [share for share in shares_of(plan, devices) if share.todo]
         threads = max(1, torch.get_num_threads() // len(devices))
         workers = [context.Process(target=work, args=(share, os.getpid(), threads, results), daemon=True) for share in shares]
-        for worker in workers:
-            worker.start()
-        try:
+        with running(workers):
             for _ in plan.todo:
                 entry = next_result(results, workers)
                 writer.register(entry)
                 progress(entry.num_tokens)
-        finally:
-            for worker in workers:
-                worker.terminate()
-                worker.join()
     return len(plan.todo)
+
+
+@contextlib.contextmanager
+def running(workers: Sequence[multiprocessing.process.BaseProcess]) -> Iterator[None]:
+    """Processes that end by themselves when their work is done, and are ended where this process meets an error."""
+    for worker in workers:
+        worker.start()
+    try:
+        yield
+    except BaseException:
+        for worker in workers:
+            worker.terminate()
+        raise
+    finally:
+        for worker in workers:
+            worker.join()
 
 
 def shares_of(plan: Plan, devices: Sequence[str]) -> list[Plan]:
