@@ -17,6 +17,8 @@
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3
+ready='import importlib.util as u, sys; sys.exit(u.find_spec("deepspeed") is None)'
+"$python" -c "$ready" || { echo "error: $python has no deepspeed; run make venv first" >&2; exit 2; }
 exec "$python" -u "${BASH_SOURCE[0]}" "$@"
 : <<'# end of recipe'
 ":"""

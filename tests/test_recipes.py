@@ -134,6 +134,17 @@ def test_bad_input_is_one_sentence_and_an_exit_code(arguments: list[str], messag
     assert message in refused.stderr
 
 
+def test_a_machine_without_the_venv_is_told_how_to_make_it(tmp_path: Path) -> None:
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')  # -S: no installed packages
+    (tmp_path / "python3").chmod(0o755)
+    copy = tmp_path / "recipes/smollm2_cpu.sh"
+    copy.parent.mkdir()
+    copy.write_text((ROOT / "recipes/smollm2_cpu.sh").read_text())
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    refused = subprocess.run(["bash", str(copy)], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (refused.returncode, refused.stderr) == (2, "error: python3 has no deepspeed; run make venv first\n")
+
+
 def test_a_missing_store_stops_all_ranks_with_one_message() -> None:
     said = []
     for rank in ("0", "1"):
