@@ -25,7 +25,7 @@ from eagle_ds.settings import dotted_fields, section_of
 
 logger = logging.getLogger(__name__)
 
-USAGE_ERROR = 2
+FAILED, USAGE_ERROR = 1, 2
 DEEPSPEED_PORT = 29500
 
 USAGE = """\
@@ -87,7 +87,7 @@ def main(script: str, accelerator: str | None = None) -> None:
         world_size = int(os.environ["WORLD_SIZE"]) if rank >= 0 else choose_world_size(recipe, options.num_gpus, call.accelerator)
         check_layout(recipe, world_size)
     except ValueError as error:
-        _complain_once(error)
+        _complain_once(error, USAGE_ERROR)
     if options.fresh and rank <= 0:
         set_aside(recipe.run_dir)
     if rank < 0:
@@ -107,13 +107,13 @@ def enter_repository(arguments: argparse.Namespace, models: Sequence[str] = ("ta
     os.chdir(root)
 
 
-def _complain_once(error: ValueError) -> None:
-    """Exit with the message from a node's first rank alone. The others found the same and leave quietly: were they to fail
+def _complain_once(error: ValueError, code: int) -> None:
+    """Exit with ``code`` and the message from a node's first rank alone. The others found the same and leave quietly: were they to fail
     too, the launcher might kill the first one before it has spoken."""
     if int(os.environ.get("LOCAL_RANK", 0)):
         sys.exit(0)
     sys.stderr.write(f"error: {error}\n")
-    sys.exit(USAGE_ERROR)
+    sys.exit(code)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -195,17 +195,21 @@ def _start_launcher(call: Invocation, world_size: int) -> None:
 
 def _train(recipe: Recipe, rank: int) -> None:
     _prepare_environment(int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])), os.environ.get("DS_ACCELERATOR"))
+    from eagle_ds.engine.agreement import RankFailure
     from eagle_ds.engine.train import train
     from eagle_ds.report import write_report
 
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     try:
-        train(recipe, int(os.environ.get("LOCAL_RANK", 0)))
+        train(recipe, local_rank)
         if rank == 0:
             write_report(recipe.run_dir)
+    except RankFailure as error:
+        _complain_once(error, FAILED)
     except (ValueError, OSError) as error:
         logger.debug("%s", traceback.format_exc())
         sys.stderr.write(f"error (rank {rank}): {error}\n")
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 def _prepare_environment(local_processes: int, accelerator: str | None) -> None:

@@ -18,6 +18,7 @@ from eagle_ds import launch
 from eagle_ds.config import Recipe, load_recipe
 from eagle_ds.data.manifest import StoreFacts, write_facts
 from eagle_ds.ds_config import deepspeed_config, read_ds_json
+from eagle_ds.engine.agreement import RankFailure
 from eagle_ds.preflight import check_start
 from eagle_ds.settings import dotted_fields
 from tests.engine.tiny import make_tiny
@@ -198,6 +199,24 @@ def test_a_rank_trains_and_does_not_start_a_launcher(twin: list[str], tmp_path: 
     assert trained == [("llama3_128k_twin", 0)] and reported == [tmp_path / "run"]
     assert [path.name.split("-")[0] for path in tmp_path.glob("run*")] == ["run.before"], "--fresh keeps the earlier run"
     assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(("local_rank", "said"), [("0", (1, "error: the disk is full\n")), ("3", (0, ""))])
+def test_what_stops_all_ranks_is_said_once(
+    local_rank: str, said: tuple[int, str], twin: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RankFailure("the disk is full")
+
+    stub = types.ModuleType("eagle_ds.engine.train")
+    stub.train = fail  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "eagle_ds.engine.train", stub)
+    for name, value in (("RANK", local_rank), ("WORLD_SIZE", "8"), ("LOCAL_RANK", local_rank), ("LOCAL_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["twin", f"--local_rank={local_rank}", *twin])
+    with pytest.raises(SystemExit) as left:
+        launch.main("tests/recipes/llama3_128k_twin.sh", accelerator="cpu")
+    assert (left.value.code, capsys.readouterr().err) == said
 
 
 def test_a_store_of_other_layers_is_refused_before_anything_starts(twin: list[str]) -> None:

@@ -110,7 +110,14 @@ def devices_of(device: str) -> list[str]:
         if not torch.cuda.is_available():
             raise ValueError("--device all needs GPUs and there are none; leave it out, or use --device cpu")
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return device.split(",")
+    devices = device.split(",")
+    for one in devices:
+        kind = one.partition(":")[0]
+        if kind not in ("auto", "cpu", "cuda", "split"):
+            raise ValueError(f"--device {one} is unknown; use auto, cpu, cuda, cuda:N, all or split")
+        if kind in ("cuda", "split") and not torch.cuda.is_available():
+            raise ValueError(f"--device {one} needs a GPU and none can be seen; leave it out, or use --device cpu")
+    return devices
 
 
 def jobs(args: argparse.Namespace, recipe) -> list:

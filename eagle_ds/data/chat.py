@@ -27,6 +27,7 @@ Span = tuple[int, int]
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 SENTINELS = ("\ue000", "\ue001", "\ue002", "\ue003")  # private use: never in real text, and one is unlike any given character
+TOKENIZER_NAMES = ("tokenizer", "tokenization", "vocab", "merges", "spiece", "sentencepiece", "tekken", "tiktoken")  # files begin so
 FIXED_DATE = "2024-07-26"  # the default that Llama 3.1's own template carries
 
 
@@ -76,6 +77,10 @@ def load_tokenizer(folder: str | Path) -> Any:
     """The target's tokenizer; ValueError in one sentence where it cannot be loaded."""
     from transformers import AutoTokenizer
 
+    if not any(path.name.startswith(TOKENIZER_NAMES) for path in Path(folder).iterdir()):
+        raise ValueError(
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); fetch the target's tokenizer files too"
+        )
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:

@@ -82,5 +82,6 @@ def encode_conversations(path: str | Path, encoder: ChatEncoder) -> Iterator[Enc
 def require_samples(path: str | Path, stats: EncodeStats) -> None:
     """Log the counts; ValueError where nothing is left to capture."""
     if stats.samples == 0:
-        raise ValueError(f"{path} has nothing to train on: {stats}")
+        mend = "; raise max_length" if stats.untrained or stats.overlong else ""
+        raise ValueError(f"{path} has nothing to train on: {stats}{mend}")
     log.info("%s: %s", path, stats)

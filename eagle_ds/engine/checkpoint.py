@@ -9,11 +9,13 @@ Everything is written under another name first and renamed when every rank is do
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -75,12 +78,10 @@ class Checkpoints:
         """Write ``step_N`` whole or not at all, then forget the oldest. Raises ValueError if the disk refuses."""
         name, partial = f"step_{state.step}", f".step_{state.step}.partial"
         tensors = full_state(self.engine)
-        try:
-            self._first(lambda: self._clear(partial))
+        self._first(lambda: self._clear(partial), self.folder / name)
+        with writing(self.folder / name):
             self.engine.save_checkpoint(str(self.folder), tag=partial, client_state={"rng": torch.get_rng_state()}, save_latest=False)
-            self._first(lambda: self._finish(partial, name, state, tensors))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot write the checkpoint {self.folder / name} ({error}); free space and run again to resume") from error
+        self._first(lambda: self._finish(partial, name, state, tensors), self.folder / name)
 
     def load(self, state: RunState) -> None:
         """Put weights, optimizer and random state back as they were at ``state``."""
@@ -90,13 +91,18 @@ class Checkpoints:
         torch.set_rng_state(client["rng"])
 
     def save_best(self) -> None:
-        """Replace ``best/`` by the draft as it is now."""
+        """Replace ``best/`` by the draft as it is now. Raises ValueError if the disk refuses."""
         tensors = full_state(self.engine)
-        self._first(lambda: self._replace_best(tensors))
+        self._first(lambda: self._replace_best(tensors), self.run_dir / "best")
 
-    def _first(self, action: Any) -> None:
-        """Let rank 0 do ``action`` while the others wait."""
-        self.world.agreement.together(action if self.world.is_first else lambda: None)
+    def _first(self, action: Callable[[], None], what: Path) -> None:
+        """Let rank 0 write ``what`` by ``action`` while the others wait."""
+
+        def write() -> None:
+            with writing(what):
+                action()
+
+        self.world.agreement.together(write if self.world.is_first else lambda: None)
 
     def _clear(self, partial: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +133,15 @@ class Checkpoints:
             best.rename(old)
         partial.rename(best)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turns what a disk refuses into one sentence, whichever library found out."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot write the checkpoint {what} ({error}); free space and run again to resume") from error
 
 
 def latest(run_dir: Path) -> RunState | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,10 +81,17 @@ def test_flags_do_without_a_recipe(target, recipe, tmp_path):
         (["--recipe", "RECIPE", "--data.conversations", "none.jsonl"], "none.jsonl does not exist"),
         (["--recipe", "RECIPE", "--data.eval_conversations", "gone.jsonl"], "gone.jsonl does not exist"),
         (["--recipe", "RECIPE", "--device", "all"], "--device all needs GPUs"),
+        (["--recipe", "RECIPE", "--device", "gpu"], "--device gpu is unknown; use auto, cpu, cuda"),
+        (["--recipe", "RECIPE", "--device", "cpu,cuda:1"], "--device cuda:1 needs a GPU and none can be seen"),
+        (["--recipe", "RECIPE", "--data.max_length", "10"], "skipped with no answer left after truncation; raise max_length"),
+        (["--recipe", "RECIPE", "--target.model", "NO_TOKENIZER"], "has no tokenizer (tokenizer.json"),
     ],
 )
-def test_what_is_wrong_is_one_sentence_and_exit_code_1(recipe, tmp_path, capsys, arguments, complaint):
-    assert main([str(recipe) if argument == "RECIPE" else argument for argument in arguments]) == 1
+def test_what_is_wrong_is_one_sentence_and_exit_code_1(recipe, target, tmp_path, capsys, monkeypatch, arguments, complaint):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    bare = shutil.copytree(target, tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
+    places = {"RECIPE": str(recipe), "NO_TOKENIZER": str(bare)}
+    assert main([places.get(argument, argument) for argument in arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and complaint in error
     assert not (tmp_path / "train_store").exists()
