@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from queue import Empty, Full, Queue
+from queue import Empty, Queue
 from typing import Generic, TypeVar
 
 import torch
@@ -20,14 +20,15 @@ POLL_S = 0.1
 
 
 class Prefetcher(Generic[T]):
-    """Iterates over ``items`` in a thread, at most ``depth`` finished ones ahead.
+    """Iterates over ``items`` in a thread, at most ``depth`` ahead, the one in the making included: each may be gigabytes.
 
     An exception in the thread is raised again by ``next`` in its place; ``close`` ends the thread (and ``items``, if it is a generator).
     """
 
     def __init__(self, items: Iterable[T], depth: int, name: str) -> None:
         self._items = items
-        self._ready: Queue[tuple[T | None, BaseException | None]] = Queue(depth)
+        self._ready: Queue[tuple[T | None, BaseException | None]] = Queue()
+        self._room = threading.Semaphore(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -46,6 +47,7 @@ class Prefetcher(Generic[T]):
         if error is not None:
             self._stop.set()
             raise error
+        self._room.release()
         return item
 
     def close(self) -> None:
@@ -55,24 +57,21 @@ class Prefetcher(Generic[T]):
 
     def _run(self) -> None:
         try:
-            for item in self._items:
-                if not self._put(item, None):
-                    return
-            self._put(None, StopIteration())
-        except BaseException as error:
-            self._put(None, error)
+            items = iter(self._items)
+            while self._has_room():
+                self._ready.put((next(items), None))
+        except BaseException as error:  # StopIteration too
+            self._ready.put((None, error))
         finally:
             close = getattr(self._items, "close", None)
             if close is not None:
                 close()
 
-    def _put(self, item: T | None, error: BaseException | None) -> bool:
+    def _has_room(self) -> bool:
+        """Wait until one more item may be made; False once nobody wants any."""
         while not self._stop.is_set():
-            try:
-                self._ready.put((item, error), timeout=POLL_S)
+            if self._room.acquire(timeout=POLL_S):
                 return True
-            except Full:
-                continue
         return False
 
 

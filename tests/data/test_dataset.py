@@ -191,11 +191,16 @@ def test_the_prefetcher_runs_ahead_by_its_depth_and_no_further() -> None:
 
     prefetcher = Prefetcher(items(), 2, "count")
     deadline = time.monotonic() + 5
+    while len(made) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert made == [0, 1]
+    assert next(prefetcher) == 0
     while len(made) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert made == [0, 1, 2]  # two ready, one waiting to be put
-    assert list(prefetcher) == list(range(10))
+    assert made == [0, 1, 2]
+    assert list(prefetcher) == list(range(1, 10))
 
 
 def test_closing_ends_threads_and_generators() -> None:
