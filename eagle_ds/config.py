@@ -169,6 +169,8 @@ class TrainingConfig(Section):
     recompute: Literal["none", "selective", "mlp", "full"] = Field(
         "none", description="what the backward computes again to save memory: nothing, all but matmuls, the MLP, everything"
     )
+    offload_activations: bool = Field(False, description="keep what the TTT steps leave for the backward in pinned host memory")
+    check_memory: bool = Field(True, description="refuse, before training, what is predicted not to fit the GPU; false: try it")
     non_finite: Literal["stop", "skip"] = Field("stop", description="on a NaN or Inf loss or gradient: all ranks stop or skip the step")
     log_interval: PositiveInt = Field(1, description="optimizer steps between log lines")
     eval_interval: NonNegativeInt = Field(0, description="optimizer steps between evaluations on eval_store; 0: never")
@@ -182,6 +184,11 @@ class TrainingConfig(Section):
     def _agree(self) -> TrainingConfig:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}; lower it")
+        if self.offload_activations and self.recompute == "selective":
+            raise ValueError(
+                "offload_activations moves what autograd keeps, and recompute=selective keeps its matmuls' results elsewhere, on the GPU; "
+                "use recompute none, mlp or full"
+            )
         if self.best_by == "acceptance" and not self.acceptance_interval:
             raise ValueError("best_by=acceptance needs acceptance_interval > 0; set it, or use best_by=simulated")
         return self

@@ -16,18 +16,16 @@ from eagle_ds.data.packing import screen
 from eagle_ds.data.sampler import Sampler
 from eagle_ds.ds_config import bf16_enabled, deepspeed_config, derived_rows, read_ds_json
 from eagle_ds.layout import Document, SequencePlan
+from eagle_ds.memory import GIB, draft_parameters, host_bytes, predict_memory
 from eagle_ds.planner import (
     DEVICES,
-    GIB,
     Device,
+    check_fits,
     choose_ring_mode,
-    draft_parameters,
     floor_seconds,
     in_turns,
     largest_length,
     plan_for,
-    predict_memory,
-    what_would_fit,
 )
 from eagle_ds.preflight import capture_command
 from eagle_ds.settings import join_or
@@ -124,16 +122,19 @@ def _deepspeed_text(recipe: Recipe, config: dict[str, Any], world_size: int) -> 
 
 def _memory_text(recipe: Recipe, ds_json: dict[str, Any], world_size: int, plan: SequencePlan, device: Device) -> str:
     parts = predict_memory(recipe, ds_json, world_size, plan, cpu=device.name == "cpu")
-    total = sum(parts.values())
-    rows = [(name, f"{size / GIB:8.2f} GiB") for name, size in parts.items()] + [("sum", f"{total / GIB:8.2f} GiB")]
+    rows = [(name, f"{size / GIB:8.2f} GiB") for name, size in parts.items() if size] + [("sum", f"{sum(parts.values()) / GIB:8.2f} GiB")]
     text = _table(rows) + f"trained parameters: {sum(draft_parameters(recipe).values()) / 1e6:.1f} million\n"
+    if host := host_bytes(recipe, ds_json, plan):
+        text += f"pinned host memory a process, for offloaded activations: {host / GIB:.2f} GiB\n"
     if device.name == "cpu":
         return text
     for fraction in (1.0, 0.1):
         length = largest_length(recipe, ds_json, world_size, device, fraction)
         text += f"longest sequence in {device.usable_bytes / GIB:.1f} usable GiB, {fraction:.0%} of rows trained: {length} tokens\n"
-    if total > device.usable_bytes:
-        text += f"DOES NOT FIT: {what_would_fit(recipe, ds_json, world_size, plan, device)}\n"
+    try:
+        check_fits(recipe, ds_json, world_size, plan, device)
+    except ValueError as error:
+        text += f"DOES NOT FIT: {error}\n"
     return text
 
 

@@ -15,8 +15,9 @@ MAY_CHANGE = {
     *("data.conversations", "data.eval_conversations", "data.store", "data.eval_store", "data.prefetch", "data.read_threads"),
     *("parallel.ulysses", "parallel.ring", "parallel.ring_mode", "parallel.trained_rows_only"),
     *("training.learning_rate", "training.min_learning_rate", "training.warmup_ratio", "training.schedule", "training.epochs"),
-    *("training.max_steps", "training.recompute", "training.non_finite", "training.log_interval", "training.eval_interval"),
-    *("training.save_interval", "training.keep_checkpoints", "training.best_by"),
+    *("training.max_steps", "training.recompute", "training.offload_activations", "training.check_memory"),
+    *("training.non_finite", "training.log_interval", "training.eval_interval", "training.save_interval"),
+    *("training.keep_checkpoints", "training.best_by"),
     *("training.acceptance_interval", "training.acceptance_prompts"),
 }
 """Settings under which a checkpoint still means the same; contents of target and store are compared by hash."""

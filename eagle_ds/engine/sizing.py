@@ -1,16 +1,26 @@
-"""What is decided from sizes before the first step: the ring's mode, and a word if the longest sequence may not fit."""
+"""What is decided from sizes before the first step: the ring's mode, and whether the largest sequence fits the GPU.
+
+The same numbers say what to change where a run is out of memory all the same.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from eagle_ds.config import Recipe
 from eagle_ds.data.dataset import PlanSettings
 from eagle_ds.data.packing import Pack, TrainSample
+from eagle_ds.ds_config import bf16_enabled
+from eagle_ds.engine.agreement import RankFailure
 from eagle_ds.engine.world import World
-from eagle_ds.planner import GIB, Device, check_fits, choose_ring_mode, predict_memory
+from eagle_ds.layout import SequencePlan
+from eagle_ds.memory import GIB, predict_memory
+from eagle_ds.planner import Device, advice, check_fits, choose_ring_mode, describe_need
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +35,70 @@ def plan_settings(recipe: Recipe, samples: Sequence[TrainSample], element: int, 
     return PlanSettings(parallel.ulysses, parallel.ring, mode, training.ttt_steps, training.mask_alignment, parallel.trained_rows_only)
 
 
-def warn_if_too_large(
-    recipe: Recipe, config: dict[str, Any], settings: PlanSettings, samples: Sequence[TrainSample], packs: Sequence[Pack], world: World
-) -> None:
-    """Log the memory predicted for the costliest of ``packs``; warn, with what would fit, where it exceeds the GPU's."""
-    costliest = max(packs, key=lambda pack: sum(samples[n].document.num_tokens + settings.ttt_steps * samples[n].query_rows for n in pack))
-    plan = settings.plan([samples[n] for n in costliest])
-    world_size = world.topology.world_size
-    needed = sum(predict_memory(recipe, config, world_size, plan, cpu=world.device.type != "cuda").values())
-    text = f"longest sequence: {plan.num_tokens} tokens, {plan.num_queries} trained rows, about {needed / GIB:.1f} GiB a process"
-    logger.info("%s; busiest rank / mean: %s", text, ", ".join(f"{name} {value:.3f}" for name, value in plan.balance.items()))
-    if world.device.type == "cuda":
+@dataclass(frozen=True)
+class Sizes:
+    """How sequences are sharded, and what a plan takes of this world's devices. ``config`` is what DeepSpeed is given."""
+
+    recipe: Recipe
+    config: dict[str, Any]
+    world: World
+    settings: PlanSettings
+
+    @classmethod
+    def decide(cls, recipe: Recipe, config: dict[str, Any], samples: Sequence[TrainSample], world: World) -> Sizes:
+        """Sharding for sequences of ``samples``."""
+        return cls(recipe, config, world, plan_settings(recipe, samples, 2 if bf16_enabled(config) else 4, world))
+
+    @property
+    def device(self) -> Device:
+        """The GPU that this rank has, or its share of the host's memory."""
+        return Device(self.world.device.type, self.world.memory_bytes / GIB)
+
+    def need(self, plan: SequencePlan) -> int:
+        """Predicted peak bytes of the busiest rank."""
+        on_cpu = self.world.device.type != "cuda"
+        return sum(predict_memory(self.recipe, self.config, self.world.topology.world_size, plan, cpu=on_cpu).values())
+
+    def largest(self, samples: Sequence[TrainSample], packs: Sequence[Pack]) -> SequencePlan:
+        """The plan of the pack that is predicted to take most, of the longest, the one with most query rows, and the heaviest."""
+        tokens = {pack: sum(samples[n].document.num_tokens for n in pack) for pack in packs}
+        queries = {pack: sum(samples[n].query_rows for n in pack) for pack in packs}
+        weight = {pack: tokens[pack] + self.settings.ttt_steps * queries[pack] for pack in packs}
+        candidates = {max(packs, key=measure.__getitem__) for measure in (tokens, queries, weight)}
+        return max((self.settings.plan([samples[n] for n in pack]) for pack in candidates), key=self.need)
+
+    def check(self, samples: Sequence[TrainSample], packs: Sequence[Pack]) -> None:
+        """Log what the largest of ``packs`` is predicted to take; raise RankFailure on all ranks if on any it does not fit its GPU.
+
+        Collective. With ``training.check_memory`` false it warns instead. Never refuses on a CPU, whose memory others share.
+        """
+        plan = self.largest(samples, packs)
+        need, balance = self.need(plan) / GIB, ", ".join(f"{name} {value:.3f}" for name, value in plan.balance.items())
+        logger.info("largest sequence: %d tokens, %d trained rows, about %.1f GiB a process", plan.num_tokens, plan.num_queries, need)
+        logger.info("its busiest rank / mean: %s", balance)
+        if self.world.device.type != "cuda":
+            return
+        if self.recipe.training.check_memory:
+            self.world.agreement.together(lambda: self.refuse(plan))
+            return
         try:
-            check_fits(recipe, config, world_size, plan, Device(world.device.type, world.memory_bytes / GIB))
+            self.refuse(plan)
         except ValueError as error:
-            logger.warning("this run may run out of memory: %s", error)
+            logger.warning("training.check_memory is false, so this is tried: %s", error)
+
+    def refuse(self, plan: SequencePlan) -> None:
+        """Raise ValueError if ``plan`` is predicted not to fit: with the GiB, the length and the setting that would."""
+        check_fits(self.recipe, self.config, self.world.topology.world_size, plan, self.device)
+
+    def after_out_of_memory(self, plan: SequencePlan) -> str:
+        """What ``plan`` was predicted to take, and what to change now that it did not fit whatever was predicted."""
+        needed, device = self.need(plan), self.device
+        smaller = Device(device.name, min(device.memory_gib, 0.98 * needed / device.usable_bytes * device.memory_gib))
+        mended = advice(self.recipe, self.config, self.world.topology.world_size, plan, smaller)
+        return f"by prediction {describe_need(plan, needed)}; {mended}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: PyTorch's, a library's, that of pinned host memory, or any of these in a thread that reads ahead."""
+    said = isinstance(error, RuntimeError | RankFailure) and "out of memory" in str(error).lower()
+    return said or isinstance(error, torch.OutOfMemoryError)

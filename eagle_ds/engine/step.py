@@ -23,6 +23,7 @@ from eagle_ds.data.store import ReadStats
 from eagle_ds.engine.feed import Feed
 from eagle_ds.engine.metrics import add, step_weights
 from eagle_ds.engine.world import World
+from eagle_ds.layout import SequencePlan
 from eagle_ds.loss import HeadTargets, LossSettings, StepSums, TargetHead, counted_rows, head_loss, uniform_decay
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.attention import BlockAttention
@@ -30,17 +31,18 @@ from eagle_ds.model.ttt import PrefixAttention
 
 
 class MicroBatchRunner:
-    """Runs the draft on one batch. Holds what does not change from batch to batch."""
+    """Runs the draft on one batch. Holds what does not change from batch to batch, and the plan that it worked on last."""
 
     def __init__(
         self, engine: DeepSpeedEngine, arch: DraftArch, head: TargetHead, kernel: BlockAttention, training: TrainingConfig, world: World
     ) -> None:
         self.engine, self.arch, self.head, self.kernel = engine, arch, head, kernel
         self.training, self.world = training, world
+        self.plan: SequencePlan | None = None
 
     def __call__(self, batch: Batch, weights: Tensor) -> tuple[Tensor, StepSums]:
         """(sum_k weights[k] * sum of this rank's row losses, metric sums). Collective over the sequence-parallel group."""
-        arch, training = self.arch, self.training
+        arch, training, self.plan = self.arch, self.training, batch.plan
         prefix = PrefixAttention(
             batch.plan,
             self.world.groups,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ from eagle_ds.data.sampler import Sampler
 from eagle_ds.drafts import DraftOnDisk
 from eagle_ds.ds_config import deepspeed_config, read_ds_json
 from eagle_ds.engine.build import Trainable, build
-from eagle_ds.engine.checkpoint import Best, Checkpoints, RunState, full_state
+from eagle_ds.engine.checkpoint import Best, Checkpoints, RunState, full_state, latest
 from eagle_ds.engine.evaluate import Evaluator
 from eagle_ds.engine.feed import Feed
 from eagle_ds.engine.inputs import Inputs, OpenStore, open_inputs
@@ -23,8 +25,9 @@ from eagle_ds.engine.metrics import metrics_of, sum_over_ranks
 from eagle_ds.engine.resume import find_resumable
 from eagle_ds.engine.runlog import GIB, RunLog, peak_bytes
 from eagle_ds.engine.schedule import learning_rate
-from eagle_ds.engine.sizing import plan_settings, warn_if_too_large
+from eagle_ds.engine.sizing import Sizes, is_out_of_memory
 from eagle_ds.engine.step import MicroBatchRunner, OptimizerStep, StepOutcome
+from eagle_ds.engine.stopping import EXIT_CODE, StopRequest, peers_on_this_host
 from eagle_ds.engine.world import World, join_world
 from eagle_ds.model.attention_cuda import choose_attention
 
@@ -34,7 +37,8 @@ logger = logging.getLogger(__name__)
 def train(recipe: Recipe, local_rank: int) -> None:
     """Train as one rank of the DeepSpeed launcher's world, until the recipe's last step. Resumes by itself.
 
-    Raises ValueError, on every rank and with the same sentence, for anything that is wrong with recipe, files or data.
+    Raises ValueError, on every rank and with the same sentence, for anything that is wrong with recipe, files or data, and on
+    the rank that it befalls if memory runs out. SIGTERM ends it, after a checkpoint, with SystemExit(143).
     """
     joined_here = not dist.is_initialized()
     world = join_world(recipe.parallel, local_rank)
@@ -44,9 +48,13 @@ def train(recipe: Recipe, local_rank: int) -> None:
     resumed = world.agreement.together(lambda: find_resumable(recipe, inputs.train.store.manifest_hash, world_size))
     world.agreement.same({"checkpoint to resume from": resumed.step if resumed else None})
     sampler = world.agreement.together(lambda: make_sampler(recipe, inputs, world))
-    Trainer(recipe, world, inputs, sampler, build(recipe, config, inputs, world)).run(resumed)
+    sizes = Sizes.decide(recipe, config, inputs.all_samples, world)
+    sizes.check(inputs.train.samples, sampler.epoch_packs(0))
+    finished = Trainer(recipe, world, inputs, sampler, sizes, build(recipe, config, inputs, world)).run(resumed)
     if joined_here:
         dist.destroy_process_group()
+    if not finished:
+        raise SystemExit(EXIT_CODE)
 
 
 def make_sampler(recipe: Recipe, inputs: Inputs, world: World) -> Sampler:
@@ -77,12 +85,11 @@ class Pace:
 class Trainer:
     """A run in progress."""
 
-    def __init__(self, recipe: Recipe, world: World, inputs: Inputs, sampler: Sampler, trainable: Trainable) -> None:
-        self.recipe, self.training, self.world, self.trainable = recipe, recipe.training, world, trainable
+    def __init__(self, recipe: Recipe, world: World, inputs: Inputs, sampler: Sampler, sizes: Sizes, trainable: Trainable) -> None:
+        self.recipe, self.training, self.world, self.sizes, self.trainable = recipe, recipe.training, world, sizes, trainable
         self.manifest_hash = inputs.train.store.manifest_hash
         self.sampler = sampler
         self.total_steps = sampler.count_steps(self.training.epochs, self.training.max_steps)
-        self.plans = plan_settings(recipe, inputs.all_samples, trainable.dtype.itemsize, world)
         self.dataset = self._dataset(inputs, inputs.train)
         kernel = choose_attention(world.device, trainable.dtype, inputs.arch.head_dim)
         runner = MicroBatchRunner(trainable.engine, inputs.arch, trainable.head, kernel, self.training, world)
@@ -98,19 +105,26 @@ class Trainer:
         self.log = RunLog(recipe.run_dir, trainable.engine, self.total_steps) if world.is_first else None
         self.best: Best | None = None
         self.skipped_steps = 0
-        packs = sampler.epoch_packs(0)
-        warn_if_too_large(recipe, trainable.config, self.plans, inputs.train.samples, packs, world)
-        logger.info("%d optimizer steps; an epoch is %d of %d sequences", self.total_steps, sampler.trained_packs(0), len(packs))
+        self.done = self.saved = 0
+        packs = len(sampler.epoch_packs(0))
+        logger.info("%d optimizer steps; an epoch is %d of %d sequences", self.total_steps, sampler.trained_packs(0), packs)
 
-    def run(self, resumed: RunState | None) -> None:
-        """From ``resumed``, or the start, to the last step."""
-        start = self._resume(resumed) if resumed else 0
+    def run(self, resumed: RunState | None) -> bool:
+        """From ``resumed``, or the start, to the last step; False where SIGTERM ended it before, after a checkpoint.
+
+        Raises ValueError on the rank whose memory does not suffice, with what would.
+        """
+        with self._explaining_memory(), StopRequest(peers_on_this_host(self.world.agreement)) as stop:
+            return self._run(self._resume(resumed) if resumed else 0, stop)
+
+    def _run(self, start: int, stop: StopRequest) -> bool:
+        self.done = self.saved = start
         if self.log:
             self.log.start(self.recipe, start)
         if start >= self.total_steps:
             logger.info("nothing left to do: %s already stands at step %d of %d", self.recipe.run_dir, start, self.total_steps)
-            return
-        if not resumed:
+            return True
+        if not start:
             self._evaluate(0)
         pace = Pace()
         with Feed(self.dataset, self.sampler.steps(start, self.total_steps), **self._feed_settings) as feed:
@@ -118,7 +132,7 @@ class Trainer:
                 rate = learning_rate(number, self.total_steps, self.training)
                 outcome = self.step.run(feed, rate)
                 pace.add(outcome)
-                done = number + 1
+                self.done = done = number + 1
                 if not outcome.applied:
                     self._not_finite(outcome, done)
                 elif self._due(done, self.training.log_interval):
@@ -126,6 +140,38 @@ class Trainer:
                     pace = Pace()
                 if self._pause(done):
                     pace = Pace()
+                if done < self.total_steps and self._stops(stop):
+                    return False
+        return True
+
+    def _stops(self, stop: StopRequest) -> bool:
+        """Whether any rank was asked to leave; then all of them have saved this step."""
+        if not self.world.agreement.gather([stop.received]).any():
+            return False
+        if self.saved < self.done:
+            self._save()
+        logger.info("SIGTERM: step %d of %d is saved, and the same command resumes from it", self.done, self.total_steps)
+        return True
+
+    def _save(self) -> None:
+        self.checkpoints.save(self._state(self.done))
+        self.saved = self.done
+
+    @contextmanager
+    def _explaining_memory(self) -> Iterator[None]:
+        """Turn an out-of-memory error into a sentence that says what to change. Only the rank that it befell speaks; the others
+        wait for it in a collective until the launcher ends them."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if not is_out_of_memory(error):
+                raise
+            plan, state = self.step.runner.plan, latest(self.recipe.run_dir)
+            kept = f"the checkpoint of step {state.step} is whole, the same command resumes from it" if state else "nothing was saved yet"
+            raise ValueError(
+                f"out of memory after step {self.done} of {self.total_steps} ({str(error).splitlines()[0]}): "
+                f"{self.sizes.after_out_of_memory(plan) if plan else 'no sequence was at work'}; {kept}; the launcher ends the other ranks"
+            ) from error
 
     def _pause(self, done: int) -> bool:
         """Evaluate and save where that is due; whether it was."""
@@ -134,7 +180,7 @@ class Trainer:
         if evaluates:
             self._evaluate(done, decodes=decodes)
         if saves:
-            self.checkpoints.save(self._state(done))
+            self._save()
         return evaluates or saves
 
     def _state(self, done: int) -> RunState:
@@ -225,7 +271,7 @@ class Trainer:
         return RankDataset(
             opened.store,
             opened.samples,
-            self.plans,
+            self.sizes.settings,
             t2d=inputs.vocab.t2d,
             dp_rank=self.world.topology.dp_rank,
             sp_rank=self.world.topology.sp_rank,

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +29,10 @@ from eagle_ds.engine.checkpoint import Checkpoints, RunState, full_state
 from eagle_ds.engine.feed import Feed
 from eagle_ds.engine.inputs import open_inputs
 from eagle_ds.engine.metrics import Metrics, metrics_of, sum_over_ranks
+from eagle_ds.engine.sizing import Sizes
 from eagle_ds.engine.train import Trainer, make_sampler, train
-from eagle_ds.engine.world import join_world
+from eagle_ds.engine.world import World, join_world
+from eagle_ds.model.draft import Eagle3Draft
 
 
 @dataclass
@@ -72,7 +75,8 @@ def make_trainer(rank: int, world: int, recipe: Recipe, optimizer: str = "AdamW"
         config["optimizer"] = {"type": "SGD", "params": {"lr": recipe.training.learning_rate}}
         config["zero_allow_untested_optimizer"] = True
     inputs = open_inputs(recipe, joined)
-    return Trainer(recipe, joined, inputs, make_sampler(recipe, inputs, joined), build(recipe, config, inputs, joined))
+    sizes = Sizes.decide(recipe, config, inputs.all_samples, joined)
+    return Trainer(recipe, joined, inputs, make_sampler(recipe, inputs, joined), sizes, build(recipe, config, inputs, joined))
 
 
 def as_if_new(world: int) -> None:
@@ -174,3 +178,47 @@ def train_onto_a_full_disk(rank: int, world: int, recipe: Recipe, from_step: int
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return ""
+
+
+def refusal(rank: int, world: int, recipe: Recipe, memory_bytes: list[int]) -> str:
+    """What ``Sizes.check`` raises where rank r's GPU has ``memory_bytes[r]``."""
+    as_if_new(world)
+    joined = join_world(recipe.parallel, rank)
+    config, inputs = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world), open_inputs(recipe, joined)
+    on_gpu = replace(joined, device=torch.device("cuda", rank))
+    with mock.patch.object(World, "memory_bytes", memory_bytes[rank]):
+        sizes = Sizes.decide(recipe, config, inputs.all_samples, on_gpu)
+        try:
+            sizes.check(inputs.train.samples, make_sampler(recipe, inputs, joined).epoch_packs(0))
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def run_into(rank: int, world: int, recipe: Recipe, error: BaseException) -> tuple[str, str]:
+    """``train`` where ``error`` befalls the first forward; the kind of what comes of it, and its text."""
+    as_if_new(world)
+    try:
+        with mock.patch.object(Eagle3Draft, "forward", side_effect=error):
+            train(recipe, rank)
+    except Exception as raised:
+        return type(raised).__name__, str(raised)
+    return "", ""
+
+
+def train_until_sigterm(rank: int, world: int, recipe: Recipe, victim: int, after_step: int) -> int | None:
+    """``train``, with SIGTERM sent to rank ``victim`` in step ``after_step``'s wake; the exit code that it ends with."""
+    as_if_new(world)
+    original = Trainer._pause
+
+    def pause(self: Trainer, done: int) -> bool:
+        if rank == victim and done == after_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, done)
+
+    try:
+        with mock.patch.object(Trainer, "_pause", pause):
+            train(recipe, rank)
+    except SystemExit as ended:
+        return int(ended.code)
+    return None

@@ -1,0 +1,301 @@
+"""What the busiest rank holds at each stage of a training step, tensor by tensor; the peak is the stage that holds most.
+
+The letters are the legend of ``eagle_ds/__init__.py``, ``e`` is bytes per element. Of one query row every TTT step k keeps
+for the backward: g_k, which its projections and its MLP start from; q, the attention's output and its log-sum-exp (under
+Ulysses the head-sharded copy of q too); K_k and V_k. The last step's backward comes first, while everything is still kept,
+so the stages that can be the peak are the loss over all T steps, the three parts of the last step's backward (MLP,
+attention, projections), and, where few rows are trained, the way home of dK_0/dV_0 and the backward of the context rows.
+
+Measured against torch.cuda.max_memory_allocated on H200s in ``tests/test_memory.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eagle_ds import ranges as rg
+from eagle_ds.config import DraftConfig, Recipe
+from eagle_ds.ds_config import bf16_enabled, offloads_optimizer, zero_stage
+from eagle_ds.layout import SequencePlan
+
+GIB = 1 << 30
+LOSS_CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}  # loss.CHUNK_BYTES
+TILE_ROWS = 16384  # model.draft.TILE_ROWS
+PREFETCHED = 1  # sequences that the feed holds on the device ahead of the one that trains
+
+Parts = dict[str, int]
+"""Bytes by what they are for."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows and attended keys of the busiest rank in one sequence."""
+
+    context: int
+    query: int
+    aux: int
+    target: int
+    total: int
+    attended_keys: int  # query-key pairs of one TTT step, over the heads that one rank holds of its ring rank's rows
+
+    @classmethod
+    def of(cls, plan: SequencePlan) -> Rows:
+        """The busiest rank of ``plan`` in each respect."""
+        ranks = range(plan.world)
+        return cls(
+            context=max(rg.count(r) for r in plan.context),
+            query=max(rg.count(r) for r in plan.queries),
+            aux=max(rg.count(plan.aux_rows(r)) for r in ranks),
+            target=max(rg.count(plan.target_rows(r)) for r in ranks),
+            total=plan.num_tokens,
+            attended_keys=max(plan.attention_work(r) for r in range(plan.ring)),
+        )
+
+
+def predict_memory(
+    recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, *, cpu: bool = False, prefetched: int = PREFETCHED
+) -> Parts:
+    """Peak bytes of the busiest rank by component, at the stage of the step that holds most."""
+    return max(stages(recipe, ds_json, world_size, plan, cpu=cpu, prefetched=prefetched).values(), key=lambda parts: sum(parts.values()))
+
+
+def stages(
+    recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, *, cpu: bool = False, prefetched: int = PREFETCHED
+) -> dict[str, Parts]:
+    """Bytes of the busiest rank by stage of the step and by component."""
+    rows, element = Rows.of(plan), 2 if bf16_enabled(dict(ds_json)) else 4
+    inputs = (len(recipe.target.aux_ids) * rows.aux + rows.target) * recipe.target.hidden_size * element
+    always = {
+        "process": GIB * 9 // 10 if cpu else GIB * 3 // 2,  # Python, PyTorch, DeepSpeed, allocator; CUDA context, NCCL
+        **model_bytes(recipe, ds_json, world_size, element),
+        "hidden states": inputs,
+        "next sequence's hidden states": prefetched * inputs,
+        "K_0/V_0 and gradients": prefix_bytes(recipe, _prefix_rows(plan), element),
+    }
+    unrolled = _Unrolled(recipe, plan, rows, element, cpu)
+    return {stage.name: always | unrolled.parts(stage) for stage in unrolled.stages()}
+
+
+def host_bytes(recipe: Recipe, ds_json: Mapping[str, Any], plan: SequencePlan) -> int:
+    """Pinned host memory that ``training.offload_activations`` fills on the busiest rank."""
+    if not recipe.training.offload_activations:
+        return 0
+    rows, element = Rows.of(plan), 2 if bf16_enabled(dict(ds_json)) else 4
+    return _Unrolled(recipe, plan, rows, element, cpu=False).kept_bytes
+
+
+def draft_parameters(recipe: Recipe) -> dict[str, int]:
+    """Trained parameters by part (biases and norms of the projections left out: thousands among hundreds of millions)."""
+    draft, hidden = recipe.draft, recipe.draft.hidden_size
+    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
+    return {
+        "fc": len(recipe.target.aux_ids) * recipe.target.hidden_size * hidden,
+        "attention": 2 * hidden * (queries + 2 * keys) + queries * hidden,
+        "mlp": 3 * hidden * draft.intermediate_size,
+        "lm_head": draft.vocab_size * hidden,
+        "embed_tokens": recipe.target.vocab_size * hidden if hidden != recipe.target.hidden_size else 0,
+    }
+
+
+def model_bytes(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, element: int) -> Parts:
+    """Weights, gradients and optimizer state, as DeepSpeed's ZeRO stage spreads them over all ranks.
+
+    Its bf16 optimizer of ZeRO-1 keeps float32 gradients whole on every rank, beside those that autograd makes in a
+    backward; those outlive their micro-batch only where several are accumulated.
+    """
+    count, stage = sum(draft_parameters(recipe).values()), zero_stage(dict(ds_json))
+    shards = {name: world_size if stage >= least else 1 for name, least in (("state", 1), ("gradient", 2), ("weight", 3))}
+    frozen = recipe.draft.vocab_size * recipe.target.hidden_size  # the target's head, its draft rows
+    if recipe.draft.hidden_size == recipe.target.hidden_size:
+        frozen += recipe.target.vocab_size * recipe.draft.hidden_size
+    master = 0 if element == 4 and stage == 0 else 4
+    accumulated = 4 if element == 2 and stage else 0  # data_types.grad_accum_dtype fp32
+    earlier = count * element if recipe.training.gradient_accumulation > 1 else 0
+    return {
+        "weights": count * element // shards["weight"],
+        "target's embedding and head": frozen * element,
+        "gradients accumulated": count * accumulated // shards["gradient"] + earlier,
+        "optimizer state": 0 if offloads_optimizer(dict(ds_json)) else count * (8 + master) // shards["state"],
+    }
+
+
+def kv_slots(draft: DraftConfig, ulysses: int) -> int:
+    """KV heads that each Ulysses rank holds; those that U does not divide are replicated."""
+    per_rank, per_kv = draft.num_attention_heads // ulysses, draft.num_attention_heads // draft.num_key_value_heads
+    return per_rank // math.gcd(per_rank, per_kv)
+
+
+def prefix_bytes(recipe: Recipe, rows: int, element: int) -> int:
+    """K_0 and V_0 of one rank's head slots for ``rows`` rows, with their float32 gradients."""
+    width = kv_slots(recipe.draft, recipe.parallel.ulysses) * recipe.draft.head_dim
+    return 2 * rows * width * (element + 4)
+
+
+def _rotates(plan: SequencePlan) -> bool:
+    return plan.ring > 1 and plan.ring_mode == "p2p"
+
+
+def _prefix_rows(plan: SequencePlan) -> int:
+    return -(-plan.num_tokens // plan.ring) if _rotates(plan) else plan.num_tokens
+
+
+def kept_per_query_row(recipe: Recipe, element: int, ulysses: int, *, eager: bool = False) -> Parts:
+    """Bytes that autograd keeps of one query row and TTT step; ``diagonals`` from step 1 on. ``eager``: elementwise work is
+    not fused (CPU)."""
+    draft, recompute = recipe.draft, recipe.training.recompute
+    hidden, inner = draft.hidden_size, draft.intermediate_size
+    angles = 2 * 4 * draft.head_dim  # cos and sin in float32, for q and for K_k
+    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
+    copies = 3 if ulysses > 1 else 2  # q, out, and q with its heads sharded
+    kept = {
+        "states": hidden * element,
+        "attention": copies * queries * element + 4 * draft.num_attention_heads,
+        "diagonals": 2 * keys * element,
+        "projections": 0,
+        "mlp": 0,
+    }
+    if recompute == "selective":  # q and K_k before the rotation; the output projection, gate and up
+        kept |= {"projections": (queries + keys) * element, "mlp": (hidden + 2 * inner) * element}
+    if recompute in ("none", "mlp"):  # embedding, z
+        kept["projections"] = (4 if eager else 3) * hidden * element + angles
+    if recompute == "none":
+        kept["mlp"] = ((4 if eager else 2) * hidden + (4 if eager else 3) * inner) * element
+    return kept
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A moment of the step: of how many TTT steps each kind of tensor is on the device, and what the work itself takes."""
+
+    name: str
+    states: int
+    attention: int
+    diagonals: int
+    projections: int
+    mlp: int
+    gradients: int  # of states, which the loss makes for all steps at once
+    workspace: int  # bytes
+
+
+class _Unrolled:
+    """The T steps of the busiest rank, in bytes. ``state``, ``query``, ``diagonal``, ``inner``: one row's vector of each kind."""
+
+    def __init__(self, recipe: Recipe, plan: SequencePlan, rows: Rows, element: int, cpu: bool) -> None:
+        draft = recipe.draft
+        self.recipe, self.plan, self.rows, self.element, self.cpu = recipe, plan, rows, element, cpu
+        self.steps, self.recompute = recipe.training.ttt_steps, recipe.training.recompute
+        self.offloads = recipe.training.offload_activations
+        self.kept = kept_per_query_row(recipe, element, plan.ulysses, eager=cpu)
+        self.state = draft.hidden_size * element
+        self.query = draft.num_attention_heads * draft.head_dim * element
+        self.diagonal = 2 * draft.num_key_value_heads * draft.head_dim * element  # K and V
+        self.inner = draft.intermediate_size * element
+        self.recomputed = 3 * self.state if self.recompute in ("full", "selective") else 0  # embedding and z, when wanted again
+        self.dkv = prefix_bytes(recipe, _prefix_rows(plan), 0)
+
+    def stages(self) -> list[_Stage]:
+        """What may be the peak, in the order of a step. g_T is read by the loss alone."""
+        t, early = self.steps, max(self.steps - 2, 0)
+        loss, mlp, attention = self._loss(), self._mlp(), self._attention()
+        projections = self.rows.query * early * self.diagonal + self._projections()
+        if self.offloads:  # the loss reads all states; the backward holds one step and all K_k, V_k, which its attention reads
+            last_step = [
+                _Stage("loss", t, 0, 0, 0, 0, t, loss),
+                _Stage("backward of the MLP", 1, 1, t - 1, 1, 1, t, mlp),
+                _Stage("backward of attention", 1, 1, t - 1, 1, 0, t - 1, attention),
+                _Stage("backward of the projections", 1, 0, early, 1, 0, t - 1, projections),
+            ]
+        else:
+            last_step = [
+                _Stage("loss", t, t, t - 1, t, t, t, loss),
+                _Stage("backward of the MLP", t - 1, t, t - 1, t, t, t, mlp),
+                _Stage("backward of attention", t - 1, t, t - 1, t, t - 1, t - 1, attention),
+                _Stage("backward of the projections", t - 1, t - 1, early, t, t - 1, t - 1, projections),
+            ]
+        after = [("exchange of dK_0/dV_0", self._exchange()), ("backward of the context rows", self._context())]
+        return last_step + [_Stage(name, 0, 0, 0, 0, 0, 0, self.rows.aux * self.state + size) for name, size in after]
+
+    def parts(self, stage: _Stage) -> Parts:
+        """What is held at ``stage``, without what is held always."""
+        rows, backward, last_step = self.rows.query, stage.name != "loss", stage.gradients > 0
+        gradients = sum(count for name, count in draft_parameters(self.recipe).items() if name != "fc")  # fc's come last of all
+        kept = {name: getattr(stage, name) * size for name, size in self.kept.items()}
+        away = self.offloads and last_step
+        ahead = 2 * max(self.kept.values()) if away and backward else 0
+        parts = {
+            "context rows": 0 if away else self._context_rows(),
+            "query rows: first states": 0 if away or not last_step else self._first_states(),
+            **{f"query rows: {name}": rows * size for name, size in kept.items()},
+            "query rows: fetched ahead": rows * ahead,
+            "query rows: gradients of states": rows * stage.gradients * self.state,
+            "gradients made by autograd": gradients * self.element if backward else 0,
+            f"workspace: {stage.name}": stage.workspace,
+        }
+        if stage.name == "backward of the context rows":
+            parts["K_0/V_0 and gradients"] = 0  # gone home
+        return parts
+
+    @property
+    def kept_bytes(self) -> int:
+        """All that autograd keeps of context and query rows."""
+        last = {"states": self.steps - 1, "diagonals": self.steps - 1}
+        of_steps = sum(last.get(name, self.steps) * size for name, size in self.kept.items())
+        return self._context_rows() + self._first_states() + self.rows.query * of_steps
+
+    def _context_rows(self) -> int:
+        """Fused states, and what their projections keep: nothing; K_0 and V_0; or as much as query rows do."""
+        projected = self.diagonal if self.recompute == "selective" else self.kept["projections"]
+        return self.rows.context * (self.state + projected)
+
+    def _first_states(self) -> int:
+        """g_0: a copy of fused rows, unless every row that the rank reads is a query row and a context row."""
+        shared = self.rows.query == self.rows.context == self.rows.aux
+        return 0 if shared else self.rows.query * self.state
+
+    def _loss(self) -> int:
+        """One chunk of rows: wide logits of the labels and of all steps, and the latter's gradients; the head's wide gradient."""
+        vocab, steps, wide = self.recipe.draft.vocab_size, self.steps, max(self.element, 4)
+        budget = LOSS_CHUNK_BYTES["cpu" if self.cpu else "cuda"]
+        chunk = max(budget // (vocab * (steps * (self.element + wide) + 3 * wide)), 16)
+        chunk = min(self.rows.query, chunk // 256 * 256 or chunk)
+        d_logits, labels, states = chunk * vocab * steps * self.element, chunk * vocab * wide, chunk * steps * self.state
+        matrix = vocab * self.recipe.draft.hidden_size
+        forward = d_logits + labels + (6 if self.cpu else 1) * chunk * vocab * steps * wide + 2 * states
+        backward = d_logits + labels + 4 * states + matrix * self.element
+        return matrix * wide + max(forward, backward)
+
+    def _mlp(self) -> int:
+        """Inputs' gradients of all rows, and the MLP's inside: of a tile where it is recomputed, else beside what is kept."""
+        rows = self.rows.query
+        if self.recompute == "none":
+            return rows * (2 * self.inner + 3 * self.state)
+        inside = 3 if self.recompute == "selective" else 5  # gradients of gate, up and their product; gate and up themselves
+        return rows * (self.state + self.query) + min(rows, TILE_ROWS) * (inside * self.inner + 3 * self.state)
+
+    def _attention(self) -> int:
+        """The largest of: the kernel with its float32 dq; the way back through Ulysses; the diagonals' pass."""
+        rows, wide = self.rows.query, self.query // self.element * 4
+        copies = 2 * self.query if self.plan.ulysses > 1 else 0  # dout and out with their heads sharded
+        if _rotates(self.plan):  # dq in float32 over all blocks; a block's K/V and dK/dV here, arriving and leaving
+            kernel = rows * (2 * self.query + copies + 2 * wide) + self.dkv // 4 * self.element * 2 + 3 * self.dkv
+        else:
+            kernel = rows * (2 * self.query + copies + wide) + self.dkv // 4 * self.element
+        home = rows * (6 if self.plan.ulysses > 1 else 2) * self.query
+        return max(kernel, home, rows * (3 * self.query + (self.steps - 1) * self.diagonal))
+
+    def _projections(self) -> int:
+        """dq, what is computed again, and then either forward tensors of that or two gradients of z."""
+        inside = max(2 * self.state + self.diagonal, 2 * self.query + self.diagonal, 4 * self.state + self.diagonal // 2)
+        return self.rows.query * (self.query + self.recomputed + inside)
+
+    def _exchange(self) -> int:
+        """dK_0/dV_0 of the rank's own rows; on the way there a received and a summed copy of what the rank held."""
+        return self.rows.context * self.diagonal + (2 * self.dkv if self.plan.world > 1 else 0)
+
+    def _context(self) -> int:
+        """As the projections, without q."""
+        inside = max(2 * self.state, 4 * self.state + self.diagonal // 2)
+        return self.rows.context * (self.diagonal + self.recomputed + inside)

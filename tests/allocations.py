@@ -1,0 +1,220 @@
+"""A training step on the CPU that allocates what a GPU would, and what the allocator saw of it.
+
+A GPU's fused kernels (norms, rope, SwiGLU, attention, the loss's rows) are replaced by ones that allocate the same tensors
+and compute nothing; autograd, checkpointing, the unroll, the exchange and the loss's chunks are the real ones. Sizes keep
+the proportions of a Llama-3.1-8B draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from eagle_ds import loss, memory
+from eagle_ds import ranges as rg
+from eagle_ds.config import Recipe
+from eagle_ds.data.batch import TokenFacts
+from eagle_ds.loss import HeadTargets, LossSettings, TargetHead, counted_rows, head_loss
+from eagle_ds.memory import Parts
+from eagle_ds.model import draft
+from eagle_ds.model.arch import DraftArch
+from eagle_ds.model.draft import Eagle3Draft
+from eagle_ds.planner import in_turns, plan_for
+from tests.steps import WholeSequence, prefix_for, rank_batch
+
+ROWS, TILE, TURN = 1024, 64, 32
+D = 256
+UNITS = {"hidden_size": D, "intermediate_size": 7 * D // 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
+
+
+@dataclass(frozen=True)
+class AllocationCase:
+    """One shape and setting."""
+
+    recompute: str
+    fraction: float
+    offload: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.recompute}-{self.fraction}{'-offload' if self.offload else ''}"
+
+    def recipe(self) -> Recipe:
+        return Recipe.model_validate(
+            {
+                "name": "allocations",
+                "target": {"model": "none", "hidden_size": D, "num_layers": 8, "vocab_size": 1000},
+                "draft": {**UNITS, "vocab_size": 500, "rope_theta": 100.0},
+                "data": {"store": "none", "max_length": ROWS},
+                "training": {"recompute": self.recompute, "offload_activations": self.offload},
+                "deepspeed": "none",
+            }
+        )
+
+
+CASES = tuple(AllocationCase(mode, fraction) for mode in ("full", "mlp", "selective", "none") for fraction in (1.0, 0.1))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes beyond model and inputs: measured up to the end of the loss and over all, and predicted for both."""
+
+    loss: int
+    peak: int
+    predicted_loss: int
+    predicted: int
+
+
+def held_bytes(case: AllocationCase) -> Held:
+    """Run two steps, the first to warm up, and count the second."""
+    recipe = case.recipe()
+    with _as_on_a_gpu():
+        step = _Step(recipe, case.fraction)
+        step.forward().backward()
+        step.model.zero_grad(set_to_none=True)
+        loss_peak, peak = _traced(step)
+        stages = memory.stages(recipe, {}, 1, step.plan, prefetched=0)
+    beyond = {name: _beyond_model_and_inputs(parts) for name, parts in stages.items()}
+    return Held(loss_peak, peak, beyond["loss"], max(beyond.values()))
+
+
+def _beyond_model_and_inputs(parts: Parts) -> int:
+    before = ("process", "weights", "target's embedding and head", "gradients accumulated", "optimizer state", "hidden states")
+    return sum(size for name, size in parts.items() if name not in before)
+
+
+class _Step:
+    """A draft, one random sequence, and the step over it."""
+
+    def __init__(self, recipe: Recipe, fraction: float) -> None:
+        self.recipe, arch = recipe, DraftArch.from_recipe(recipe)
+        self.plan = plan_for(recipe, [in_turns(ROWS, fraction, TURN)])
+        self.model = Eagle3Draft(arch)
+        mask = np.zeros(ROWS, dtype=np.uint8)
+        mask[rg.rows(self.plan.documents[0].trained_spans)] = 1
+        facts = TokenFacts(np.zeros(ROWS, dtype=np.int32), mask, np.zeros(ROWS, dtype=np.int32), np.zeros(ROWS, dtype=np.float32))
+        self.batch = rank_batch(self.plan, 0, WholeSequence([facts], torch.zeros(ROWS, 3 * D), torch.zeros(ROWS, D)), "serving")
+        self.head = TargetHead(None, torch.zeros(500, D), torch.ones(1000, dtype=torch.bool), torch.zeros(500, dtype=torch.int64))
+
+    def forward(self) -> Tensor:
+        batch = self.batch
+        counted = counted_rows(batch.trained, batch.target_token, batch.target_index, self.head.t2d)
+        targets = HeadTargets(
+            self.head, batch.target_hidden, batch.target_logsumexp, batch.target_token, batch.target_index, batch.trained, counted
+        )
+        settings, training = LossSettings(torch.ones(self.plan.ttt_steps)), self.recipe.training
+        prefix = prefix_for(self.model, self.plan, kernel=AllocatingAttention())
+        return self.model(batch, prefix, lambda *states: head_loss(*states, targets, settings), training.recompute)[0]
+
+
+def _traced(step: _Step) -> tuple[int, int]:
+    """(peak bytes of the forward, peak of all) that the CPU's allocator saw."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        loss = step.forward()
+        with record_function("backward begins"):
+            pass
+        loss.backward()
+    events = sorted((e.start_ns(), e.name(), e.nbytes()) for e in recorded.profiler.kineto_results.events())
+    held = peak = forward = 0
+    for _, name, size in events:
+        if name == "backward begins":
+            forward = peak
+        elif name == "[memory]":
+            held += size
+            peak = max(peak, held)
+    return forward, peak
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    budget = {"cuda": ROWS * D * 8, "cpu": ROWS * D * 8}
+    with ExitStack() as stack:
+        for place, name, value in (
+            (draft, "rms_norm", _Norm.apply),
+            (draft, "rope", _Rope.apply),
+            (draft, "swiglu", _SwiGLU.apply),
+            (draft, "TILE_ROWS", TILE),
+            (loss, "rms_norm", _Norm.apply),
+            (loss, "_kernels_for", lambda weight: _RowKernels),
+            (loss, "CHUNK_BYTES", budget),
+            (memory, "TILE_ROWS", TILE),
+            (memory, "LOSS_CHUNK_BYTES", budget),
+        ):
+            stack.enter_context(mock.patch.object(place, name, value))
+        yield
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[0], 1))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        (x, weight, _), grad = ctx.saved_tensors, grad.contiguous()
+        return torch.empty_like(x) if ctx.needs_input_grad[0] else None, torch.zeros_like(weight), None
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad if grad.stride()[1:] == (grad.shape[-1], 1) else grad.contiguous()
+        return torch.zeros(grad.shape, dtype=grad.dtype), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.zeros_like(gate), torch.zeros_like(up)
+
+
+class AllocatingAttention:
+    """Kernels that allocate and compute nothing."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: Any, scale: float) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(q), torch.zeros(q.shape[:2])
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Any, scale: float, dk: Tensor, dv: Tensor
+    ) -> Tensor:
+        workspace = torch.empty(q.shape), torch.empty_like(k), torch.empty_like(v)
+        dq = torch.zeros_like(q)
+        del workspace
+        return dq
+
+    def diagonal_forward(self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        return (torch.zeros_like(out), torch.zeros_like(lse)) if diagonals else (out, lse)
+
+    def diagonal_backward(
+        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float, dq: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        return (torch.zeros_like(dq) if diagonals else dq), [torch.zeros_like(x) for x in diagonals]
+
+
+class _RowKernels:
+    @staticmethod
+    def label_sums(target_logits: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros(len(target_logits)), torch.zeros(len(target_logits))
+
+    @staticmethod
+    def row_losses(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.zeros(len(logits)), torch.zeros(len(logits)), torch.zeros(len(logits), dtype=torch.int64)
