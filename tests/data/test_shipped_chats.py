@@ -40,17 +40,17 @@ def test_every_conversation_ends_with_an_answer_and_no_prompt_is_in_both_splits(
     assert not {user_turns(record)[0] for record in train} & {user_turns(record)[0] for record in held_out}
 
 
-@pytest.mark.parametrize("maker", ["make_prompts.py", "make_talks.py"])
-def test_prompts_are_composed_alike_every_time(tmp_path, maker):
+@pytest.mark.parametrize(("maker", "made"), [("make_prompts.py", ["eval", "train"]), ("make_more.py", ["rest"])])
+def test_prompts_are_composed_alike_every_time(tmp_path, maker, made):
     for run in ("a", "b"):
         subprocess.run([sys.executable, str(FOLDER / maker), "compose", str(tmp_path / run)], check=True, capture_output=True)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 2
+    assert files == [f"{name}.prompts.jsonl" for name in made]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
 
 
 def test_the_shipped_prompts_are_those_that_are_composed(tmp_path):
-    for maker in ("make_prompts.py", "make_talks.py"):
+    for maker in ("make_prompts.py", "make_more.py"):
         subprocess.run([sys.executable, str(FOLDER / maker), "compose", str(tmp_path)], check=True, capture_output=True)
     composed = {}
     for path in tmp_path.iterdir():
