@@ -30,7 +30,7 @@ class KeyBounds:
     hi: np.ndarray
     lo_device: Tensor
     hi_device: Tensor
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what a backend worked out for these rows
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what a backend worked out for these rows
 
     @cached_property
     def runs(self) -> list[tuple[int, int, bool]]:
@@ -41,13 +41,14 @@ class KeyBounds:
         grows = np.diff(self.hi)
         sees = self.hi > self.lo
         regular = (np.diff(self.lo) == 0) & ((grows == 1) | (grows == 0)) & (sees[1:] == sees[:-1])
+        kind = np.where(regular, grows, -1)  # of the step from each row to the next
+        ends = np.append(np.flatnonzero(np.diff(kind)) + 1, len(kind))  # of stretches of one kind
+        stops = np.where(regular, np.repeat(ends, np.diff(ends, prepend=0)), np.arange(len(kind))) + 1
+        stops, causal = np.append(stops, len(self.lo)).tolist(), np.append(grows == 1, True).tolist()
         runs, start = [], 0
-        while start < len(self.lo):
-            causal = start + 1 == len(self.lo) or bool(grows[start] == 1)
-            broken = np.flatnonzero(~regular[start:] | (grows[start:] != int(causal)))
-            stop = start + 1 + int(broken[0]) if len(broken) else len(self.lo)
-            runs.append((start, stop, causal))
-            start = stop
+        while start < len(stops):
+            runs.append((start, stops[start], causal[start]))
+            start = stops[start]
         return runs
 
     def rows(self, start: int, stop: int) -> KeyBounds:

@@ -55,8 +55,9 @@ def cut(bounds: KeyBounds, min_run: int, step: tuple[int, int]) -> Iterator[Part
 
 def _cut_irregular(bounds: KeyBounds, start: int, stop: int, group: int, keys: int) -> Iterator[Part]:
     """Stairs of each document with rows enough, and the rows between them, joined."""
-    edges = [start, *(start + 1 + np.flatnonzero(np.diff(bounds.lo[start:stop]))).tolist(), stop]
-    for a, b in zip(edges, edges[1:], strict=False):
+    edges = np.concatenate([[start], start + 1 + np.flatnonzero(np.diff(bounds.lo[start:stop])), [stop]])
+    for i in np.flatnonzero(np.diff(edges) >= group).tolist():  # a window has as many edges as rows
+        a, b = int(edges[i]), int(edges[i + 1])
         first_rows = np.arange(a, b - group + 1, group)
         shared = (bounds.hi[first_rows] - bounds.lo[first_rows]) // keys * keys
         first_rows, shared = first_rows[shared > 0], shared[shared > 0]
@@ -124,9 +125,10 @@ class CudnnBackend(TritonBackend):
 
     def parts(self, bounds: KeyBounds) -> list[Part]:
         """How the rows are cut, worked out once for each bounds."""
-        if "parts" not in bounds.memo:
-            bounds.memo["parts"] = list(cut(bounds, self.min_run, self.step)) or [Part(0, 0, "rows")]
-        return bounds.memo["parts"]
+        key = (self.min_run, self.step)
+        if key not in bounds.memo:
+            bounds.memo[key] = list(cut(bounds, *key)) or [Part(0, 0, "rows")]
+        return bounds.memo[key]
 
     def _run_forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         done = None
@@ -152,14 +154,13 @@ class CudnnBackend(TritonBackend):
 
 def _rows_of(bounds: KeyBounds, part: Part) -> KeyBounds:
     """Bounds of the part's rows; for stairs, of the keys behind the full blocks."""
-    key = f"rows {part.start}:{part.stop}"
-    if key not in bounds.memo:
+    if part not in bounds.memo:
         own = bounds.rows(part.start, part.stop)
         if part.kind == "stairs":
             behind = own.lo + np.repeat(part.shared, part.size // len(part.shared))
             own = KeyBounds.make(behind, own.hi, own.lo_device.device)
-        bounds.memo[key] = own
-    return bounds.memo[key]
+        bounds.memo[part] = own
+    return bounds.memo[part]
 
 
 def _stairs(bounds: KeyBounds, part: Part) -> Iterator[tuple[slice, slice]]:

@@ -95,14 +95,14 @@ def _forward_kernel(Q, K, V, Out, Lse, Done, DoneLse, Lo, Hi, N, scale_log2, q_h
 def _row_facts_kernel(DOut, Out, Lse, Delta, Lse2, N, padded, dout_row, dout_head, out_row, out_head, lse_row, lse_head,
                       D: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     """delta = rowsum(dout * out) and the base-2 lse, each [heads, padded]; rows past N get an lse of inf, so p = 0."""
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # heads may stand first in memory, N * D numbers each
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     real = rows < N
     width, at = tl.arange(0, D), rows.to(tl.int64)
     dout = tl.load(DOut + at[:, None] * dout_row + head * dout_head + width[None, :], mask=real[:, None], other=0.0).to(tl.float32)
     out = tl.load(Out + at[:, None] * out_row + head * out_head + width[None, :], mask=real[:, None], other=0.0).to(tl.float32)
     lse = tl.load(Lse + at * lse_row + head * lse_head, mask=real, other=float("inf"))
-    to = head.to(tl.int64) * padded + rows
+    to = head * padded + rows
     tl.store(Delta + to, tl.sum(dout * out, 1), mask=rows < padded)
     tl.store(Lse2 + to, lse * 1.4426950408889634, mask=rows < padded)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,6 +99,51 @@ def test_runs_cover_the_rows_once_and_hold_what_they_promise() -> None:
     assert [r[:2] for r in runs] == list(zip([0, *[r[1] for r in runs][:-1]], [r[1] for r in runs], strict=True)) and runs[-1][1] == 10
     for start, stop, grows in runs:
         assert (np.diff(lo[start:stop]) == 0).all() and (np.diff(hi[start:stop]) == int(grows)).all()
+
+
+def runs_row_by_row(lo: list[int], hi: list[int]) -> list[tuple[int, int]]:
+    """Each run taken as far as its first two rows promise."""
+    runs, start = [], 0
+    while start < len(lo):
+        stop, promise = start + 1, None
+        while stop < len(lo):
+            grows = hi[stop] - hi[stop - 1]
+            like = lo[stop] == lo[start] and grows in (0, 1) and (hi[stop] > lo[stop]) == (hi[start] > lo[start])
+            if not like or grows != (grows if promise is None else promise):
+                break
+            stop, promise = stop + 1, grows
+        runs.append((start, stop))
+        start = stop
+    return runs
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(monotone_bounds())
+def test_runs_are_as_long_as_they_can_be(problem: tuple[np.ndarray, np.ndarray, int]) -> None:
+    lo, hi, _ = problem
+    found = [run[:2] for run in KeyBounds.make(lo, hi, torch.device("cpu")).runs]
+    assert found == runs_row_by_row(lo.tolist(), hi.tolist())
+
+
+def test_a_long_window_is_cut_at_once() -> None:
+    from eagle_ds.model.attention_cuda import Part, cut
+
+    rows = np.arange(1 << 18)
+    bounds = KeyBounds.make(np.maximum(rows - 99, 0), rows + 1, torch.device("cpu"))
+    started = time.process_time()
+    assert list(cut(bounds, 4096, (2048, 4096))) == [Part(0, len(rows), "rows")]
+    assert time.process_time() - started < 5  # row by row against all rows behind it would take minutes
+
+
+def test_backends_of_other_sizes_may_share_bounds() -> None:
+    from eagle_ds.model.attention_cuda import CudnnBackend, Part, _rows_of
+
+    lo, hi, _ = causal(40)
+    bounds = KeyBounds.make(lo, hi + 60, torch.device("cpu"))
+    coarse, fine = (CudnnBackend.parts(SimpleNamespace(min_run=run, step=(20, 10)), bounds) for run in (100, 8))
+    assert [part.kind for part in coarse] == ["stairs"] and [part.kind for part in fine] == ["causal run"]
+    assert _rows_of(bounds, coarse[0]).lo.tolist() == [60] * 20 + [80] * 20
+    assert _rows_of(bounds, Part(0, 40, "rows")).lo.tolist() == [0] * 40
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
