@@ -1,0 +1,151 @@
+"""The Triton kernels on CPU under Triton's interpreter, held to the plain ones: JSON of relative errors. For ``test_interpreted``.
+
+A process of its own, because TRITON_INTERPRET must be set before a kernel is defined. float16, because NumPy, which the
+interpreter computes with, has no bfloat16. Blocks are as small as kernels take them: many blocks, and rims everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+from eagle_ds import loss_triton
+from eagle_ds.loss import LossKernels, PlainKernels
+from eagle_ds.model import diagonal_triton
+from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention
+from eagle_ds.model.attention_cuda import TritonBackend
+from eagle_ds.model.attention_triton import TritonAttention
+from tests.steps import relative_error
+
+CPU, HEADS, KV_HEADS, WIDTH = torch.device("cpu"), 4, 2, 16
+SCALE = WIDTH**-0.5
+Errors = dict[str, float]
+
+
+def row_sets() -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+    """(lo, hi, keys): the row sets that training makes, of no whole number of blocks."""
+    rows = np.sort(np.random.default_rng(0).choice(90, 37, replace=False))
+    documents = np.array([0, 37, 41])
+    block = np.clip(np.arange(37) - 9, 0, 20)
+    return {
+        "causal": (np.zeros(41, dtype=np.int64), np.arange(1, 42), 41),
+        "scattered": (np.zeros(37, dtype=np.int64), rows + 1, 90),
+        "packed": (documents[np.searchsorted(documents, rows, side="right") - 1], rows + 1, 90),
+        "window": (np.maximum(rows - 20, 0), rows + 1, 90),
+        "ring block": (np.zeros(37, dtype=np.int64), block, 20),
+        "keys that no row sees": (np.full(3, 40), np.full(3, 60), 90),
+        "one row": (np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64), 1),
+    }
+
+
+def attention(lo: np.ndarray, hi: np.ndarray, keys: int, heads_first: bool = False) -> Errors:
+    """out, lse and every gradient, diagonals merged in."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).half()
+
+    q, kv, dout = random(len(lo), HEADS, WIDTH), random(keys, KV_HEADS, 2 * WIDTH), random(len(lo), HEADS, WIDTH)
+    diagonals, bounds = [random(len(lo), KV_HEADS, WIDTH) for _ in range(4)], KeyBounds.make(lo, hi, CPU)
+
+    def run(kernel: BlockAttention, dtype: torch.dtype) -> list[torch.Tensor]:
+        q_, kv_, dout_, *diagonals_ = (x.to(dtype) for x in (q, kv, dout, *diagonals))
+        prefix, prefix_lse = kernel.forward(q_, *kv_.chunk(2, -1), bounds, SCALE)
+        out, lse = kernel.diagonal_forward(q_, prefix, prefix_lse, diagonals_, SCALE)
+        if heads_first:  # as cuDNN leaves them
+            out = out.transpose(0, 1).contiguous().transpose(0, 1)
+        dkv = torch.zeros_like(kv_, dtype=lse.dtype)
+        dq = kernel.backward(dout_, q_, *kv_.chunk(2, -1), out, lse, bounds, SCALE, *dkv.chunk(2, -1))
+        dq, gradients = kernel.diagonal_backward(dout_, q_, out, lse, diagonals_, SCALE, dq)
+        return [prefix, prefix_lse.exp(), out, lse, dq, dkv, *gradients]
+
+    names = ("prefix", "prefix lse", "out", "lse", "dq", "dkv", "dk1", "dv1", "dk2", "dv2")
+    found, expected = run(backend(), torch.float16), run(ReferenceAttention(), torch.float64)
+    return {name: relative_error(f, e) for name, f, e in zip(names, found, expected, strict=True)}
+
+
+def resumed(lo: np.ndarray, hi: np.ndarray, keys: int, at: int = 33) -> Errors:
+    """Keys below ``at`` by the reference, the others by the kernels that go on from there, as in a staircase."""
+    generator = torch.Generator().manual_seed(0)
+    q, dout = (torch.randn(len(lo), HEADS, WIDTH, generator=generator).half() for _ in range(2))
+    kv = torch.randn(keys, KV_HEADS, 2 * WIDTH, generator=generator).half()
+    middle, kernel, plain = np.clip(at, lo, hi), TritonAttention(WIDTH), ReferenceAttention()
+    set_blocks(kernel)
+    before, behind, whole = (KeyBounds.make(*b, CPU) for b in ((lo, middle), (middle, hi), (lo, hi)))
+    q64, dout64, kv64 = q.double(), dout.double(), kv.double()
+    expected, expected_lse = plain.forward(q64, *kv64.chunk(2, -1), whole, SCALE)
+    dkv64, dkv = torch.zeros_like(kv64), torch.zeros_like(kv, dtype=torch.float32)
+    expected_dq = plain.backward(dout64, q64, *kv64.chunk(2, -1), expected, expected_lse, whole, SCALE, *dkv64.chunk(2, -1))
+    out, lse = kernel.forward(q, *kv.chunk(2, -1), behind, SCALE, plain.forward(q, *kv.chunk(2, -1), before, SCALE))
+    final = (expected.half(), expected_lse.float())
+    other = plain.backward(dout, q, *kv.chunk(2, -1), *final, before, SCALE, *dkv.chunk(2, -1))
+    dq = kernel.backward(dout, q, *kv.chunk(2, -1), *final, behind, SCALE, *dkv.chunk(2, -1), other)
+    pairs = {"out": (out, expected), "lse": (lse, expected_lse), "dq": (dq, expected_dq), "dkv": (dkv, dkv64)}
+    return {name: relative_error(*pair) for name, pair in pairs.items()}
+
+
+def losses(kind: str) -> Errors:
+    """Label sums, row losses and the gradient of the logits, over several blocks of columns and a short last one."""
+    generator = torch.Generator().manual_seed(0)
+    logits, target = (3 * torch.randn(n, 200, generator=generator) for n in (5, 3))
+    row, weight, mix = torch.tensor([0, 0, 1, 2, 2]), torch.rand(5, generator=generator), torch.rand(5, generator=generator)
+
+    def run(kernels: type[LossKernels], dtype: torch.dtype) -> list[torch.Tensor]:
+        t, gradient = target.to(dtype), torch.empty(5, 200, dtype=dtype)
+        lse, entropy = kernels.label_sums(t)
+        mixed = mix.to(dtype) if kind == "lambda" else None
+        arguments = (logits.to(dtype), t, row, lse, lse + 0.1, kind, mixed)
+        silent = kernels.row_losses(*arguments, weight.to(dtype), None)
+        return [lse, entropy, *silent, *kernels.row_losses(*arguments, weight.to(dtype), gradient), gradient]
+
+    row_names = ("cross-entropy", "alpha", "best")
+    names = ("lse", "entropy", *(f"{name}, no gradient" for name in row_names), *row_names, "gradient")
+    found, expected = run(loss_triton.TritonKernels, torch.float32), run(PlainKernels, torch.float64)
+    return {name: relative_error(f, e.to(torch.float64)) for name, f, e in zip(names, found, expected, strict=True)}
+
+
+def allow_new_numpy() -> None:
+    """Bounds of loops are arrays of one number, which Triton 3.6 makes integers of in a way that NumPy 2.4 closed (its issue 9171)."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: type, *rest: object) -> None:
+        patch(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+def backend() -> TritonBackend:
+    """With small blocks."""
+    made = TritonBackend(WIDTH)
+    set_blocks(made.forward.__self__)
+    assert made.diagonal_forward is diagonal_triton.diagonal_forward
+    return made
+
+
+def set_blocks(kernel: TritonAttention) -> None:
+    kernel.forward_blocks = kernel.dq_blocks = kernel.dkv_blocks = (16, 32, 4, 1)
+
+
+def cases() -> Iterator[tuple[str, Errors]]:
+    sets = row_sets()
+    for name, (lo, hi, keys) in sets.items():
+        yield f"attention, {name}", attention(lo, hi, keys)
+    yield "attention, heads first in memory", attention(*sets["causal"], heads_first=True)
+    for name in ("scattered", "packed"):
+        yield f"resumed, {name}", resumed(*sets[name])
+    loss_triton.BLOCK = 64
+    for kind in ("kl", "alpha", "lambda"):
+        yield f"loss, {kind}", losses(kind)
+
+
+if __name__ == "__main__":
+    allow_new_numpy()
+    print(json.dumps(dict(cases())))
