@@ -209,12 +209,15 @@ class Eagle3Draft(nn.Module):
             state = self.hand_on(raw)
         return states
 
-    def _run(self, recompute: Recompute, function: Callable[..., Any], *inputs: Any) -> Any:
-        """Call ``function``, keeping for the backward all that autograd wants, its matmuls' results, or its inputs alone."""
+    def _run(self, recompute: Recompute, function: Callable[..., Any], *inputs: Any, unread: int | None = None) -> Any:
+        """Call ``function``, keeping for the backward all that autograd wants, its matmuls' results, or its inputs alone.
+
+        ``unread``: the matmul that sums over so many numbers has a result that no backward reads.
+        """
         if recompute == "none":
             return function(*inputs)
-        policy = _all_matmuls_but(self.arch.intermediate_size)
-        context = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if recompute == "selective" else {}
+        contexts = partial(create_selective_checkpoint_contexts, _all_matmuls_but(unread))
+        context = {"context_fn": contexts} if recompute == "selective" else {}
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **context)
 
     def _finish(self, state: Tensor, attended: Tensor, recompute: Recompute) -> Tensor:
@@ -223,7 +226,7 @@ class Eagle3Draft(nn.Module):
             return self.midlayer.finish(state, attended)
         again: Recompute = "selective" if recompute == "selective" else "full"
         tiles = zip(state.split(TILE_ROWS), attended.split(TILE_ROWS), strict=True)
-        done = [self._run(again, self.midlayer.finish, *tile) for tile in tiles]
+        done = [self._run(again, self.midlayer.finish, *tile, unread=self.arch.intermediate_size) for tile in tiles]
         return done[0] if len(done) == 1 else torch.cat(done)
 
     def context_kv(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,9 +245,8 @@ def _pick(rows: Tensor, index: Tensor | None) -> Tensor:
     return rows if index is None else rows[index]
 
 
-def _all_matmuls_but(inner: int) -> Callable[..., CheckpointPolicy]:
-    """Policy of selective recomputation: keep matmuls' results, but those of the MLP's last one, which sums over ``inner``:
-    no backward reads them."""
+def _all_matmuls_but(inner: int | None) -> Callable[..., CheckpointPolicy]:
+    """Policy of selective recomputation: keep matmuls' results, but those of one that sums over ``inner``."""
 
     def policy(_context: Any, op: Any, *inputs: Any, **_options: Any) -> CheckpointPolicy:
         matmul = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
