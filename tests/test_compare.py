@@ -99,3 +99,5 @@ def test_the_tools_exit_code_says_whether_runs_track_each_other(tmp_path: Path, 
     assert strict.returncode == 1 and "b differs by 1.00e-03" in strict.stderr
     refused = tool(paths[0], short)
     assert refused.returncode == 2 and refused.stderr.startswith("error: short has 5 logged steps")
+    alone = tool(paths[0], "--max-relative", "0.002")
+    assert alone.returncode == 2 and "only one is given" in alone.stderr

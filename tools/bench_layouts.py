@@ -25,6 +25,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ CPU_PROCESSES = 4
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for data, runs and the comparison")
-    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, help=f"default: {' '.join(LAYOUTS)}, those that fit the GPUs")
+    parser.add_argument("--layouts", nargs="+", help=f"default: those of {' '.join(LAYOUTS)} that fit the GPUs")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each run")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of layouts that say none; default: float32 on CPU only")
@@ -86,7 +87,7 @@ def compare_layouts(options: argparse.Namespace) -> int:
         processes, dtype, sizes = CPU_PROCESSES, "float32", Sizes(hidden=64, vocab=211, tokens=128, ttt_steps=3)
     given = {name: value for name in ("tokens", "hidden") if (value := getattr(options, name))}
     place = Playground(options.out.resolve(), replace(sizes, **given))
-    layouts = [layout for layout in map(read_layout, options.layouts) if layout.processes <= processes]
+    layouts = choose_layouts(options.layouts, processes)
     place.root.mkdir(parents=True, exist_ok=True)
     place.make_data()
     for layout in layouts:
@@ -117,6 +118,18 @@ def read_layout(text: str) -> Layout:
         raise ValueError(f"{text} is no layout; write 1, U4, R2:p2p, U2R2:gather or 1/float32")
     parallel = {"ulysses": int(found[1] or 1), "ring": int(found[2] or 1), "ring_mode": found[3] or "auto"}
     return Layout(text.replace(":", "_").replace("/", "_"), parallel, found[4])
+
+
+def choose_layouts(texts: Sequence[str] | None, processes: int) -> list[Layout]:
+    """Those named, or all that so many processes can carry. Raises ValueError for one that they cannot, or nothing to compare."""
+    layouts = [read_layout(text) for text in texts or LAYOUTS]
+    if texts is None:
+        layouts = [layout for layout in layouts if layout.processes <= processes]
+    if large := [layout for layout in layouts if layout.processes > processes]:
+        raise ValueError(f"layout {large[0].name} takes {large[0].processes} processes and {processes} fit here; leave it out")
+    if len(layouts) < 2:
+        raise ValueError(f"layout {layouts[0].name} alone leaves nothing to compare; name two that run here, such as 1/float32 1/bfloat16")
+    return layouts
 
 
 def train(recipe: Path, processes: int, accelerator: str) -> None:

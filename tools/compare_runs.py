@@ -39,6 +39,8 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     try:
+        if options.max_relative is not None and len(options.runs) < 2:
+            raise ValueError("--max-relative holds runs to the first one, and only one is given; give two or more")
         compared = compare(read_all(options.runs, options.labels))
         written = write(compared, options.out) if options.out else []
     except (ValueError, OSError) as error:
