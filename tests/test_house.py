@@ -21,7 +21,7 @@ LAYERS = (
     {"data", "target"},
     {"parallel"},
     {"model"},
-    {"loss", "loss_triton"},
+    {"loss", "loss_kernels", "loss_triton"},
     {"capture", "decoding", "drafts", "served", "served_check", "export", "acceptance", "figures", "report", "decoding_pool", "compare"},
     {"engine"},
     {"preflight", "plan", "launch", "bench"},

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eagle_ds.loss import LossSettings, PlainKernels, head_loss, label_facts
+from eagle_ds.loss import LossSettings, head_loss, label_facts
+from eagle_ds.loss_kernels import PlainKernels
 from tests.cases import TINY, Case
 from tests.steps import make_targets, rank_batch, relative_error
 

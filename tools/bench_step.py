@@ -54,6 +54,15 @@ MODELS = {"llama3_8b": "recipes/llama3_128k.json", "smollm2": "recipes/smollm2_c
 STEPS, STEPS_FROM_STORE = 3, 8  # from a store more, because the first ones find their data read ahead while the engine warmed up
 
 
+def sweep_shape(text: str) -> tuple[int, float]:
+    """131072:0.1 -> (131072, 0.1); every row is trained where no fraction is given."""
+    tokens, _, fraction = text.partition(":")
+    try:
+        return int(tokens), float(fraction or 1)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no SEQ:FRACTION; write 131072:0.1, or 131072 for all rows") from error
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = parser.add_argument_group("shape")
@@ -63,7 +72,7 @@ def parse() -> argparse.Namespace:
     shape.add_argument("--documents", type=int, default=1, help="documents packed into the sequence")
     shape.add_argument("--trained-fraction", type=float, default=1.0, help="fraction of tokens trained, in turns")
     shape.add_argument("--turn", type=int, default=512, help="trained tokens in a row")
-    shape.add_argument("--sweep", nargs="+", metavar="SEQ:FRACTION", help="several shapes in one start")
+    shape.add_argument("--sweep", nargs="+", type=sweep_shape, metavar="SEQ:FRACTION", help="several shapes in one start")
     shape.add_argument("--ttt-steps", type=int, help="T; default: the recipe's, 7")
     layout = parser.add_argument_group("layout and settings")
     layout.add_argument("--ulysses", type=int, default=1)
@@ -118,7 +127,7 @@ def measure(options: argparse.Namespace) -> None:
     is_first = os.environ["RANK"] == "0"
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("eagle_ds.bench").setLevel(logging.INFO if is_first else logging.WARNING)
-    shapes = [(int(s), float(f)) for s, f in (x.split(":") for x in options.sweep or [])] or [(options.seq, options.trained_fraction)]
+    shapes = options.sweep or [(options.seq, options.trained_fraction)]
     file = options.json or (options.out / "steps.jsonl" if options.out else None)
     for tokens, fraction in shapes:
         lines = run(options, tokens, fraction)

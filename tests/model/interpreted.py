@@ -17,7 +17,7 @@ import torch
 from triton.runtime import interpreter
 
 from eagle_ds import loss_triton
-from eagle_ds.loss import LossKernels, PlainKernels
+from eagle_ds.loss_kernels import LossKernels, PlainKernels
 from eagle_ds.model import diagonal_triton
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention
 from eagle_ds.model.attention_cuda import TritonBackend
