@@ -12,4 +12,26 @@ Shape legend, used in names and docstrings everywhere:
 A name ending in ``_local`` holds this rank's share only.
 """
 
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 __version__ = "0.1.0"
+
+NEEDED = ("h5py", "numpy", "pydantic", "safetensors", "torch")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _require_packages() -> None:
+    """One sentence where this Python has not the packages: a tool ends with it, an importing program gets it as ImportError."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if not missing:
+        return
+    sentence = f"{sys.executable} has no {', '.join(missing)}; run `make venv`, then `source .venv/bin/activate`, in {ROOT}"
+    started = getattr(sys.modules.get("__main__"), "__file__", None)
+    if started and Path(started).resolve().parent == ROOT / "tools":
+        sys.exit(f"error: {sentence}")
+    raise ImportError(sentence)
+
+
+_require_packages()

@@ -32,7 +32,7 @@ USAGE = """\
 Train:       deepspeed --num_gpus {world} {script}
              bash {script}                      (starts the launcher with as many processes as fit)
 Look first:  {script} --plan                    (resolved recipe, sharding, memory, time, files; starts nothing)
-Change:      {script} --training.max_steps 10 --parallel.ring 2
+Change:      {script} --training.max_steps 10 --training.learning_rate 5e-5
 
 options:
   --help            this text

@@ -6,6 +6,7 @@ Knows nothing of recipes: every function is given the tree's class.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import types
 import typing
@@ -22,7 +23,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        beside = ", ".join(sorted(other.name for other in Path(path).parent.glob("*.json"))) if error.errno == errno.ENOENT else ""
+        raise ValueError(f"cannot read {path}: {error.strerror}{f'; in that folder are {beside}' if beside else ''}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(tree, dict):

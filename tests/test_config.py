@@ -120,7 +120,8 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot read .*absent\.json"):
+    (tmp_path / "there.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cannot read .*absent\.json: No such file.* in that folder are there\.json"):
         load_recipe(tmp_path / "absent.json")
 
 

@@ -32,6 +32,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import eagle_ds  # noqa: F401  before any package: says so where they are missing
+
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = ("1", "U2", "R2:gather", "R2:p2p", "U2R2:gather", "U2R2:p2p", "U4", "R4:gather", "R4:p2p")
 CPU_PROCESSES = 4

@@ -50,6 +50,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import eagle_ds  # noqa: F401  before any package: says so where they are missing
+
+# isort: split
+
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table

@@ -21,6 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import eagle_ds  # noqa: F401  before any package: says so where they are missing
+
+# isort: split
+
 import numpy as np
 from rich.console import Console
 from rich.table import Table
