@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import h5py
 import numpy as np
 
-from eagle_ds.data.format import CHUNK_ROWS, Header, crc32_name, filters, read_small
+from eagle_ds.data.format import CHUNK_ROWS, Datasets, Header, crc32_name, filters, read_small
 from eagle_ds.data.manifest import StoreError
 
 logger = logging.getLogger(__name__)
@@ -55,9 +55,11 @@ class ChunkJob:
         return self.offset + self.size
 
 
-def chunk_index(dataset: h5py.Dataset, header: Header) -> ChunkIndex | None:
-    """Chunk addresses, each checked to be there and compressed; None for a gzip pipeline other than ours (h5py reads that)."""
-    name, pipeline = dataset.name[1:], filters(dataset)
+def chunk_index(datasets: Datasets, name: str, header: Header) -> ChunkIndex | None:
+    """Chunk addresses of the wide dataset ``name``, each checked to be there and compressed; None for a gzip pipeline other
+    than ours (h5py reads that)."""
+    dataset = datasets[name]
+    pipeline = filters(dataset)
     chunk_rows = min(CHUNK_ROWS, header.num_tokens)
     if h5py.h5z.FILTER_DEFLATE not in pipeline:
         raise StoreError(f"{name} is not gzip-filtered, so nothing guards its bytes; write this sample again")
@@ -78,7 +80,7 @@ def chunk_index(dataset: h5py.Dataset, header: Header) -> ChunkIndex | None:
     if not sizes.all():
         row, layer = np.argwhere(sizes == 0)[0].tolist()
         raise StoreError(f"{name} rows from {row * chunk_rows}, layer {layer}: never written; write this sample again")
-    return ChunkIndex(offsets, sizes, _crc32s(dataset, grid), chunk_rows)
+    return ChunkIndex(offsets, sizes, _crc32s(datasets.get(crc32_name(name)), grid), chunk_rows)
 
 
 def plan_reads(index: ChunkIndex, ranges: Sequence[RowRange]) -> list[list[ChunkJob]]:
@@ -91,13 +93,12 @@ def plan_reads(index: ChunkIndex, ranges: Sequence[RowRange]) -> list[list[Chunk
     return list(_batches(sorted(jobs, key=lambda job: job.offset)))
 
 
-def _crc32s(dataset: h5py.Dataset, grid: tuple[int, int]) -> np.ndarray | None:
-    name = crc32_name(dataset.name[1:])
-    if name not in dataset.file:
+def _crc32s(dataset: h5py.Dataset | None, grid: tuple[int, int]) -> np.ndarray | None:
+    if dataset is None:
         return None
-    crc32s = read_small(dataset.file[name])
+    crc32s = read_small(dataset)
     if crc32s.shape != grid:
-        raise StoreError(f"{name} has shape {list(crc32s.shape)}, expected {list(grid)}; write this sample again")
+        raise StoreError(f"{dataset.name[1:]} has shape {list(crc32s.shape)}, expected {list(grid)}; write this sample again")
     return crc32s
 
 

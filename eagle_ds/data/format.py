@@ -10,6 +10,7 @@ dataset of their own, uint32 [chunks of rows, layers]. A file without them (made
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -26,6 +27,7 @@ SMALL_CHUNK = 65_536
 CRC32 = "crc32"
 WIDE_NAMES = ("aux_hidden_state", "hidden_state")
 SMALL_DTYPES = {"input_ids": np.int32, "loss_mask": np.uint8, "target_token_id": np.int32, "target_logsumexp": np.float32}
+Datasets = Mapping[str, h5py.Dataset]
 OPTIONAL_NAMES = ("target_token_id", "target_logsumexp")
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
@@ -179,18 +181,23 @@ def read_header(file: h5py.File) -> Header:
     )
 
 
-def check_datasets(file: h5py.File, header: Header) -> None:
+def open_datasets(file: h5py.File) -> Datasets:
+    """Every dataset by name, looked up once: to h5py that is most of the work of opening a short sample."""
+    return {name: file[name] for name in file}  # not items(): it keeps quiet about a damaged one
+
+
+def check_datasets(datasets: Datasets, header: Header) -> None:
     """Raise StoreError unless each dataset has the shape and type that the header implies."""
     width = {"aux_hidden_state": len(header.aux_layer_ids) * header.hidden_size, "hidden_state": header.hidden_size}
     if header.dtype not in TORCH_DTYPES:
         raise StoreError(f"dtype is {header.dtype!r}, expected one of {', '.join(TORCH_DTYPES)}")
     for name in (*WIDE_NAMES, *SMALL_DTYPES):
-        if name not in file:
+        if name not in datasets:
             if name in OPTIONAL_NAMES:
                 continue
             raise StoreError(f"dataset {name} is missing")
         shape = (header.num_tokens, width[name]) if name in width else (header.num_tokens,)
-        dataset = file[name]
+        dataset = datasets[name]
         if dataset.shape != shape:
             raise StoreError(f"{name} has shape {list(dataset.shape)}, expected {list(shape)}")
         kind = storage_type(header.dtype) if name in width else h5py.h5t.py_create(np.dtype(SMALL_DTYPES[name]))

@@ -27,6 +27,7 @@ from eagle_ds.data.format import (
     WIDE_NAMES,
     Header,
     check_datasets,
+    open_datasets,
     raw_view,
     read_header,
     read_small,
@@ -142,7 +143,7 @@ class SampleReader:
             return action()
         except StoreError as error:
             raise StoreError(f"{self.path}: {error}") from error
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise StoreError(f"{self.path}: it cannot be read ({error}); write this sample again") from error
 
     def _open_checked(self) -> Opened:
@@ -152,10 +153,11 @@ class SampleReader:
             raise StoreError(f"{size} bytes long, the manifest says {self.entry.bytes}; the file was cut or replaced")
         with h5py.File(self.path, "r", locking=False) as file:
             header = read_header(file)
-            check_datasets(file, header)
-            wide = {name: chunk_index(file[name], header) for name in WIDE_NAMES}
-            small = {name: torch.from_numpy(read_small(file[name])) for name in SMALL_DTYPES if name in file}
-            stored_bytes = sum(file[name].id.get_storage_size() for name in small)
+            datasets = open_datasets(file)
+            check_datasets(datasets, header)
+            wide = {name: chunk_index(datasets, name, header) for name in WIDE_NAMES}
+            small = {name: torch.from_numpy(read_small(datasets[name])) for name in SMALL_DTYPES if name in datasets}
+            stored_bytes = sum(datasets[name].id.get_storage_size() for name in small)
         self._check_identity(header, small["loss_mask"])
         used = sum(tensor.nbytes for tensor in small.values())
         self.stats += ReadStats(stored_bytes, used, used)
