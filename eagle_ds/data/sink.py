@@ -22,7 +22,7 @@ class DiskSink(io.RawIOBase):
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._position = 0
-        self._flushed = 0  # the disk was told to write up to here
+        self._dropped = self._flushed = 0  # written and forgotten up to the first, told to be written up to the second
         self._error: OSError | None = None
 
     def check(self) -> None:
@@ -50,11 +50,11 @@ class DiskSink(io.RawIOBase):
         return len(view)
 
     def _flush_behind(self) -> None:
-        """Let the disk write while the encoders go on, so that the final fsync has little to wait for. DONTNEED starts the
-        writing of dirty pages and waits for none."""
+        """Let the disk write while the encoders go on, so that the final fsync has little to wait for, and terabytes pass through
+        a few megabytes of page cache. DONTNEED starts the writing of dirty pages, waits for none, and drops those already written."""
         with suppress(OSError):  # advice only
-            os.posix_fadvise(self._descriptor, self._flushed, self._position - self._flushed, os.POSIX_FADV_DONTNEED)
-        self._flushed = self._position
+            os.posix_fadvise(self._descriptor, self._dropped, self._position - self._dropped, os.POSIX_FADV_DONTNEED)
+        self._dropped, self._flushed = self._flushed, self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:
         size = os.preadv(self._descriptor, [buffer], self._position)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from eagle_ds.data import sink
 from eagle_ds.data.manifest import FACTS_NAME, MANIFEST_NAME, sample_path
 from eagle_ds.data.store import Sample, SampleReader, Store, StoreError, StoreFacts, StoreWriter, verify_file
 from tests.store_cases import assert_stored, make_facts, make_sample, same_bits, write_store
@@ -118,6 +120,18 @@ def test_tensors_of_any_strides_are_stored(tmp_path: Path, dtype: str) -> None:
     assert not odd.aux_hidden_state.is_contiguous() and not odd.hidden_state.is_contiguous() and not odd.input_ids.is_contiguous()
     store = write_store(tmp_path, facts, odd)
     assert_stored(store.reader(store.entries[0]), sample)
+
+
+def test_flushing_behind_the_writer_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sink, "FLUSH_BYTES", 5000)
+    advised: list[tuple[int, int]] = []
+    real = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: advised.append((start, size)) or real(fd, start, size, advice))
+    sample = make_sample("s", 1000, FACTS)
+    store = write_store(tmp_path, FACTS, sample)
+    assert_stored(store.reader(store.entries[0]), sample)
+    assert len(advised) > 5 and all(start >= 0 and size >= 5000 for start, size in advised)
+    assert advised[2][0] <= advised[1][0] + advised[1][1]  # each goes over what the one before began to write
 
 
 def test_threads_may_add_at_once(tmp_path: Path) -> None:

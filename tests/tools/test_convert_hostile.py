@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import h5py
 import pytest
@@ -78,6 +79,30 @@ def test_a_worker_that_dies_between_two_files_is_replaced(tmp_path: Path) -> Non
         pool._processes[connection].join()
         rest = list(outcomes)
     assert [outcome.entry is not None for outcome in rest] == [True] * 3
+
+
+# -- what is said while it works and before ---------------------------------------------------------------------------
+
+
+def test_progress_tells_speed_and_what_is_left(tool: ModuleType) -> None:
+    half = conversion.Progress(done_bytes=500_000_000, total_bytes=2_000_000_000, done_files=3, total_files=12, rejected=1)
+    assert tool.progress_line(half, 10.0) == "3/12 files, 0.50 GB of 2.00 GB, 50 MB/s, ETA 0:00:30, 1 rejected"
+
+
+def test_help_is_there_before_torch_is(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported to show the help')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    shown = subprocess.run([sys.executable, str(TOOL), "--help"], capture_output=True, text=True, env=environment, check=True)
+    assert "exit codes" in shown.stdout
+
+
+def test_workers_start_wherever_the_tool_is_called_from(tmp_path: Path) -> None:
+    """The fork server knows nothing of this project's folder; what it preloads must be found all the same."""
+    source = tree(tmp_path / "src")
+    command = [sys.executable, str(TOOL), str(source), "dst", *FLAGS, "--workers", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(Store(tmp_path / "dst")) == 4
 
 
 # -- what a refused run leaves alone ---------------------------------------------------------------------------------

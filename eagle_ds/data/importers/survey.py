@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 PROBES = 9
 GZIP_PROBES = 3  # each has to be inflated whole
+WORK_PER_ENCODING = 1.4  # checksums, checks and writing come on top of encoding (docs/benchmarks/convert.md)
+START_S = 3.0  # importing torch
 ENCODED_CHUNKS = 16  # a probe, when size and time are predicted
 
 
@@ -90,7 +92,8 @@ def predict(items: Sequence[SourceItem], survey: Survey, workers: int, head: tor
     if head is not None:
         rows = raw_bytes / ((survey.num_aux + 1) * survey.hidden_size * TORCH_DTYPES[survey.dtype].itemsize)
         head_s = rows * head_s_per_row(head) / workers
-    seconds = (source_bytes * survey.read_s_per_file_byte + raw_bytes * encode_s_per_byte) / workers + head_s
+    work_s = source_bytes * survey.read_s_per_file_byte + raw_bytes * encode_s_per_byte * WORK_PER_ENCODING
+    seconds = START_S + work_s / workers + head_s
     return Prediction(source_bytes, raw_bytes, int(raw_bytes * ratio), seconds, head_s)
 
 

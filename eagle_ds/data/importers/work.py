@@ -10,6 +10,8 @@ import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -83,7 +85,7 @@ def compare(sample: Sample, names: Sequence[str], root: Path, entry: SampleEntry
     """Read the stored file back from the disk and hold the hidden states and the small datasets ``names`` against the
     sample, bit for bit; `Rejected` where they differ."""
     path = root / entry.path
-    _drop_cache(path)
+    _advise(path, os.POSIX_FADV_DONTNEED)  # what is compared comes from the disk, not from the page cache
     try:
         with SampleReader(path, entry, facts, threads=1) as reader:
             difference = _difference(sample, names, reader)
@@ -115,50 +117,53 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(integers[tensor.element_size()]) if tensor.is_floating_point() else tensor
 
 
-def _drop_cache(path: Path) -> None:
-    """Forget the page cache's copy of a synced file, so that what is compared comes from the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-
-
 def run_jobs(jobs: Iterable[Job], worker: Worker, workers: int) -> Iterator[Outcome]:
     """Outcomes in the order they come. One worker runs here, in this process. Closing the generator ends the workers."""
     jobs = _read_ahead(iter(jobs), workers)
     if workers == 1:
         with SampleFiles(worker.root, worker.facts, workers=worker.encoders) as files:
             for job in jobs:
-                yield worker.run(job, files)
+                outcome = worker.run(job, files)
+                _let_go(job)
+                yield outcome
         return
     with _Pool(worker, workers) as pool:
         yield from pool.run(jobs)
 
 
 def _read_ahead(jobs: Iterator[Job], depth: int) -> Iterator[Job]:
-    """The same jobs; the kernel is told of each file ``depth`` jobs early, so that the disk reads while workers encode."""
+    """The same jobs; the kernel is told of each file ``depth`` jobs early, so that the disk reads while workers encode.
+
+    By a thread: telling waits while the disk's queue is full, and no worker should wait for a job meanwhile.
+    """
     waiting: deque[Job] = deque()
-    for job in jobs:
-        if not job.item.group:
-            _will_need(job.item.path)
-        waiting.append(job)
-        if len(waiting) > depth:
-            yield waiting.popleft()
-    yield from waiting
-
-
-def _will_need(path: Path) -> None:
+    advisor = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
-    except OSError:
-        return  # the worker will say why it cannot be read
-    try:
-        os.posix_fadvise(descriptor, 0, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-    except OSError:
-        return  # no regular file
+        for job in jobs:
+            if not job.item.group:
+                advisor.submit(_advise, job.item.path, os.POSIX_FADV_WILLNEED, READ_AHEAD_BYTES)
+            waiting.append(job)
+            if len(waiting) > depth:
+                yield waiting.popleft()
+        yield from waiting
     finally:
-        os.close(descriptor)
+        advisor.shutdown(wait=False, cancel_futures=True)
+
+
+def _let_go(job: Job) -> None:
+    """Forget the page cache's copy of a source that is done with: the next ones need the room."""
+    if not job.item.group:
+        _advise(job.item.path, os.POSIX_FADV_DONTNEED)
+
+
+def _advise(path: Path, advice: int, num_bytes: int = 0) -> None:
+    """Tell the kernel about the first ``num_bytes`` of a file (0: all); silent where there is none, its reader will say so."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+        try:
+            os.posix_fadvise(descriptor, 0, num_bytes, advice)
+        finally:
+            os.close(descriptor)
 
 
 class _Pool:
@@ -235,6 +240,8 @@ def _serve(connection: Connection, worker: Worker) -> None:
         while True:
             try:
                 job = connection.recv()
-                connection.send(worker.run(job, files))
+                outcome = worker.run(job, files)
+                _let_go(job)
+                connection.send(outcome)
             except (EOFError, BrokenPipeError):
                 return
