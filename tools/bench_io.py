@@ -131,12 +131,13 @@ def table(results: Sequence[Measurement]) -> Table:
 def conversion_table(runs: Sequence[convert.Conversion], workers: int) -> Table:
     """One row a run of the tool."""
     shown = Table(title=f"the whole command, {workers} workers")
-    for heading in ("source", "files", "MB", "raw MB", "stored MB", "time", "source MB/s", "once started", "raw MB/s"):
+    for heading in ("source", "files", "MB", "raw MB", "stored MB", "time", "source MB/s", "once started", "raw MB/s", "disk alone"):
         shown.add_column(heading, justify="left" if heading == "source" else "right")
     for run in runs:
         sizes = [f"{size / 1e6:.0f}" for size in (run.source_bytes, run.raw_bytes, run.stored_bytes)]
         speeds = [f"{speed:.0f}" for speed in (run.source_mb_per_s, run.sustained_mb_per_s, run.raw_mb_per_s)]
-        shown.add_row(run.title, str(run.files), *sizes, f"{run.seconds:.1f} s", *speeds)
+        disk = f"{run.disk_mb_per_s:.0f}" if run.disk_mb_per_s else ""
+        shown.add_row(run.title, str(run.files), *sizes, f"{run.seconds:.1f} s", *speeds, disk)
     return shown
 
 

@@ -18,12 +18,15 @@ from eagle_ds.bench.io import Goal, forget
 from eagle_ds.bench.states import States, make_sample
 from eagle_ds.data.format import CHUNK_ROWS, Sample
 from eagle_ds.data.manifest import StoreFacts
+from eagle_ds.data.sink import DiskSink
 from eagle_ds.data.store import Store
 
 logger = logging.getLogger(__name__)
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_ckpt_to_hdf5.py"
 GOAL_MB_PER_S = 250
+DISK_SHARE = 0.8  # of a disk too slow for that
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Conversion:
     stored_bytes: int
     seconds: float
     start_s: float  # of those, what a conversion of next to nothing takes
+    disk_mb_per_s: float | None = None  # of source bytes: what the disk allows, where they come from it
 
     @property
     def source_mb_per_s(self) -> float:
@@ -73,21 +77,27 @@ def measure_conversions(states: States, facts: StoreFacts, files: int, num_token
     start_s = _run("next to nothing", small, facts, workers)
     sample = make_sample(states, num_tokens)
     plain = _write_tree(folder / "plain", MappedTorch(), sample, facts, files, 1)
-    yield _convert("plain files, cached", plain, facts, workers, start_s)
-    yield _convert("plain files, from the disk", plain, facts, workers, start_s, cold=True)
-    yield _convert("plain files, from the disk, --verify", plain, facts, workers, start_s, ["--verify"], cold=True)
+    yield (cached := _convert("plain files, cached", plain, facts, workers, start_s))
+    disk = _disk_alone(plain, cached.stored_bytes, workers)
+    yield _convert("plain files, from the disk", plain, facts, workers, start_s, disk=disk)
+    yield _convert("plain files, from the disk, --verify", plain, facts, workers, start_s, ["--verify"], disk=disk)
     shutil.rmtree(plain.root)
     gzipped = _write_tree(folder / "gzip", GzipTorch(), sample, facts, max(1, files // 4), workers)
     yield _convert("gzip -6 files, cached", gzipped, facts, workers, start_s)
 
 
 def goals(results: Sequence[Conversion]) -> list[Goal]:
-    """What is promised of plain files; gzip'd ones are bound by their own inflate."""
-    return [
-        Goal(f"MB/s, {result.title}", result.source_mb_per_s, GOAL_MB_PER_S)
-        for result in results
-        if not result.gzipped and "--verify" not in result.title
-    ]
+    """What is promised of plain files, where the disk allows it; gzip'd ones are bound by their own inflate."""
+    promised = []
+    for result in results:
+        if result.gzipped or "--verify" in result.title:
+            continue
+        if result.disk_mb_per_s is None or result.disk_mb_per_s * DISK_SHARE > GOAL_MB_PER_S:
+            promised.append(Goal(f"MB/s, {result.title}", result.source_mb_per_s, GOAL_MB_PER_S))
+        else:
+            text = f"{result.title}: of the {result.disk_mb_per_s:.0f} MB/s that the disk allows, once started"
+            promised.append(Goal(text, result.sustained_mb_per_s / result.disk_mb_per_s, DISK_SHARE))
+    return promised
 
 
 def as_record(result: Conversion) -> dict[str, object]:
@@ -111,16 +121,39 @@ def _write_tree(root: Path, kind: Format, sample: Sample, facts: StoreFacts, fil
 
 
 def _convert(
-    title: str, tree: Tree, facts: StoreFacts, workers: int, start_s: float, flags: Sequence[str] = (), cold: bool = False
+    title: str, tree: Tree, facts: StoreFacts, workers: int, start_s: float, flags: Sequence[str] = (), disk: float | None = None
 ) -> Conversion:
     os.sync()
-    for path in tree.paths if cold else []:
+    for path in tree.paths if disk else []:
         forget(path)
     seconds = _run(title, tree, facts, workers, flags)
     store = _store_of(tree)
     stored = sum(entry.bytes for entry in Store(store).entries)
     shutil.rmtree(store)
-    return Conversion(title, tree.gzipped, len(tree.paths), tree.source_bytes, tree.raw_bytes, stored, seconds, start_s)
+    return Conversion(title, tree.gzipped, len(tree.paths), tree.source_bytes, tree.raw_bytes, stored, seconds, start_s, disk)
+
+
+def _disk_alone(tree: Tree, written_bytes: int, threads: int) -> float:
+    """MB/s of source bytes that are only read, while as many bytes are written as the store takes: what the disk allows."""
+    logger.info("the disk alone: %d MB read, %d MB written", tree.source_bytes // 1_000_000, written_bytes // 1_000_000)
+    copies, share = tree.root.with_name("copies"), written_bytes / tree.source_bytes
+    copies.mkdir()
+    os.sync()
+
+    def copy(path: Path) -> None:
+        forget(path)
+        with path.open("rb", buffering=0) as source, DiskSink(copies / path.parent.name) as sink:
+            while block := source.read(BLOCK_BYTES):
+                sink.write(memoryview(block)[: int(len(block) * share)])
+            sink.sync()
+        forget(path)
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(copy, tree.paths))
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(copies)
+    return tree.source_bytes / 1e6 / seconds
 
 
 def _run(title: str, tree: Tree, facts: StoreFacts, workers: int, flags: Sequence[str] = ()) -> float:

@@ -144,4 +144,3 @@ def _write_target(folder: Path, sizes: Sizes, embedding: torch.Tensor, head: tor
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     weights = {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(sizes.hidden), "lm_head.weight": head}
     save_file(weights, folder / "model.safetensors")
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -83,4 +84,14 @@ def test_conversion_is_timed_over_whole_trees(
         assert result.source_mb_per_s == pytest.approx(result.source_bytes / 1e8) and result.sustained_mb_per_s > result.source_mb_per_s
         assert convert.as_record(result)["sustained_mb_per_s"] == result.sustained_mb_per_s
     assert [goal.met for goal in convert.goals(found)] == [False, False]  # of plain files alone, and 100 s were far too long
+    assert found[0].disk_mb_per_s is None and found[1].disk_mb_per_s == found[2].disk_mb_per_s > 0
+    assert not (tmp_path / "copies").exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith("_store")] == ["small_store"]
+
+
+def test_a_disk_too_slow_for_the_promise_is_measured_against_itself() -> None:
+    made = convert.Conversion("plain", False, 1, 1_000_000_000, 1, 1, seconds=6.0, start_s=1.0, disk_mb_per_s=240.0)
+    (goal,) = convert.goals([made])
+    assert goal.met and goal.limit == 0.8 and goal.value == pytest.approx(200 / 240)
+    (goal,) = convert.goals([dataclasses.replace(made, disk_mb_per_s=900.0)])
+    assert not goal.met and goal.limit == 250
