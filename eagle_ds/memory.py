@@ -84,7 +84,7 @@ def host_bytes(recipe: Recipe, ds_json: Mapping[str, Any], plan: SequencePlan) -
     if not recipe.training.offload_activations:
         return 0
     rows, element = Rows.of(plan), 2 if bf16_enabled(dict(ds_json)) else 4
-    return _Unrolled(recipe, plan, rows, element, cpu=False).kept_bytes
+    return _Unrolled(recipe, plan, rows, element, cpu=False).moved_bytes
 
 
 def draft_parameters(recipe: Recipe) -> dict[str, int]:
@@ -178,6 +178,7 @@ class _Stage:
     mlp: int
     gradients: int  # of states, which the loss makes for all steps at once
     workspace: int  # bytes
+    ahead: int = 0  # bytes of a query row that are on their way from host memory
 
 
 class _Unrolled:
@@ -197,41 +198,54 @@ class _Unrolled:
         self.dkv = prefix_bytes(recipe, _prefix_rows(plan), 0)
 
     def stages(self) -> list[_Stage]:
-        """What may be the peak, in the order of a step. g_T is read by the loss alone."""
-        t, early = self.steps, max(self.steps - 2, 0)
-        loss, mlp, attention = self._loss(), self._mlp(), self._attention()
-        projections = self.rows.query * early * self.diagonal + self._projections()
-        if self.offloads:  # the loss reads all states; the backward holds one step and all K_k, V_k, which its attention reads
-            last_step = [
-                _Stage("loss", t, 0, 0, 0, 0, t, loss),
-                _Stage("backward of the MLP", 1, 1, t - 1, 1, 1, t, mlp),
-                _Stage("backward of attention", 1, 1, t - 1, 1, 0, t - 1, attention),
-                _Stage("backward of the projections", 1, 0, early, 1, 0, t - 1, projections),
-            ]
-        else:
-            last_step = [
-                _Stage("loss", t, t, t - 1, t, t, t, loss),
-                _Stage("backward of the MLP", t - 1, t, t - 1, t, t, t, mlp),
-                _Stage("backward of attention", t - 1, t, t - 1, t, t - 1, t - 1, attention),
-                _Stage("backward of the projections", t - 1, t - 1, early, t, t - 1, t - 1, projections),
-            ]
+        """What may be the peak, in the order of a step."""
         after = [("exchange of dK_0/dV_0", self._exchange()), ("backward of the context rows", self._context())]
+        last_step = self._offloaded() if self.offloads else self._all_on_the_device()
         return last_step + [_Stage(name, 0, 0, 0, 0, 0, 0, self.rows.aux * self.state + size) for name, size in after]
+
+    def _all_on_the_device(self) -> list[_Stage]:
+        """The loss reads all states, g_T too; the backward begins while every step's tensors are there."""
+        t, early = self.steps, max(self.steps - 2, 0)
+        dkv = self.rows.query * early * self.diagonal  # gradients of earlier steps' diagonals, which gather until their own turn
+        return [
+            _Stage("loss", t, t, t - 1, t, t, t, self._loss()),
+            _Stage("backward of the MLP", t - 1, t, t - 1, t, t, t, self._mlp()),
+            _Stage("backward of attention", t - 1, t, t - 1, t, t - 1, t - 1, self._attention()),
+            _Stage("backward of the projections", t - 1, t - 1, early, t, t - 1, t - 1, dkv + self._projections()),
+        ]
+
+    def _offloaded(self) -> list[_Stage]:
+        """The forward holds one step, and the states for the loss; the backward holds one step, and what was fetched ahead.
+        Diagonals stay on the device. The last step but one finds more of their gradients there."""
+        t, early, row = self.steps, max(self.steps - 2, 0), self.rows.query
+        dkv, queries = row * early * self.diagonal, self.kept["attention"] - self.query
+        before = self.state + self.query if self.recompute != "none" else 2 * self.inner  # what an earlier step is begun with
+        late = before if self.recompute == "full" else 0
+        inside = self.inner + self.state if self.recompute == "none" else 0
+        leaving = self.rows.aux * self.state + row * (2 * self._largest_kept() + inside)  # fused states; two copies under way
+        return [
+            _Stage("forward", t - 1, 1, t - 1, 1, 0, 0, leaving),
+            _Stage("loss", t, 0, t - 1, 0, 0, t, self._loss()),
+            _Stage("backward of the last MLP", 1, 1, t - 1, 0, 1, t, self._mlp(), queries),
+            _Stage("backward of the last MLP but one", 1, 1, early, 0, 1, t - 1, dkv + self._mlp(), queries),
+            _Stage("backward of the last attention", 1, 1, t - 1, 0, 0, t - 1, self._attention(), late),
+            _Stage("backward of the last attention but one", 1, 1, early, 0, 0, early, dkv + self._attention(), late),
+            _Stage("backward of the last projections", 1, 0, early, 1, 0, t - 1, dkv + self._projections(), before),
+        ]
 
     def parts(self, stage: _Stage) -> Parts:
         """What is held at ``stage``, without what is held always."""
-        rows, backward, last_step = self.rows.query, stage.name != "loss", stage.gradients > 0
+        rows, backward, after = self.rows.query, stage.name.startswith("backward"), not stage.states
         gradients = sum(count for name, count in draft_parameters(self.recipe).items() if name != "fc")  # fc's come last of all
         kept = {name: getattr(stage, name) * size for name, size in self.kept.items()}
-        away = self.offloads and last_step
-        ahead = 2 * max(self.kept.values()) if away and backward else 0
+        away = self.offloads and not after
         parts = {
             "context rows": 0 if away else self._context_rows(),
-            "query rows: first states": 0 if away or not last_step else self._first_states(),
+            "query rows: first states": 0 if away or after else self._first_states(),
             **{f"query rows: {name}": rows * size for name, size in kept.items()},
-            "query rows: fetched ahead": rows * ahead,
+            "query rows: fetched ahead": rows * stage.ahead,
             "query rows: gradients of states": rows * stage.gradients * self.state,
-            "gradients made by autograd": gradients * self.element if backward else 0,
+            "gradients made by autograd": gradients * self.element if backward or after else 0,
             f"workspace: {stage.name}": stage.workspace,
         }
         if stage.name == "backward of the context rows":
@@ -239,9 +253,9 @@ class _Unrolled:
         return parts
 
     @property
-    def kept_bytes(self) -> int:
-        """All that autograd keeps of context and query rows."""
-        last = {"states": self.steps - 1, "diagonals": self.steps - 1}
+    def moved_bytes(self) -> int:
+        """All that autograd keeps of context and query rows, but for the diagonals."""
+        last = {"states": self.steps - 1, "diagonals": 0}
         of_steps = sum(last.get(name, self.steps) * size for name, size in self.kept.items())
         return self._context_rows() + self._first_states() + self.rows.query * of_steps
 
@@ -249,6 +263,11 @@ class _Unrolled:
         """Fused states, and what their projections keep: nothing; K_0 and V_0; or as much as query rows do."""
         projected = self.diagonal if self.recompute == "selective" else self.kept["projections"]
         return self.rows.context * (self.state + projected)
+
+    def _largest_kept(self) -> int:
+        """The largest single tensor that a query row leaves: a state, q, z, or the inside of the MLP."""
+        z = 2 * self.state if self.kept["projections"] else 0
+        return max(self.state, self.query, z, self.inner if self.kept["mlp"] else 0)
 
     def _first_states(self) -> int:
         """g_0: a copy of fused rows, unless every row that the rank reads is a query row and a context row."""
@@ -271,7 +290,7 @@ class _Unrolled:
         """Inputs' gradients of all rows, and the MLP's inside: of a tile where it is recomputed, else beside what is kept."""
         rows = self.rows.query
         if self.recompute == "none":
-            return rows * (2 * self.inner + 3 * self.state)
+            return rows * (2 * self.inner + self.state)
         inside = 3 if self.recompute == "selective" else 5  # gradients of gate, up and their product; gate and up themselves
         return rows * (self.state + self.query) + min(rows, TILE_ROWS) * (inside * self.inner + 3 * self.state)
 

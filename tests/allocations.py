@@ -27,6 +27,7 @@ from eagle_ds.memory import Parts
 from eagle_ds.model import draft
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
+from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.planner import in_turns, plan_for
 from tests.steps import WholeSequence, prefix_for, rank_batch
 
@@ -59,7 +60,13 @@ class AllocationCase:
         )
 
 
-CASES = tuple(AllocationCase(mode, fraction) for mode in ("full", "mlp", "selective", "none") for fraction in (1.0, 0.1))
+CASES = tuple(
+    AllocationCase(mode, fraction, offload)
+    for mode in ("full", "mlp", "selective", "none")
+    for fraction in (1.0, 0.1)
+    for offload in (False, True)
+    if not (offload and mode == "selective")
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,8 @@ class Held:
     peak: int
     predicted_loss: int
     predicted: int
+    host: int  # bytes that lay in host memory when the loss was done
+    predicted_host: int
 
 
 def held_bytes(case: AllocationCase) -> Held:
@@ -79,10 +88,11 @@ def held_bytes(case: AllocationCase) -> Held:
         step = _Step(recipe, case.fraction)
         step.forward().backward()
         step.model.zero_grad(set_to_none=True)
-        loss_peak, peak = _traced(step)
-        stages = memory.stages(recipe, {}, 1, step.plan, prefetched=0)
+        loss_peak, peak, host = _traced(step)
+        stages, predicted_host = memory.stages(recipe, {}, 1, step.plan, prefetched=0), memory.host_bytes(recipe, {}, step.plan)
     beyond = {name: _beyond_model_and_inputs(parts) for name, parts in stages.items()}
-    return Held(loss_peak, peak, beyond["loss"], max(beyond.values()))
+    predicted_loss = max(beyond.get("forward", 0), beyond["loss"])
+    return Held(loss_peak, peak, predicted_loss, max(beyond.values()), host, predicted_host)
 
 
 def _beyond_model_and_inputs(parts: Parts) -> int:
@@ -101,6 +111,8 @@ class _Step:
         mask[rg.rows(self.plan.documents[0].trained_spans)] = 1
         facts = TokenFacts(np.zeros(ROWS, dtype=np.int32), mask, np.zeros(ROWS, dtype=np.int32), np.zeros(ROWS, dtype=np.float32))
         self.batch = rank_batch(self.plan, 0, WholeSequence([facts], torch.zeros(ROWS, 3 * D), torch.zeros(ROWS, D)), "serving")
+        offloads = recipe.training.offload_activations
+        self.offload = ActivationOffload(torch.device("cpu"), min_bytes=ROWS, slab_bytes=1 << 14) if offloads else None
         self.head = TargetHead(None, torch.zeros(500, D), torch.ones(1000, dtype=torch.bool), torch.zeros(500, dtype=torch.int64))
 
     def forward(self) -> Tensor:
@@ -111,15 +123,15 @@ class _Step:
         )
         settings, training = LossSettings(torch.ones(self.plan.ttt_steps)), self.recipe.training
         prefix = prefix_for(self.model, self.plan, kernel=AllocatingAttention())
-        return self.model(batch, prefix, lambda *states: head_loss(*states, targets, settings), training.recompute)[0]
+        return self.model(batch, prefix, lambda *states: head_loss(*states, targets, settings), training.recompute, self.offload)[0]
 
 
-def _traced(step: _Step) -> tuple[int, int]:
-    """(peak bytes of the forward, peak of all) that the CPU's allocator saw."""
+def _traced(step: _Step) -> tuple[int, int, int]:
+    """(peak bytes of the forward, peak of all) that the CPU's allocator saw, and bytes in slabs, which were there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         loss = step.forward()
         with record_function("backward begins"):
-            pass
+            host = step.offload.kept_bytes if step.offload else 0
         loss.backward()
     events = sorted((e.start_ns(), e.name(), e.nbytes()) for e in recorded.profiler.kineto_results.events())
     held = peak = forward = 0
@@ -129,7 +141,7 @@ def _traced(step: _Step) -> tuple[int, int]:
         elif name == "[memory]":
             held += size
             peak = max(peak, held)
-    return forward, peak
+    return forward, peak, host
 
 
 @contextmanager

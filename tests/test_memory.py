@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ZERO1 = read_ds_json(ROOT / "ds_configs/llama3_8b_zero1.json")
 MEASURED_BOUND = 0.08
 HELD_BOUND = 0.05
+CAUTION = 0.20  # offload without full recomputation: the model counts tensors of a step together that are fetched one by one
 
 
 class Measured(NamedTuple):
@@ -73,9 +74,10 @@ def test_the_model_agrees_with_h200s(row: Measured, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_model_is_what_autograd_holds(case: AllocationCase) -> None:
     """The kernels that a GPU has are replaced by ones that only allocate what those do; the rest is the real step."""
-    found = held_bytes(case)
-    assert found.predicted_loss == pytest.approx(found.loss, rel=HELD_BOUND)
-    assert found.predicted == pytest.approx(found.peak, rel=HELD_BOUND)
+    found, above = held_bytes(case), CAUTION if case.offload and case.recompute != "full" else HELD_BOUND
+    for held, predicted in ((found.loss, found.predicted_loss), (found.peak, found.predicted)):
+        assert (1 - HELD_BOUND) * held <= predicted <= (1 + above) * held
+    assert found.predicted_host == pytest.approx(found.host, rel=HELD_BOUND)
 
 
 def test_constants_are_those_of_the_code() -> None:

@@ -6,8 +6,10 @@ The same numbers say what to change where a run is out of memory all the same.
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from eagle_ds.ds_config import bf16_enabled
 from eagle_ds.engine.agreement import RankFailure
 from eagle_ds.engine.world import World
 from eagle_ds.layout import SequencePlan
-from eagle_ds.memory import GIB, predict_memory
+from eagle_ds.memory import GIB, host_bytes, predict_memory
 from eagle_ds.planner import Device, advice, check_fits, choose_ring_mode, describe_need
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,8 @@ class Sizes:
         return max((self.settings.plan([samples[n] for n in pack]) for pack in candidates), key=self.need)
 
     def check(self, samples: Sequence[TrainSample], packs: Sequence[Pack]) -> None:
-        """Log what the largest of ``packs`` is predicted to take; raise RankFailure on all ranks if on any it does not fit its GPU.
+        """Log what the largest of ``packs`` is predicted to take; raise RankFailure on all ranks if on any it does not fit its GPU,
+        or what is offloaded its host.
 
         Collective. With ``training.check_memory`` false it warns instead. Never refuses on a CPU, whose memory others share.
         """
@@ -78,17 +81,28 @@ class Sizes:
         logger.info("its busiest rank / mean: %s", balance)
         if self.world.device.type != "cuda":
             return
+        neighbours = self.world.agreement.gather_objects(socket.gethostname()).count(socket.gethostname())
         if self.recipe.training.check_memory:
-            self.world.agreement.together(lambda: self.refuse(plan))
+            self.world.agreement.together(lambda: self.refuse(plan, neighbours))
             return
         try:
-            self.refuse(plan)
+            self.refuse(plan, neighbours)
         except ValueError as error:
             logger.warning("training.check_memory is false, so this is tried: %s", error)
 
-    def refuse(self, plan: SequencePlan) -> None:
-        """Raise ValueError if ``plan`` is predicted not to fit: with the GiB, the length and the setting that would."""
+    def refuse(self, plan: SequencePlan, neighbours: int) -> None:
+        """Raise ValueError if ``plan`` is predicted not to fit: with the GiB, the length and the setting that would.
+
+        ``neighbours``: processes on this host, this one included.
+        """
         check_fits(self.recipe, self.config, self.world.topology.world_size, plan, self.device)
+        wanted, there = neighbours * host_bytes(self.recipe, self.config, plan), host_memory_bytes()
+        if wanted > there:
+            raise ValueError(
+                f"training.offload_activations would pin about {wanted / GIB:.1f} GiB of host memory for {neighbours} processes, and "
+                f"{there / GIB:.1f} GiB are free; switch it off, use more hosts, or shorten data.max_length; --training.check_memory false "
+                "tries it all the same"
+            )
 
     def after_out_of_memory(self, plan: SequencePlan) -> str:
         """What ``plan`` was predicted to take, and what to change now that it did not fit whatever was predicted."""
@@ -96,6 +110,16 @@ class Sizes:
         smaller = Device(device.name, min(device.memory_gib, 0.98 * needed / device.usable_bytes * device.memory_gib))
         mended = advice(self.recipe, self.config, self.world.topology.world_size, plan, smaller)
         return f"by prediction {describe_need(plan, needed)}; {mended}"
+
+
+def host_memory_bytes() -> int:
+    """What processes of this host may still take, by Linux's estimate and the container's limit."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) << 10
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free
 
 
 def is_out_of_memory(error: BaseException) -> bool:

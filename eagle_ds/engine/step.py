@@ -27,6 +27,7 @@ from eagle_ds.layout import SequencePlan
 from eagle_ds.loss import HeadTargets, LossSettings, StepSums, TargetHead, counted_rows, head_loss, uniform_decay
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.attention import BlockAttention
+from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.ttt import PrefixAttention
 
 
@@ -39,6 +40,7 @@ class MicroBatchRunner:
         self.engine, self.arch, self.head, self.kernel = engine, arch, head, kernel
         self.training, self.world = training, world
         self.plan: SequencePlan | None = None
+        self.offload = ActivationOffload(world.device) if training.offload_activations else None
 
     def __call__(self, batch: Batch, weights: Tensor) -> tuple[Tensor, StepSums]:
         """(sum_k weights[k] * sum of this rank's row losses, metric sums). Collective over the sequence-parallel group."""
@@ -57,7 +59,7 @@ class MicroBatchRunner:
         settings = LossSettings(
             weights.to(self.world.device), training.loss, training.kl_scale, training.kl_decay, alpha_mean=self._alpha_mean
         )
-        return self.engine(batch, prefix, lambda *states: head_loss(*states, targets, settings), training.recompute)
+        return self.engine(batch, prefix, lambda *states: head_loss(*states, targets, settings), training.recompute, self.offload)
 
     def _targets(self, batch: Batch) -> HeadTargets:
         token, logsumexp = batch.target_token, batch.target_logsumexp

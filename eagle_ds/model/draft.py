@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from eagle_ds.data.batch import Batch
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.elementwise import rms_norm, rope, swiglu
+from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.rope import inverse_frequencies, rotation
 from eagle_ds.model.ttt import PrefixAttention
 
@@ -188,13 +189,28 @@ class Eagle3Draft(nn.Module):
         """Output of the layer -> what the next step starts from (EAGLE-3.1 norms it)."""
         return self.head.norm(state) if self.arch.norm_output else state
 
-    def forward(self, batch: Batch, prefix: PrefixAttention, loss: HeadLoss, recompute: Recompute = "none") -> Any:
+    def forward(
+        self, batch: Batch, prefix: PrefixAttention, loss: HeadLoss, recompute: Recompute = "none", offload: ActivationOffload | None = None
+    ) -> Any:
         """What ``loss`` makes of the T states of one micro-batch. Collective over the sequence-parallel group."""
-        return self.head(self.unroll(batch, prefix, recompute), loss)
+        return self.head(self.unroll(batch, prefix, recompute, offload), loss)
 
-    def unroll(self, batch: Batch, prefix: PrefixAttention, recompute: Recompute = "none") -> list[Tensor]:
-        """[g_1 .. g_T] of the query rows, each [N, D], before the final norm. K_0/V_0 are computed for context rows only."""
+    def unroll(
+        self, batch: Batch, prefix: PrefixAttention, recompute: Recompute = "none", offload: ActivationOffload | None = None
+    ) -> list[Tensor]:
+        """[g_1 .. g_T] of the query rows, each [N, D], before the final norm. K_0/V_0 are computed for context rows only.
+
+        With ``offload``, what all of it leaves for the backward goes to host memory, but for the batch's own rows."""
         fused = self.fuse(batch.aux)
+        if offload is None:
+            return self._unroll(batch, prefix, fused, recompute)
+        with offload.saving():
+            return self._unroll(batch, prefix, fused, recompute, offload.stay)
+
+    def _unroll(
+        self, batch: Batch, prefix: PrefixAttention, fused: Tensor, recompute: Recompute, stay: Callable[..., None] | None = None
+    ) -> list[Tensor]:
+        """``stay`` is told of the diagonal keys and values, all of which the last step's backward reads first of all."""
         again = "none" if recompute == "mlp" else recompute
         anchor = prefix.exchange(
             *self._run(again, self.context_kv, _pick(fused, batch.context_index), batch.context_ids, batch.context_positions)
@@ -203,6 +219,8 @@ class Eagle3Draft(nn.Module):
         for step in range(batch.plan.ttt_steps):
             q, *kv = self._run(again, self.query_projections, state, batch.query_ids[:, step], batch.query_positions + step, step > 0)
             diagonals += kv
+            if stay:
+                stay(*kv)
             attended = prefix.attend(anchor, step, q, diagonals)
             raw = self._finish(state, attended, recompute)
             states.append(raw)

@@ -14,7 +14,7 @@ import torch
 from eagle_ds.config import Recipe
 from eagle_ds.engine.agreement import RankFailure
 from eagle_ds.engine.checkpoint import latest
-from eagle_ds.engine.sizing import is_out_of_memory
+from eagle_ds.engine.sizing import host_memory_bytes, is_out_of_memory
 from eagle_ds.memory import GIB
 from tests.engine.test_resume import lines
 from tests.engine.tiny import Tiny, make_tiny
@@ -38,6 +38,14 @@ def test_all_ranks_refuse_together_what_one_gpu_cannot_hold(pool: GlooPool, tiny
 
 def test_what_fits_is_not_refused(pool: GlooPool, tiny: Tiny) -> None:
     assert pool.run(refusal, 2, tiny.recipe(parallel__ring=2), [80 * GIB, 2 * GIB]) == ["", ""]
+
+
+def test_a_host_that_cannot_hold_what_is_offloaded_is_found_before_training(pool: GlooPool, tiny: Tiny) -> None:
+    recipe = tiny.recipe(parallel__ring=2, training__offload_activations=True)
+    found = pool.run(refusal, 2, recipe, [80 * GIB, 80 * GIB], 1000)
+    assert re.match(r"training.offload_activations would pin about [\d.]+ GiB of host memory for 2 processes, and 0.0 GiB", found[0])
+    assert pool.run(refusal, 2, recipe, [80 * GIB, 80 * GIB]) == ["", ""]
+    assert 0 < host_memory_bytes() < 1 << 50
 
 
 def test_the_check_can_be_switched_off(pool: GlooPool, tiny: Tiny) -> None:

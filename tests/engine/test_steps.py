@@ -12,7 +12,7 @@ import pytest
 
 from tests.engine.dense import Dense, dense_step
 from tests.engine.tiny import Tiny, make_tiny
-from tests.engine.worker import Steps, take_steps
+from tests.engine.worker import Steps, take_offloading_steps, take_steps
 from tests.gloo import GlooPool
 from tests.steps import relative_error
 
@@ -112,6 +112,16 @@ def test_adam_steps_stay_with_the_single_process(pool: GlooPool, tiny: Tiny, lay
 def test_recomputing_changes_nothing(pool: GlooPool, tiny: Tiny) -> None:
     for recompute in ("selective", "mlp", "full"):
         check(*run(pool, tiny, "R2", "ds_stage2.json", training__recompute=recompute))
+
+
+@pytest.mark.parametrize(("layout", "stage"), [("U2", 1), ("R2p2p_dp2", 2), ("R2", 3)])
+def test_offloading_activations_changes_nothing(pool: GlooPool, tiny: Tiny, layout: str, stage: int) -> None:
+    (world, settings), base = LAYOUTS[layout], {"data__pack_tokens": 70, "training__max_steps": 1, "training__learning_rate": RATE}
+    offloading = {"training__recompute": "full", "training__offload_activations": True, "training__gradient_clipping": 0.0}
+    recipe = tiny.recipe(deepspeed=str(tiny.root / f"ds_stage{stage}.json"), **base, **offloading, **settings)
+    found = pool.run(take_offloading_steps, world, recipe)
+    assert all(slabs > 0 for _, slabs in found)
+    check(found[0][0], dense_step(recipe, found[0][0].before))
 
 
 def test_counts_are_those_of_the_whole_batch(pool: GlooPool, tiny: Tiny) -> None:

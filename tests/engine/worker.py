@@ -33,6 +33,7 @@ from eagle_ds.engine.sizing import Sizes
 from eagle_ds.engine.train import Trainer, make_sampler, train
 from eagle_ds.engine.world import World, join_world
 from eagle_ds.model.draft import Eagle3Draft
+from eagle_ds.model.offload import ActivationOffload
 
 
 @dataclass
@@ -65,6 +66,19 @@ def take_steps(rank: int, world: int, recipe: Recipe, optimizer: str = "SGD") ->
             applied.append(outcome.applied)
             metrics.append(metrics_of(sum_over_ranks(outcome.sums, world), trainer.step.decay, outcome.positions))
     return Steps(before, full_state(engine), norms, metrics, applied)
+
+
+def take_offloading_steps(rank: int, world: int, recipe: Recipe) -> tuple[Steps, int]:
+    """``take_steps`` with everything offloaded, however small, and how many slabs that took."""
+    made = []
+
+    def offload(device: torch.device) -> ActivationOffload:
+        made.append(ActivationOffload(device, min_bytes=0, slab_bytes=1 << 12))
+        return made[-1]
+
+    with mock.patch("eagle_ds.engine.step.ActivationOffload", offload):
+        steps = take_steps(rank, world, recipe)
+    return steps, sum(one.slabs.made for one in made)
 
 
 def make_trainer(rank: int, world: int, recipe: Recipe, optimizer: str = "AdamW") -> Trainer:
@@ -180,13 +194,13 @@ def train_onto_a_full_disk(rank: int, world: int, recipe: Recipe, from_step: int
     return ""
 
 
-def refusal(rank: int, world: int, recipe: Recipe, memory_bytes: list[int]) -> str:
-    """What ``Sizes.check`` raises where rank r's GPU has ``memory_bytes[r]``."""
+def refusal(rank: int, world: int, recipe: Recipe, memory_bytes: list[int], host: int = 1 << 40) -> str:
+    """What ``Sizes.check`` raises where rank r's GPU has ``memory_bytes[r]``, and the host ``host`` free."""
     as_if_new(world)
     joined = join_world(recipe.parallel, rank)
     config, inputs = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world), open_inputs(recipe, joined)
     on_gpu = replace(joined, device=torch.device("cuda", rank))
-    with mock.patch.object(World, "memory_bytes", memory_bytes[rank]):
+    with mock.patch.object(World, "memory_bytes", memory_bytes[rank]), mock.patch("eagle_ds.engine.sizing.host_memory_bytes", lambda: host):
         sizes = Sizes.decide(recipe, config, inputs.all_samples, on_gpu)
         try:
             sizes.check(inputs.train.samples, make_sampler(recipe, inputs, joined).epoch_packs(0))

@@ -1,0 +1,148 @@
+"""Offloading activations changes nothing but where they lie: the same numbers, each storage moved once, and back before it is wanted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from eagle_ds.loss import LossSettings, head_loss
+from eagle_ds.model import draft
+from eagle_ds.model.offload import ActivationOffload, Stored, View
+from tests.cases import TINY, Case
+from tests.steps import gradients, make_targets, prefix_for, rank_batch
+
+CPU = torch.device("cpu")
+CASE = Case((("0" * 9 + "1" * 30 + "000" + "1" * 11,),))
+VARIANTS = {"plain": TINY, "normed": replace(TINY, norm_output=True, fc_norm=True), "window": replace(TINY, sliding_window=7)}
+
+
+def forward(case: Case, recompute: str, offload: ActivationOffload | None) -> tuple[draft.Eagle3Draft, Tensor]:
+    model, batch, head = case.model(), rank_batch(case.plan(0), 0, case.whole(0), "serving"), case.head()
+    targets, settings = make_targets(batch, head), LossSettings(torch.ones(case.steps, dtype=torch.float64))
+    prefix = prefix_for(model, batch.plan)
+    loss, _ = model(batch, prefix, lambda *states: head_loss(*states, targets, settings), recompute, offload)
+    return model, loss
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft, "TILE_ROWS", 7)  # several views of one state
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+@pytest.mark.parametrize("slab_bytes", [1000, 1 << 20])
+def test_loss_and_gradients_are_the_same_bit_for_bit(recompute: str, variant: str, slab_bytes: int) -> None:
+    case = replace(CASE, arch=VARIANTS[variant])
+    model, loss = forward(case, recompute, None)
+    loss.backward()
+    offload = ActivationOffload(CPU, min_bytes=0, slab_bytes=slab_bytes)
+    for _ in range(2):  # the second time in slabs that hold the first's
+        other, same = forward(case, recompute, offload)
+        assert offload.kept_bytes > 0
+        same.backward()
+        assert torch.equal(same, loss)
+        expected, found = gradients(model), gradients(other)
+        assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_full_recomputation_moves_states_queries_and_outputs_each_once() -> None:
+    """Exactly those: no parameter, no row of the batch, no diagonal key, no view a second time."""
+    offload = ActivationOffload(CPU, min_bytes=0)
+    _, loss = forward(CASE, "full", offload)
+    plan, arch, steps = CASE.plan(0), CASE.arch, CASE.steps
+    n, s, d, heads = plan.num_queries, plan.num_tokens, arch.hidden_size, arch.num_attention_heads
+    states = (s + n + (steps - 1) * n) * d  # fused states, g_0, and g_k up to the one that the last step starts from
+    attention = steps * n * (2 * heads * arch.head_dim + heads)
+    assert offload.kept_bytes == 8 * (states + attention)
+    loss.backward()
+
+
+@pytest.mark.parametrize("by", ["backward", "dropping the graph"])
+def test_nothing_is_kept_and_all_slabs_are_free_afterwards(by: str) -> None:
+    offload = ActivationOffload(CPU, min_bytes=0, slab_bytes=512)
+    for _ in range(3):
+        _, loss = forward(CASE, "mlp", offload)
+        if by == "backward":
+            loss.backward()
+        made = offload.slabs.made
+        del loss
+        assert offload.kept_bytes == 0 and len(offload.slabs._free) == made
+    assert made == offload.slabs.made  # the third forward needed no memory that the first had not
+
+
+def test_small_storages_integers_and_parameters_stay() -> None:
+    offload, w = ActivationOffload(CPU, min_bytes=1024), torch.nn.Parameter(torch.ones(64, 64))
+    x, index = torch.ones(64, 64, requires_grad=True) * 1, torch.arange(1000)
+    small = torch.ones(8, requires_grad=True) * 1
+    with offload.saving():
+        y = (x @ w.t())[index % 64].sum() + small.exp().sum()
+    assert offload.kept_bytes == 64 * 64 * 4  # x alone
+    y.backward()
+    assert torch.equal(w.grad, torch.full_like(w, w.grad[0, 0]))
+
+
+def test_what_was_saved_before_a_change_in_place_is_what_comes_back() -> None:
+    offload, w = ActivationOffload(CPU, min_bytes=0), torch.tensor([2.0], requires_grad=True)
+    x = torch.ones(300)
+    with offload.saving():
+        first = (x * w).sum()
+        x.add_(1)
+        second = (x * w).sum()
+    (first + second).backward()
+    assert float(w.grad) == 300 * 1 + 300 * 2
+
+
+class Watched(ActivationOffload):
+    """Notes in which order storages are asked for, and whether they were on their way by then."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU, min_bytes=0)
+        self.asked: list[bool] = []
+
+    def _unpack(self, packed: Tensor | View) -> Tensor:
+        if isinstance(packed, View):
+            self.asked.append(packed.stored.data is not None)
+        return super()._unpack(packed)
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+def test_after_the_first_every_storage_is_on_its_way_before_it_is_asked_for(recompute: str) -> None:
+    offload = Watched()
+    forward(CASE, recompute, offload)[1].backward()
+    assert not offload.asked[0] and sum(not ahead for ahead in offload.asked) == 1, offload.asked
+
+
+def test_a_storage_that_is_fetched_ahead_and_never_read_is_let_go() -> None:
+    offload, w = ActivationOffload(CPU, min_bytes=0), torch.ones(300, requires_grad=True)
+    with offload.saving():
+        first = (w * torch.ones(300)).exp()
+        second = first.exp().sum()
+    taken = offload.slabs.made
+    del first
+    second.backward()
+    del second
+    assert offload.kept_bytes == 0 and len(offload.slabs._free) == taken
+
+
+def test_a_stored_tensor_knows_its_storage_from_the_next_at_the_same_address() -> None:
+    """Memory that is freed after it was moved is soon another tensor's."""
+    offload, w = ActivationOffload(CPU, min_bytes=0), torch.ones(1, requires_grad=True)
+    with offload.saving():
+        total = sum((torch.full((1000,), float(n)) * w).sum() for n in range(20))
+    assert offload.kept_bytes == 20 * 4000
+    total.backward()
+    assert float(w.grad) == 1000 * sum(range(20))
+
+
+def test_stored_gives_its_slabs_back_by_itself() -> None:
+    offload = ActivationOffload(CPU, min_bytes=0)
+    packed = offload._pack(torch.ones(500))
+    assert isinstance(packed, View) and isinstance(packed.stored, Stored) and not offload.slabs._free
+    del packed
+    assert len(offload.slabs._free) == 1
