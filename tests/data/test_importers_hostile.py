@@ -136,7 +136,7 @@ def test_a_name_that_lies_about_gzip_is_called_so(tmp_path: Path) -> None:
     assert rejected.reason == Reason.UNREADABLE and "it is gzip-compressed" in rejected.detail
 
 
-@pytest.mark.parametrize("content", [b"", gzip.compress(b"")])
+@pytest.mark.parametrize("content", [b"", gzip.compress(b"")], ids=["no bytes", "nothing inside"])
 def test_an_empty_gzip_file_is_truncated(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "data_0.ckpt.gz"
     path.write_bytes(content)
