@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -91,7 +91,7 @@ class DraftConfig(Section):
     intermediate_size: PositiveInt = Field(description="width of the SwiGLU MLP")
     num_attention_heads: PositiveInt = Field(description="query heads Hq")
     num_key_value_heads: PositiveInt = Field(description="key/value heads Hkv, a divisor of Hq")
-    head_dim: PositiveInt = Field(description="d, given outright: it need not be D / Hq")
+    head_dim: PositiveInt = Field(description="d; it need not be D / Hq, which is taken where none is given")
     vocab_size: PositiveInt = Field(description="draft vocabulary Vd, at most the target's")
     rms_norm_eps: PositiveFloat = Field(1e-5, description="epsilon of every RMSNorm")
     rope_theta: PositiveFloat = Field(description="rotary base; always written, a missing key means 10000 to a server")
@@ -103,6 +103,20 @@ class DraftConfig(Section):
     norm_before_fc: bool = Field(False, description="norm the three aux states together before fusing")
     init_from: str | None = Field(None, description="folder of a draft to start from, ours or a published EAGLE-3 one")
     override_rope: bool = Field(False, description="with init_from: use this recipe's rope instead of the draft's own")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_head_dim(cls, values: Any) -> Any:
+        """D / Hq where no head_dim is given; what else is wrong with D and Hq is found later."""
+        if not isinstance(values, dict) or values.get("head_dim") is not None:
+            return values
+        hidden, heads = (values.get(name) for name in ("hidden_size", "num_attention_heads"))
+        if not all(isinstance(size, int) and size > 0 for size in (hidden, heads)):
+            return values
+        if hidden % heads:
+            near = sorted(sorted(divisors(hidden), key=lambda number: abs(number - heads))[:3])
+            raise ValueError(f"hidden_size={hidden} is no multiple of {heads} query heads; use {join_or(near)} heads, or give head_dim")
+        return values | {"head_dim": hidden // heads}
 
     @model_validator(mode="after")
     def _heads_divide(self) -> DraftConfig:
@@ -205,6 +219,19 @@ class Recipe(Section):
     training: TrainingConfig = Field(TrainingConfig(), description="objective and schedule")
     deepspeed: str = Field(description="path of the DeepSpeed JSON, relative to the repository")
     output_dir: str | None = Field(None, description="run folder; null: runs/NAME")
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What this recipe trains and not every engine serves, a sentence each."""
+        draft, said = self.draft, []
+        if draft.attention_bias:
+            said.append("draft.attention_bias: SGLang drops these biases without a word, so only export_draft --vllm writes such a draft")
+        if draft.hidden_size % draft.num_attention_heads:
+            said.append(
+                f"draft.hidden_size={draft.hidden_size} is no multiple of {draft.num_attention_heads} heads: engines read config.json with "
+                "transformers, which refuses that whatever head_dim is, so such a draft cannot be exported"
+            )
+        return tuple(said)
 
     @property
     def run_dir(self) -> Path:

@@ -56,6 +56,7 @@ def describe_plan(
         _title("Sharding") + f"{origin}: {tokens} tokens, {plan.num_queries} trained rows\n" + sharding_table(plan),
         _title(f"Memory a process, predicted ({device.name})") + _memory_text(recipe, ds_json, world_size, plan, device),
         _title("Time of a sequence, forward and backward") + _time_text(recipe, plan, device),
+        *(f"NOTE: {caveat}\n" for caveat in recipe.caveats),
         _title("Files") + _files_text(recipe, capture_command(recipe_json, overrides)),
     ]
     return "\n".join(parts)

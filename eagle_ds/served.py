@@ -184,6 +184,8 @@ def arch_of_config(config: Mapping[str, Any]) -> DraftArch:
     theta, scaling = rope_scaling_of(config)
     eagle = config.get("eagle_config") or {}
     heads, width = config["num_attention_heads"], config["hidden_size"]
+    if not config.get("head_dim") and width % heads:
+        raise ValueError(f"its hidden_size {width} is no multiple of its {heads} heads, and its config.json gives no head_dim")
     windowed = "sliding_attention" in (config.get("layer_types") or ())
     return DraftArch(
         hidden_size=width,

@@ -54,6 +54,18 @@ def test_values_are_json_unless_the_setting_takes_text() -> None:
     assert parse_overrides(Recipe, ["--training.betas", "[0.8, 0.9]"]) == {"training.betas": [0.8, 0.9]}
 
 
+def test_head_dim_is_hidden_size_by_heads_where_none_is_given() -> None:
+    assert recipe(draft={"head_dim": None}).draft.head_dim == 64 // 32
+    without = {name: value for name, value in MINIMAL["draft"].items() if name != "head_dim"}
+    assert Recipe.model_validate({**MINIMAL, "draft": without}).draft.head_dim == 2
+
+
+def test_what_not_every_engine_serves_is_said_and_still_trains() -> None:
+    assert recipe().caveats == ()
+    assert "SGLang drops these biases" in recipe(draft={"attention_bias": True}).caveats[0]
+    assert "hidden_size=72 is no multiple of 32 heads" in recipe(draft={"hidden_size": 72}).caveats[0]
+
+
 def test_a_saved_recipe_loads_to_the_same_recipe(tmp_path: Path) -> None:
     first = recipe(training={"betas": [0.8, 0.99]}, draft={"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
     path = tmp_path / "saved.json"
@@ -80,6 +92,9 @@ def test_every_setting_says_what_it_is() -> None:
         (["--parallel.ulysses", "6"], "ulysses=6 does not divide 32 query heads; use 1, 2, 4, 8, 16 or 32, or raise ring"),
         (["--draft.num_key_value_heads", "5"], "num_key_value_heads=5 does not divide 32 query heads; use 1, 2, 4, 8, 16 or 32"),
         (["--draft.head_dim", "5"], "head_dim=5 is odd"),
+        (["--draft.hidden_size", "72", "--draft.head_dim", "null"], "no multiple of 32 query heads; use 18, 24 or 36 heads, or give"),
+        (["--draft.num_attention_heads", "0"], "draft.num_attention_heads = 0: input should be greater than 0"),
+        (["--training.offload_activations", "true", "--training.recompute", "selective"], "use recompute none, mlp or full"),
         (["--draft.vocab_size", "101"], "draft.vocab_size=101 is above target.vocab_size=100"),
         (["--target.num_layers", "3"], "aux_layer_ids=[1, 0, -1] must lie in 0..2"),
         (["--draft.rope_scaling.rope_type", "llama3"], "rope_type llama3 needs factor, low_freq_factor"),

@@ -296,6 +296,7 @@ class Evil:
         ({"draft_vocab_size": 90}, "d2t has shape"),
         ({"attention_bias": True}, "lacks the tensors midlayer.self_attn.k_proj.bias"),
         ({"hidden_size": None}, "no hidden_size"),
+        ({"hidden_size": 30}, "hidden_size 30 is no multiple of its 4 heads, and its config.json gives no head_dim"),
     ],
 )
 def test_a_published_draft_that_is_built_otherwise_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:

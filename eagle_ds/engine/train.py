@@ -45,6 +45,8 @@ def train(recipe: Recipe, local_rank: int) -> None:
     world_size = world.topology.world_size
     config = world.agreement.together(lambda: deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world_size))
     inputs = open_inputs(recipe, world)
+    for caveat in recipe.caveats if world.is_first else ():
+        logger.warning("%s", caveat)
     resumed = world.agreement.together(lambda: find_resumable(recipe, inputs.train.store.manifest_hash, world_size))
     world.agreement.same({"checkpoint to resume from": resumed.step if resumed else None})
     sampler = world.agreement.together(lambda: make_sampler(recipe, inputs, world))
