@@ -30,6 +30,7 @@ from eagle_ds.data.writer import SampleFiles
 
 SOURCE_NAMES = ("input_ids", "loss_mask")  # what a later run can compare: it may compute the head's facts in another order
 READ_AHEAD_BYTES = 1 << 30  # of a file that comes next; a longer one is read on as it is used
+ADVICE_BYTES = 1 << 20  # at once: of a longer range the kernel reads the beginning only
 COMPARE_ROWS = 1024  # a multiple of the chunk's rows
 
 
@@ -163,7 +164,9 @@ def _advise(path: Path, advice: int, num_bytes: int = 0) -> None:
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
         try:
-            os.posix_fadvise(descriptor, 0, num_bytes, advice)
+            end = min(num_bytes, os.fstat(descriptor).st_size)
+            for start in range(0, end, ADVICE_BYTES) if end else (0,):
+                os.posix_fadvise(descriptor, start, min(end - start, ADVICE_BYTES), advice)
         finally:
             os.close(descriptor)
 
