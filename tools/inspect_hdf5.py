@@ -17,6 +17,7 @@ import argparse
 import logging
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -54,6 +55,9 @@ def main() -> int:
         return 3
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenProcessPool:
+        print("error: a process of --verify was killed, mostly for its memory; use fewer --workers", file=sys.stderr)
         return 1
     return 3 if damaged else 0
 

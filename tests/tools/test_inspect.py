@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import resource
 import sys
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import ModuleType
 
@@ -194,6 +196,16 @@ def test_chosen_samples_are_exported_and_unknown_ones_refused(store: Path, run, 
     assert code == 0 and [item.path.name for item in iter_source(tmp_path / "out")] == ["data_2.ckpt", "data_4.ckpt"]
     code, text = run(store, "--export-ckpt", tmp_path / "out", "--ids", "data_2")
     assert code == 1 and "'data_2' is not a sample" in text and "rows_0-5000/data_0" in text
+
+
+def test_a_killed_process_of_verify_is_one_sentence(store: Path, run, tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> Iterator[None]:
+        raise BrokenProcessPool
+        yield
+
+    monkeypatch.setattr(tool, "verify", killed)
+    code, text = run(store, "--verify")
+    assert code == 1 and "use fewer --workers" in text and "Traceback" not in text
 
 
 def test_what_is_no_store_is_one_sentence(tmp_path: Path, run) -> None:

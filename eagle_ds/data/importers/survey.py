@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 PROBES = 9
 GZIP_PROBES = 3  # each has to be inflated whole
 WORK_PER_ENCODING = 1.4  # checksums, checks and writing come on top of encoding (docs/benchmarks/convert.md)
-START_S = 3.0  # importing torch
+START_S = 4.0  # importing torch, in every process
 ENCODED_CHUNKS = 16  # a probe, when size and time are predicted
 
 
