@@ -14,8 +14,13 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+SLOW = ("test_bench_layouts.py", "test_recipes.py", "test_resume.py", "test_sigterm.py", "test_steps.py", "parallel", "tools", "engine")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, with the reason, where there is no CUDA device."""
+    """Files that start many processes go first, so that the last ones to run are short and no worker waits for another.
+    Tests marked gpu are skipped, with the reason, where there is no CUDA device."""
+    items.sort(key=lambda item: next((n for n, name in enumerate(SLOW) if name in item.path.parts), len(SLOW)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
