@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,20 +84,25 @@ def test_what_cannot_be_compared_is_said_in_a_sentence(tmp_path: Path, falling: 
         read_all([good], ["x", "y"])
 
 
-def test_the_tools_exit_code_says_whether_runs_track_each_other(tmp_path: Path, falling: list[float]) -> None:
+def test_the_tools_exit_code_says_whether_runs_track_each_other(
+    tmp_path: Path, falling: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = [run_folder(tmp_path, "a", falling), run_folder(tmp_path, "b", [loss * 1.001 for loss in falling])]
     short = run_folder(tmp_path, "short", falling[:5])
+    main = runpy.run_path(str(ROOT / "tools/compare_runs.py"))["main"]
 
-    def tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "tools/compare_runs.py", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    def tool(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, arguments)])
+        code = main()
+        said = capsys.readouterr()
+        return code, said.out, said.err
 
-    loose = tool(*paths, "--out", tmp_path / "out", "--labels", "float32", "bf16", "--max-relative", "0.002")
-    assert loose.returncode == 0, loose.stderr
-    assert "bf16" in loose.stdout and "1.00e-03" in loose.stdout and (tmp_path / "out/compare.png").is_file()
-    strict = tool(*paths, "--max-relative", "0.0005")
-    assert strict.returncode == 1 and "b differs by 1.00e-03" in strict.stderr
-    refused = tool(paths[0], short)
-    assert refused.returncode == 2 and refused.stderr.startswith("error: short has 5 logged steps")
-    alone = tool(paths[0], "--max-relative", "0.002")
-    assert alone.returncode == 2 and "only one is given" in alone.stderr
+    code, out, err = tool(*paths, "--out", tmp_path / "out", "--labels", "float32", "bf16", "--max-relative", "0.002")
+    assert code == 0, err
+    assert "bf16" in out and "1.00e-03" in out and (tmp_path / "out/compare.png").is_file()
+    code, _, err = tool(*paths, "--max-relative", "0.0005")
+    assert code == 1 and "b differs by 1.00e-03" in err
+    code, _, err = tool(paths[0], short)
+    assert code == 2 and err.startswith("error: short has 5 logged steps")
+    code, _, err = tool(paths[0], "--max-relative", "0.002")
+    assert code == 2 and "only one is given" in err
