@@ -18,17 +18,20 @@ from typing import Any
 TIMEOUT_S = 120
 
 
-def _serve(rank: int, pipe: Connection, backend: str) -> None:
-    os.environ.update(DS_ACCELERATOR="cuda" if backend == "nccl" else "cpu", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+def _serve(rank: int, pipe: Connection, backend: str, device: str) -> None:
+    os.environ.update(DS_ACCELERATOR=device, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     import deepspeed.ops
     import torch
     import torch.distributed as torch_dist
     from deepspeed import comm
 
+    from eagle_ds.parallel.staged import register_staged
+
+    register_staged()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of g++ for an op that nothing here calls
     torch.set_num_threads(1)
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     while (job := pipe.recv()) is not None:
         function, world, store, args = job
         try:
@@ -45,16 +48,17 @@ def _serve(rank: int, pipe: Connection, backend: str) -> None:
 
 
 class GlooPool:
-    """``size`` idle processes, by default for gloo; for nccl each has a GPU. Use as a context manager."""
+    """``size`` idle processes, by default for gloo on the CPU. On ``device`` "cuda" rank r has GPU r modulo the GPUs there are: for
+    nccl they must suffice, for staged several processes share one. Use as a context manager."""
 
-    def __init__(self, size: int, backend: str = "gloo") -> None:
-        context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
-        if backend == "gloo":
+    def __init__(self, size: int, backend: str = "gloo", device: str = "cpu") -> None:
+        context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+        if device == "cpu":
             context.set_forkserver_preload(["tests.gloo_preload"])
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs, backend), daemon=True)
+            process = context.Process(target=_serve, args=(rank, theirs, backend, device), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

@@ -2,6 +2,7 @@
 """Train the same draft from the same start on the same data under several layouts, and compare the losses.
 
     tools/bench_layouts.py --out results/layouts                                   (all GPUs here: every layout that they carry)
+    tools/bench_layouts.py --out results/layouts --share-gpu                       (one GPU: four processes share it)
     tools/bench_layouts.py --out /tmp/layouts --device cpu --max-relative 1e-4     (CPU, float32: four processes over gloo)
     tools/bench_layouts.py --out results/layouts --layouts 1 U2 R2:p2p
 
@@ -12,6 +13,9 @@ the float32 one by:
 The target is made up, and the store holds tokens that a draft can learn to predict, so the loss falls as in a real run. Each
 layout is a run of its own through the trainer (DeepSpeed launcher, HDF5 store, AdamW, ZeRO-1); its folder is DIR/LAYOUT. Losses
 are compared with the first layout's, as by tools/compare_runs.py: a table, DIR/compare.json and DIR/compare.png.
+
+--share-gpu: NCCL refuses two processes on one GPU. With it processes share the GPUs there are and talk through host memory, so
+that one GPU trains every layout of four processes with its own kernels. The losses count, the times do not.
 
 Exit code: 0; 1 if some layout differs by more than --max-relative; 2 if a run failed.
 """
@@ -36,7 +40,7 @@ import eagle_ds  # noqa: F401  before any package: says so where they are missin
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = ("1", "U2", "R2:gather", "R2:p2p", "U2R2:gather", "U2R2:p2p", "U4", "R4:gather", "R4:p2p")
-CPU_PROCESSES = 4
+CPU_PROCESSES = 4  # on CPU, and where processes share a GPU
 
 
 def parse() -> argparse.Namespace:
@@ -45,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="+", help=f"default: those of {' '.join(LAYOUTS)} that fit the GPUs")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each run")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--share-gpu", action="store_true", help="several processes on a GPU, talking through host memory")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of layouts that say none; default: float32 on CPU only")
     parser.add_argument("--tokens", type=int, help="of each sample; default: 8192 on GPUs (long enough for cuDNN), 128 on CPU")
     parser.add_argument("--hidden", type=int, help="width of target and draft; default: 1024 on GPUs, 64 on CPU")
@@ -72,7 +77,7 @@ def be_a_rank(options: argparse.Namespace) -> int:
     from eagle_ds.engine.train import train as train_recipe
 
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    train_recipe(load_recipe(options.train), options.local_rank)
+    train_recipe(load_recipe(options.train), options.local_rank, share_gpu=options.share_gpu)
     return 0
 
 
@@ -85,6 +90,7 @@ def compare_layouts(options: argparse.Namespace) -> int:
     accelerator = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda":
         processes, dtype, sizes = torch.cuda.device_count(), "bfloat16", Sizes()
+        processes = max(processes, CPU_PROCESSES) if options.share_gpu else processes
     else:
         processes, dtype, sizes = CPU_PROCESSES, "float32", Sizes(hidden=64, vocab=211, tokens=128, ttt_steps=3)
     given = {name: value for name in ("tokens", "hidden") if (value := getattr(options, name))}
@@ -94,7 +100,7 @@ def compare_layouts(options: argparse.Namespace) -> int:
     place.make_data()
     for layout in layouts:
         recipe = place.write_recipe(layout.name, layout.parallel, layout.dtype or options.dtype or dtype, options.steps)
-        train(recipe, layout.processes, accelerator)
+        train(recipe, layout.processes, accelerator, share_gpu=options.share_gpu)
     runs = [str(place.root / layout.name) for layout in layouts]
     limit = ["--max-relative", str(options.max_relative)] if options.max_relative is not None else []
     return subprocess.call([sys.executable, str(ROOT / "tools/compare_runs.py"), *runs, "--out", str(place.root), *limit])
@@ -134,16 +140,16 @@ def choose_layouts(texts: Sequence[str] | None, processes: int) -> list[Layout]:
     return layouts
 
 
-def train(recipe: Path, processes: int, accelerator: str) -> None:
-    """One run by the DeepSpeed launcher, from the start. Raises ValueError if it fails."""
+def train(recipe: Path, processes: int, accelerator: str, *, share_gpu: bool) -> None:
+    """One run by a launcher, from the start. Raises ValueError if it fails."""
     from eagle_ds.launch import set_aside
 
     set_aside(recipe.with_suffix(""))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", str(port)]
-    command = [*launcher, str(Path(__file__).resolve()), "--out", str(recipe.parent), "--train", str(recipe)]
+    command = [*launcher(processes, port, share_gpu=share_gpu), str(Path(__file__).resolve()), "--out", str(recipe.parent)]
+    command += ["--train", str(recipe), *(["--share-gpu"] if share_gpu else [])]
     environment = {**os.environ, "DS_ACCELERATOR": accelerator, **({"OMP_NUM_THREADS": "1"} if accelerator == "cpu" else {})}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # DeepSpeed looks for ninja there
     log = recipe.with_suffix(".txt")
@@ -152,6 +158,13 @@ def train(recipe: Path, processes: int, accelerator: str) -> None:
         code = subprocess.call(command, env=environment, stdout=stream, stderr=stream)
     if code:
         raise ValueError(f"the run {recipe.stem} ended with exit code {code}; the end of {log}:\n{log.read_text()[-2000:]}")
+
+
+def launcher(processes: int, port: int, *, share_gpu: bool) -> list[str]:
+    """DeepSpeed's, or torch's where processes share a GPU: DeepSpeed's starts no more of them than there are GPUs."""
+    if share_gpu:
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", str(port)]
 
 
 if __name__ == "__main__":

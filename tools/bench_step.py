@@ -22,6 +22,10 @@ into one DIR make the strong scaling picture too. --plot draws from such files a
     deepspeed --num_gpus 1 tools/bench_step.py --sweep 16384:1 32768:1 131072:0.1 --out results
     tools/bench_step.py --plot results/steps.jsonl more.jsonl --out results
 
+Several ranks on one GPU, to see a layout's memory where there are too few GPUs (NCCL refuses it, so they talk through host
+memory). peak_gib is each rank's own and holds; the line says shared_gpu, its times mean nothing and no table or picture uses them:
+    torchrun --nproc_per_node 4 tools/bench_step.py --share-gpu --seq 32768 --ulysses 4 --out results
+
 Where the time goes: --profile trace.json writes a Chrome trace (chrome://tracing, ui.perfetto.dev) of one step, and a table of GPU
 time by category and phase with the share of communication that runs beside computing.
 """
@@ -78,6 +82,7 @@ def parse() -> argparse.Namespace:
     layout.add_argument("--ulysses", type=int, default=1)
     layout.add_argument("--ring", type=int, default=1)
     layout.add_argument("--ring-mode", choices=("auto", "gather", "p2p"), default="auto")
+    layout.add_argument("--share-gpu", action="store_true", help="ranks share GPUs and talk through host memory; times mean nothing")
     layout.add_argument("--all-rows", action="store_true", help="work on untrained rows too, as trainers without the plan do")
     layout.add_argument("--recompute", choices=("none", "selective", "mlp", "full"), default="full")
     layout.add_argument("--offload-activations", action="store_true", help="keep activations of the unroll in pinned CPU memory")
@@ -172,13 +177,14 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
     from eagle_ds.engine.world import join_world
 
     recipe = make_recipe(options, tokens)
-    world = join_world(recipe.parallel, options.local_rank)
+    world = join_world(recipe.parallel, options.local_rank, share_gpu=options.share_gpu)
     shape = {
         "model": options.recipe.stem if options.recipe else options.model,
         "gpus": world.topology.world_size,
         "fraction": fraction,
         "turn": options.turn,
         **({"offload_activations": True} if options.offload_activations else {}),
+        **({"shared_gpu": True} if options.share_gpu else {}),
     }
     try:
         return [shape | line for line in time_shape(options, recipe, world, tokens, fraction)]
@@ -222,7 +228,7 @@ def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, tokens
             profile(bench, path.with_name(f"{tokens}-{fraction:g}-{path.name}") if options.sweep else path, world.is_first)
     finally:
         bench.use(None)
-    device = measure_ceilings(world.device) if world.device.type == "cuda" else None
+    device = measure_ceilings(world.device) if world.device.type == "cuda" and not options.share_gpu else None
     return [summary(recipe, bench.plan, times, device) | line for line, times in zip(lines, measured, strict=True)]
 
 

@@ -162,7 +162,7 @@ def _finish(time: Axes, memory: Axes) -> None:
 
 
 def _timed(results: Iterable[Result]) -> list[Result]:
-    return [result for result in results if result.step_ms is not None]
+    return [result for result in results if result.is_timed]
 
 
 def _seconds(result: Result) -> float:

@@ -19,7 +19,10 @@ HEADINGS = (
 
 @dataclass(frozen=True)
 class Result:
-    """One measured step, or one that ran out of memory (``step_ms`` None)."""
+    """One measured step, or one that ran out of memory (``step_ms`` None).
+
+    Where ranks shared a GPU only ``peak_gib`` means anything: ``is_timed`` is what tables and pictures of time go by.
+    """
 
     model: str
     gpus: int
@@ -38,6 +41,7 @@ class Result:
     peak_gib: float = 0.0
     floor_ms: float | None = None
     mfu: float | None = None
+    shared_gpu: bool = False
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Result:
@@ -56,6 +60,7 @@ class Result:
             settings=settings,
             source=line.get("source", "memory"),
             step_ms=None,
+            shared_gpu=line.get("shared_gpu", False),
         )
         if "error" in line:
             return shape
@@ -69,6 +74,11 @@ class Result:
             "mfu": line.get("mfu"),
         }
         return cls(**{**shape.__dict__, **measured})
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether its times are those of hardware at work."""
+        return self.step_ms is not None and not self.shared_gpu
 
     @property
     def data_parallel(self) -> int:
@@ -121,6 +131,8 @@ def _row(result: Result) -> Sequence[str]:
     start = [result.shape + waits, str(result.gpus), result.layout, result.settings.removeprefix("recompute ")]
     if result.step_ms is None:
         return [*start, "out of memory", "", "", "", "", "", "", _peer(result)]
+    if result.shared_gpu:
+        return [*start, "ranks share a GPU", "", "", f"{result.peak_gib:.1f} GiB", "", "", "", ""]
     return [
         *start,
         milliseconds(result.step_ms),

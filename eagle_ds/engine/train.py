@@ -34,14 +34,14 @@ from eagle_ds.model.attention_cuda import choose_attention
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, local_rank: int) -> None:
-    """Train as one rank of the DeepSpeed launcher's world, until the recipe's last step. Resumes by itself.
+def train(recipe: Recipe, local_rank: int, *, share_gpu: bool = False) -> None:
+    """Train as one rank of the launcher's world, until the recipe's last step. Resumes by itself. ``share_gpu``: as ``join_world``.
 
     Raises ValueError, on every rank and with the same sentence, for anything that is wrong with recipe, files or data, and on
     the rank that it befalls if memory runs out. SIGTERM ends it, after a checkpoint, with SystemExit(143).
     """
     joined_here = not dist.is_initialized()
-    world = join_world(recipe.parallel, local_rank)
+    world = join_world(recipe.parallel, local_rank, share_gpu=share_gpu)
     world_size = world.topology.world_size
     config = world.agreement.together(lambda: deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world_size))
     inputs = open_inputs(recipe, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -12,7 +13,11 @@ from deepspeed.accelerator import get_accelerator
 
 from eagle_ds.config import ParallelConfig
 from eagle_ds.engine.agreement import Agreement
+from eagle_ds.parallel.staged import BACKEND as STAGED
+from eagle_ds.parallel.staged import register_staged
 from eagle_ds.parallel.topology import ProcessGroups, Topology, make_groups
+
+logger = logging.getLogger(__name__)
 
 SHM_OP = "deepspeed_shm_comm"
 """DeepSpeed compiles it on CPU at start (a minute of g++, and a killed compilation leaves a lock that hangs the next start),
@@ -27,6 +32,7 @@ class World:
     groups: ProcessGroups
     agreement: Agreement
     device: torch.device
+    ranks_per_device: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -35,30 +41,47 @@ class World:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of the device, or of the host divided among its processes."""
+        """Memory of the device divided among its ranks, or of the host among its processes."""
         if self.device.type == "cuda":
-            return torch.cuda.get_device_properties(self.device).total_memory
+            return torch.cuda.get_device_properties(self.device).total_memory // self.ranks_per_device
         return get_accelerator().total_memory() // self.topology.world_size
 
 
-def join_world(parallel: ParallelConfig, local_rank: int) -> World:
-    """Form the process groups of ``parallel``'s layout. Collective. Raises ValueError if the world does not carry it."""
-    accelerator = get_accelerator()
-    on_cuda = accelerator.device_name() == "cuda"
-    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-    if on_cuda:
-        accelerator.set_device(local_rank)
-    else:
+def join_world(parallel: ParallelConfig, local_rank: int, *, share_gpu: bool = False) -> World:
+    """Form the process groups of ``parallel``'s layout. Collective. Raises ValueError if the world does not carry it.
+
+    ``share_gpu``: the ranks of this host share the GPUs that it has, however few, and talk through host memory: right, and
+    slow. Without a GPU they talk the same way.
+    """
+    on_cuda = get_accelerator().device_name() == "cuda"
+    device = _take_device(local_rank, share_gpu) if on_cuda else torch.device("cpu")
+    if not on_cuda:
         deepspeed.ops.__compatible_ops__[SHM_OP] = False
-    if not dist.is_initialized():
-        _rendezvous("nccl" if on_cuda else "gloo")
+    is_new = not dist.is_initialized()
+    if is_new:
+        _rendezvous(STAGED if share_gpu else "nccl" if on_cuda else "gloo")
     topology = Topology(dist.get_world_size(), dist.get_rank(), parallel.ulysses, parallel.ring)
-    return World(topology, make_groups(topology), Agreement(topology), device)
+    sharing = -(-topology.world_size // (torch.cuda.device_count() if on_cuda else 1)) if share_gpu else 1
+    if share_gpu and is_new and topology.rank == 0:
+        logger.warning("%d ranks a device, which talk through host memory: results count, times mean nothing", sharing)
+    return World(topology, make_groups(topology), Agreement(topology), device, sharing)
+
+
+def _take_device(local_rank: int, share_gpu: bool) -> torch.device:
+    """This process's GPU, made the current one."""
+    if share_gpu:
+        local_rank %= torch.cuda.device_count()
+        os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed's engine takes the GPU of that number, and nothing else by it
+    get_accelerator().set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def _rendezvous(backend: str) -> None:
     """Meet the other processes. Raises ValueError where another run sits on the port."""
     try:
+        if backend == STAGED:  # not by DeepSpeed, which binds the group to a GPU for NCCL
+            register_staged()
+            dist.init_process_group(backend)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     except dist.DistNetworkError as error:
         reason = str(error).splitlines()[0]

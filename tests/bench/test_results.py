@@ -76,6 +76,14 @@ def test_the_table_says_what_was_measured_beside_the_peer() -> None:
     assert "| out of memory |" in rows[3] and rows[3].endswith("| out of memory |")  # ours, and the peer's
 
 
+def test_times_of_ranks_that_shared_a_gpu_are_nowhere_and_their_memory_is() -> None:
+    shared = [one | {"shared_gpu": True} for one in SCALING]
+    assert scaling_figure(results(*shared)) is None and scaling_figure(results(*SCALING[:3], *shared[3:])).startswith(PNG)
+    assert length_figure(results(*LENGTHS[:1], *(one | {"shared_gpu": True} for one in LENGTHS[1:]))) is None
+    row = markdown(results(line(shared_gpu=True))).splitlines()[2]
+    assert row == "| 128K, all rows | 4 | U4 R1 | full | ranks share a GPU |  |  | 18.5 GiB |  |  |  |  |"
+
+
 def test_the_peers_step_is_its_own_in_that_layout_else_its_fastest() -> None:
     assert peer_for(131_072, 4, "U1 R4 p2p").step_ms == 6817
     assert peer_for(131_072, 4, "U8 R1").step_ms == 4760

@@ -20,7 +20,7 @@ from eagle_ds.layout import Document
 from eagle_ds.planner import Device, draft_parameters, floor_seconds, in_turns, plan_for
 from tests.bench.worker import time_both
 from tests.engine.tiny import H, Tiny
-from tests.gloo import GlooPool
+from tests.gloo import GlooPool, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 96
@@ -133,3 +133,16 @@ def test_the_tool_times_a_sweep_from_memory_and_store(tiny: Tiny, tmp_path: Path
     ]
     assert json.loads((tmp_path / "128-0.5-trace.json").read_text())["traceEvents"] and (tmp_path / "128-0.5-trace.md").is_file()
     assert "writing 4 random samples of 64 tokens" in done.stderr
+
+
+def test_ranks_that_share_a_device_say_so(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.json"
+    recipe.write_text(tiny.recipe().model_dump_json())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    options = ["--recipe", str(recipe), "--share-gpu", "--seq", "64", "--ulysses", "2", "--steps", "1", "--ttt-steps", "2"]
+    command = [*launcher, "tools/bench_step.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ranks a device, which talk through host memory" in done.stderr
+    line = json.loads(done.stdout)
+    assert line["shared_gpu"] and line["gpus"] == 2 and line["layout"] == "U2 R1" and "floor_ms" not in line

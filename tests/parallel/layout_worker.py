@@ -17,7 +17,7 @@ def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, StepSums, di
     """(loss, sums, gradients) of the global batch, all-reduced; every rank returns the same."""
     topology = Topology(world, rank, case.ulysses, case.ring)
     groups = make_groups(topology) if world > 1 else SOLO
-    device = torch.device(case.device, rank) if case.device == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if case.device == "cuda" else torch.device("cpu")
     model, head = case.model().to(device), _moved(case.head(), device)
     batch = rank_batch(case.plan(topology.dp_rank), topology.sp_rank, case.whole(topology.dp_rank), case.alignment).to(device)
     counted = _summed(make_targets(batch, head).counted.sum(0).double(), world)

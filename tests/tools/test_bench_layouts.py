@@ -75,6 +75,13 @@ def test_layouts_that_cannot_run_or_be_compared_are_refused(tool: ModuleType) ->
             tool.choose_layouts(texts, 2 if texts else 1)
 
 
+def test_processes_that_share_a_gpu_are_started_by_torch(tool: ModuleType) -> None:
+    """DeepSpeed's launcher starts no more than there are GPUs."""
+    assert "deepspeed.launcher.runner" in tool.launcher(4, 29_600, share_gpu=False)
+    command = tool.launcher(4, 29_600, share_gpu=True)
+    assert command[1:] == ["-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", "29600"]
+
+
 def test_a_typo_is_said_in_a_sentence(tmp_path: Path) -> None:
     refused = run("--out", str(tmp_path / "x"), "--layouts", "4U")
     assert refused.returncode == 2 and "error: 4U is no layout" in refused.stderr
