@@ -129,6 +129,16 @@ def reduce_scatters(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
     return outputs[0], outputs[1], outputs[2]
 
 
+def older_names(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What torch 2.11 calls: all-gather, reduce-scatter, all-to-all."""
+    group, options = dist.group.WORLD, dist.ReduceScatterOptions()
+    everyone, part, turned = torch.empty(world * 2), torch.empty(2), torch.empty(world)
+    group._allgather_base(everyone, own(rank, torch.float32, 2)).wait()
+    group._reduce_scatter_base(part, everyone * (rank + 1), options).wait()
+    group.alltoall_base(turned, torch.full((world,), float(rank)), [], [], dist.AllToAllOptions()).wait()
+    return everyone, part, turned
+
+
 def narrow_sum(rank: int, world: int) -> float:
     """256 + 1 + 1 + ...: in bfloat16 each 1 alone would be rounded away."""
     tensor = torch.tensor([256.0 if rank == 0 else 1.0], dtype=torch.bfloat16)

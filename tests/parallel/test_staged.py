@@ -33,6 +33,12 @@ def test_parts_of_a_sum_go_to_their_ranks(pool: GlooPool, world: int) -> None:
         assert torch.equal(average, (total[rank] / world).bfloat16())
 
 
+def test_older_torch_finds_its_names(pool: GlooPool) -> None:
+    gathered = torch.cat([work.own(rank, torch.float32, 2) for rank in range(2)])
+    for rank, (everyone, part, turned) in enumerate(pool.run(work.older_names, 2)):
+        assert torch.equal(everyone, gathered) and torch.equal(part, 3 * gathered[2 * rank :][:2]) and turned.tolist() == [0, 1]
+
+
 def test_narrow_types_are_summed_wide(pool: GlooPool) -> None:
     assert pool.run(work.narrow_sum, 4) == [260.0] * 4  # 259 to the nearest bfloat16
 
