@@ -18,7 +18,8 @@ about the compression of real ones (1 GB for 32K tokens, 4.3 GB for 128K, before
     deepspeed --num_gpus 4 tools/bench_step.py --seq 131072 --ulysses 4 --from-store /data/bench
 
 Several shapes in one start, and with --out a table and pictures. The lines gather in DIR/steps.jsonl, so that runs on 1, 2 and 4 GPUs
-into one DIR make the strong scaling picture too. --plot draws from such files alone, on any machine:
+into one DIR make the strong scaling picture too, and memory.md: what of a rank's memory falls as 1/P, and how near to it.
+--plot draws from such files alone, on any machine:
     deepspeed --num_gpus 1 tools/bench_step.py --sweep 16384:1 32768:1 131072:0.1 --out results
     tools/bench_step.py --plot results/steps.jsonl more.jsonl --out results
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eagle_ds.bench.memory_table import memory_markdown
 from eagle_ds.bench.peer import PEER, PEER_MODEL
 from eagle_ds.bench.results import Result, markdown, short
 from eagle_ds.figures import INK, SERIES, canvas, png
@@ -19,10 +20,13 @@ Series = dict[str, list[Result]]
 
 
 def write_results(results: Sequence[Result], folder: Path) -> list[Path]:
-    """``steps.md``, and each picture that the results suffice for. Returns what was written."""
+    """``steps.md``, and ``memory.md`` and each picture that the results suffice for. Returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "steps.md"]
-    written[0].write_text(markdown(results), encoding="utf-8")
+    written = []
+    for name, table in (("steps", markdown(results)), ("memory", memory_markdown(results))):
+        if table:
+            written.append(folder / f"{name}.md")
+            written[-1].write_text(table, encoding="utf-8")
     for name, draw in (("length", length_figure), ("fraction", fraction_figure), ("scaling", scaling_figure)):
         if picture := draw(results):
             written.append(folder / f"{name}.png")

@@ -39,6 +39,8 @@ class Result:
     data_wait_ms: float = 0.0
     tokens_per_s: float = 0.0  # a GPU
     peak_gib: float = 0.0
+    resident_gib: float = 0.0  # of it, what lies there between steps
+    kept_gib: float = 0.0  # of it, what a forward leaves for the backward: what sequence parallelism shards
     floor_ms: float | None = None
     mfu: float | None = None
     shared_gpu: bool = False
@@ -70,6 +72,8 @@ class Result:
             "data_wait_ms": line.get("data_wait_ms", 0.0),
             "tokens_per_s": line["tokens_per_s_per_gpu"],
             "peak_gib": line["peak_gib"],
+            "resident_gib": line.get("resident_gib", 0.0),
+            "kept_gib": line.get("kept_gib", 0.0),
             "floor_ms": line.get("floor_ms"),
             "mfu": line.get("mfu"),
         }

@@ -41,7 +41,7 @@ LOSS_REGION = "head and loss"  # inside the forward; marked in traces
 class StepTimes:
     """Milliseconds of the slowest rank, means over the timed steps, and the peak of the fullest rank.
 
-    ``step_ms`` is the sum of the phases, the wait for data included (0 for data that lies in memory).
+    ``step_ms`` is the sum of the phases, the wait for data included (0 for data that lies in memory). Memory is zero on CPU.
     """
 
     step_ms: float
@@ -50,6 +50,8 @@ class StepTimes:
     backward_ms: float
     optimizer_ms: float
     peak_gib: float
+    resident_gib: float  # what lies there between steps, but for the batch: weights, float32 gradients, optimizer state
+    kept_gib: float  # what the forward leaves for the backward, the batch included: all that sequence parallelism shards
 
 
 class StepBench:
@@ -72,6 +74,9 @@ class StepBench:
         self.source: Source | None = None
         self._batch: tuple[Batch, Tensor] | None = None
         self._loss: Tensor | None = None
+        self._resident: int | None = None
+        self._held = 0  # after the last forward
+        self._head_gradient = arch.draft_vocab_size * arch.hidden_size * self.dtype.itemsize  # made in the forward, whole on every rank
 
     def use(self, source: Source | None) -> None:
         """Take batches from ``source`` from now on, and close the one before it."""
@@ -84,11 +89,13 @@ class StepBench:
         """Time ``steps`` optimizer steps after ``warmup``. Collective."""
         for _ in range(warmup):
             self.step()
+        self._resident = self._between_steps() if self._resident is None else self._resident
         self._reset_peak()
         times = np.array([self.step() for _ in range(steps)])
-        seconds, peak = self._slowest([*times.mean(0)], self._peak())
+        kept = max(self._held - self._resident - self._head_gradient, 0)
+        seconds, memory = self._fullest([*times.mean(0)], [self._peak(), self._resident, kept])
         data, forward, backward, optimizer = (1e3 * s for s in seconds)
-        return StepTimes(data + forward + backward + optimizer, data, forward, backward, optimizer, peak / GIB)
+        return StepTimes(data + forward + backward + optimizer, data, forward, backward, optimizer, *(x / GIB for x in memory))
 
     def step(self) -> list[float]:
         """Seconds of each of ``PHASES`` of one step."""
@@ -102,7 +109,7 @@ class StepBench:
 
     def memory_by_phase(self) -> dict[str, float]:
         """GiB of the fullest rank that one more step holds before it, and at most during each phase. Collective; zeros on CPU."""
-        held = [torch.cuda.memory_allocated() if self._on_gpu else 0]
+        held = [self._allocated()]
         for _, work in self._phases():
             self._reset_peak()
             work()
@@ -124,6 +131,7 @@ class StepBench:
         training = self.recipe.training
         decay = uniform_decay(training.step_decay, training.ttt_steps)
         self._loss, _ = self.runner(batch, self.world.topology.world_size * step_weights(counted, decay, None))
+        self._held = self._allocated()
 
     def _backward(self) -> None:
         self.engine.backward(self._loss)
@@ -145,10 +153,18 @@ class StepBench:
     def _peak(self) -> int:
         return torch.cuda.max_memory_allocated() if self._on_gpu else 0
 
-    def _slowest(self, seconds: list[float], peak: int) -> tuple[list[float], int]:
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self._on_gpu else 0
+
+    def _between_steps(self) -> int:
+        """Allocated now, after a step and so with all that the optimizer makes in its first; without the batch."""
+        assert self._batch is not None
+        return max(self._allocated() - sum(x.nbytes for x in vars(self._batch[0]).values() if isinstance(x, Tensor)), 0)
+
+    def _fullest(self, seconds: list[float], memory: list[int]) -> tuple[list[float], list[int]]:
         """The largest of all ranks, each for itself."""
-        largest = self.world.agreement.gather([*(int(s * 1e9) for s in seconds), peak]).max(0)
-        return [int(ns) / 1e9 for ns in largest[:-1]], int(largest[-1])
+        largest = self.world.agreement.gather([*(int(s * 1e9) for s in seconds), *memory]).max(0).tolist()
+        return [ns / 1e9 for ns in largest[: len(seconds)]], largest[len(seconds) :]
 
     def _head(self, arch: DraftArch) -> TargetHead:
         """A random head; every token counts as in the draft vocabulary, so that every trained row is worked on."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from eagle_ds.bench.memory_table import memory_markdown
 from eagle_ds.bench.peer import peer_for
 from eagle_ds.bench.plots import fraction_figure, length_figure, scaling_figure, write_results
 from eagle_ds.bench.results import Result, markdown, milliseconds, read_results, short
@@ -82,6 +83,22 @@ def test_times_of_ranks_that_shared_a_gpu_are_nowhere_and_their_memory_is() -> N
     assert length_figure(results(*LENGTHS[:1], *(one | {"shared_gpu": True} for one in LENGTHS[1:]))) is None
     row = markdown(results(line(shared_gpu=True))).splitlines()[2]
     assert row == "| 128K, all rows | 4 | U4 R1 | full | ranks share a GPU |  |  | 18.5 GiB |  |  |  |  |"
+
+
+def test_memory_of_a_rank_is_held_to_its_share_of_one_gpus() -> None:
+    def on(gpus: int, layout: str, kept: float, **changes: Any) -> dict[str, Any]:
+        return line(gpus=gpus, layout=layout, peak_gib=9.0 + kept, resident_gib=7.0, kept_gib=kept, **changes)
+
+    lines = [on(4, "U4 R1", 2.1, shared_gpu=True), on(1, "U1 R1", 7.0), on(1, "U1 R1", 8.0), on(2, "U2 R1", 4.4)]
+    others = [on(4, "U2 R1", 4.4), on(4, "U4 R1", 9.0, recompute="none"), line(), OUT_OF_MEMORY]
+    # Two sequences at once; nothing to hold it to; a line without these figures.
+    rows = memory_markdown(results(*lines, *others)).splitlines()[2:5]
+    assert rows == [
+        "| 128K, all rows | full | 1 | U1 R1 | 17.00 | 7.00 | 8.00 | 8.00 | 1.00 | 2.00 |",
+        "| 128K, all rows | full | 2 | U2 R1 | 13.40 | 7.00 | 4.40 | 4.00 | 1.10 | 2.00 |",
+        "| 128K, all rows | full | 4 | U4 R1 | 11.10 | 7.00 | 2.10 | 2.00 | 1.05 | 2.00 |",
+    ]
+    assert memory_markdown(results(*others)) is None and memory_markdown(results(*SCALING)) is None
 
 
 def test_the_peers_step_is_its_own_in_that_layout_else_its_fastest() -> None:

@@ -145,4 +145,5 @@ def test_ranks_that_share_a_device_say_so(tiny: Tiny, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "ranks a device, which talk through host memory" in done.stderr
     line = json.loads(done.stdout)
+    assert line["resident_gib"] == line["kept_gib"] == 0  # measured on GPUs alone
     assert line["shared_gpu"] and line["gpus"] == 2 and line["layout"] == "U2 R1" and "floor_ms" not in line
