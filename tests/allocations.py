@@ -90,12 +90,12 @@ def held_bytes(case: AllocationCase) -> Held:
         step.model.zero_grad(set_to_none=True)
         loss_peak, peak, host = _traced(step)
         stages, predicted_host = memory.stages(recipe, {}, 1, step.plan, prefetched=0), memory.host_bytes(recipe, {}, step.plan)
-    beyond = {name: _beyond_model_and_inputs(parts) for name, parts in stages.items()}
+    beyond = {name: beyond_model_and_inputs(parts) for name, parts in stages.items()}
     predicted_loss = max(beyond.get("forward", 0), beyond["loss"])
     return Held(loss_peak, peak, predicted_loss, max(beyond.values()), host, predicted_host)
 
 
-def _beyond_model_and_inputs(parts: Parts) -> int:
+def beyond_model_and_inputs(parts: Parts) -> int:
     before = ("process", "weights", "target's embedding and head", "gradients accumulated", "optimizer state", "hidden states")
     return sum(size for name, size in parts.items() if name not in before)
 

@@ -1,0 +1,109 @@
+"""Offload on a GPU: copies beside the computation never hand it memory too early or too late, and the memory is as predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from eagle_ds import memory
+from eagle_ds.config import Recipe
+from eagle_ds.data.batch import TokenFacts
+from eagle_ds.loss import LossSettings, TargetHead, head_loss
+from eagle_ds.model.arch import DraftArch
+from eagle_ds.model.attention_cuda import choose_attention
+from eagle_ds.model.draft import Eagle3Draft
+from eagle_ds.model.offload import ActivationOffload
+from eagle_ds.planner import in_turns, plan_for
+from tests.allocations import beyond_model_and_inputs
+from tests.steps import WholeSequence, gradients, make_targets, prefix_for, rank_batch, relative_error
+
+pytestmark = pytest.mark.gpu
+
+D, ROWS = 1024, 32768
+BF16 = {"bf16": {"enabled": True}}
+NOISE = 5e-3  # relative L2 of a bfloat16 gradient, from sums in another order
+PEAK_BOUND = 0.10
+SIZES = {"hidden_size": D, "intermediate_size": 7 * D // 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+
+
+def make_recipe(recompute: str, offload: bool) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "offload",
+            "target": {"model": "none", "hidden_size": D, "num_layers": 8, "vocab_size": 8000},
+            "draft": {**SIZES, "vocab_size": 4000, "rope_theta": 1e4},
+            "data": {"store": "none", "max_length": ROWS},
+            "training": {"recompute": recompute, "offload_activations": offload},
+            "deepspeed": "none",
+        }
+    )
+
+
+@dataclass
+class Taken:
+    """What one step gave, and the most that it held beyond what was there before."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    peak_bytes: int
+
+
+class GpuStep:
+    """A draft and one sequence on the GPU."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.device = recipe, torch.device("cuda", 0)
+        self.plan = plan_for(recipe, [in_turns(ROWS, 1.0)])
+        torch.manual_seed(0)
+        arch = DraftArch.from_recipe(recipe)
+        self.model = Eagle3Draft(arch)
+        self.model.embed_tokens.weight.normal_()
+        self.model.to(self.device, torch.bfloat16)
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, 8000, (ROWS,), generator=generator, dtype=torch.int32).numpy()
+        mask = torch.ones(ROWS, dtype=torch.uint8).numpy()
+        aux, hidden = (torch.randn(ROWS, width, generator=generator).bfloat16() for width in (3 * D, D))
+        self.batch = rank_batch(self.plan, 0, WholeSequence([TokenFacts(ids, mask)], aux, hidden), "serving").to(self.device)
+        full = (torch.randn(8000, D, generator=generator) * D**-0.5).to(self.device, torch.bfloat16)
+        inside = (torch.arange(8000) < 4000).to(self.device)
+        self.head = TargetHead(full, full[:4000], inside, torch.zeros(4000, dtype=torch.int64, device=self.device))
+        self.targets = make_targets(self.batch, self.head)
+        self.kernel = choose_attention(self.device, torch.bfloat16, arch.head_dim)
+        self.offload = ActivationOffload(self.device, slab_bytes=1 << 22) if recipe.training.offload_activations else None
+
+    def take(self) -> Taken:
+        self.model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        settings, prefix = LossSettings(torch.full((7,), 1 / ROWS)), prefix_for(self.model, self.plan, kernel=self.kernel)
+        loss, _ = self.model(
+            self.batch, prefix, lambda *states: head_loss(*states, self.targets, settings), self.recipe.training.recompute, self.offload
+        )
+        loss.backward()
+        torch.cuda.synchronize()
+        return Taken(loss.detach(), gradients(self.model), torch.cuda.max_memory_allocated() - before)
+
+
+@pytest.mark.parametrize("recompute", ["full", "mlp"])
+def test_steps_with_offload_give_the_gradients_of_steps_without(recompute: str) -> None:
+    plain = GpuStep(make_recipe(recompute, offload=False)).take()
+    step = GpuStep(make_recipe(recompute, offload=True))
+    for _ in range(5):  # a race need not show at once
+        taken = step.take()
+        assert float(taken.loss) == pytest.approx(float(plain.loss), rel=1e-5)
+        for name, gradient in taken.gradients.items():
+            assert relative_error(gradient, plain.gradients[name]) < NOISE, name
+    assert step.offload is not None and step.offload.kept_bytes == 0
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_peak_is_as_predicted(offload: bool) -> None:
+    step = GpuStep(make_recipe("full", offload))
+    step.take()
+    found = step.take().peak_bytes
+    predicted = max(map(beyond_model_and_inputs, memory.stages(step.recipe, BF16, 1, step.plan, prefetched=0).values()))
+    assert predicted == pytest.approx(found, rel=PEAK_BOUND)
