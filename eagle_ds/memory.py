@@ -23,7 +23,7 @@ from eagle_ds.layout import SequencePlan
 
 GIB = 1 << 30
 LOSS_CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}  # loss.CHUNK_BYTES
-TILE_ROWS = 16384  # model.draft.TILE_ROWS
+TILE_ROWS = 8192  # of one recomputed tile, at most: enough to fill a GPU, 0.9 GB of an 8B draft's MLP
 PREFETCHED = 1  # sequences that the feed holds on the device ahead of the one that trains
 
 Parts = dict[str, int]
@@ -73,7 +73,6 @@ def stages(
         **model_bytes(recipe, ds_json, world_size, element),
         "hidden states": inputs,
         "next sequence's hidden states": prefetched * inputs,
-        "K_0/V_0 and gradients": prefix_bytes(recipe, _prefix_rows(plan), element),
     }
     unrolled = _Unrolled(recipe, plan, rows, element, cpu)
     return {stage.name: always | unrolled.parts(stage) for stage in unrolled.stages()}
@@ -122,16 +121,21 @@ def model_bytes(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, ele
     }
 
 
+def tile_rows(rows: int) -> int:
+    """Rows of each of the fewest tiles of at most ``TILE_ROWS``, as equal as can be: what is recomputed is so a tile at a time."""
+    return -(-rows // max(-(-rows // TILE_ROWS), 1)) or 1
+
+
 def kv_slots(draft: DraftConfig, ulysses: int) -> int:
     """KV heads that each Ulysses rank holds; those that U does not divide are replicated."""
     per_rank, per_kv = draft.num_attention_heads // ulysses, draft.num_attention_heads // draft.num_key_value_heads
     return per_rank // math.gcd(per_rank, per_kv)
 
 
-def prefix_bytes(recipe: Recipe, rows: int, element: int) -> int:
-    """K_0 and V_0 of one rank's head slots for ``rows`` rows, with their float32 gradients."""
+def prefix_bytes(recipe: Recipe, rows: int, element: int, gradient: int = 4) -> int:
+    """K_0 and V_0 of one rank's head slots for ``rows`` rows, ``element`` bytes a number, with their gradients, ``gradient`` bytes."""
     width = kv_slots(recipe.draft, recipe.parallel.ulysses) * recipe.draft.head_dim
-    return 2 * rows * width * (element + 4)
+    return 2 * rows * width * (element + gradient)
 
 
 def _rotates(plan: SequencePlan) -> bool:
@@ -178,6 +182,7 @@ class _Stage:
     mlp: int
     gradients: int  # of states, which the loss makes for all steps at once
     workspace: int  # bytes
+    summed: bool = True  # dK_0 and dV_0 are there: from the first backward of attention on
     ahead: int = 0  # bytes of a query row that are on their way from host memory
 
 
@@ -194,8 +199,8 @@ class _Unrolled:
         self.query = draft.num_attention_heads * draft.head_dim * element
         self.diagonal = 2 * draft.num_key_value_heads * draft.head_dim * element  # K and V
         self.inner = draft.intermediate_size * element
-        self.recomputed = 3 * self.state if self.recompute in ("full", "selective") else 0  # embedding and z, when wanted again
-        self.dkv = prefix_bytes(recipe, _prefix_rows(plan), 0)
+        self.prefix = _prefix_rows(plan)
+        self.dkv = prefix_bytes(recipe, self.prefix, 0)
 
     def stages(self) -> list[_Stage]:
         """What may be the peak, in the order of a step."""
@@ -204,53 +209,67 @@ class _Unrolled:
         return last_step + [_Stage(name, 0, 0, 0, 0, 0, 0, self.rows.aux * self.state + size) for name, size in after]
 
     def _all_on_the_device(self) -> list[_Stage]:
-        """The loss reads all states, g_T too; the backward begins while every step's tensors are there."""
+        """The loss reads all states, g_T too; the backward begins while every step's tensors are there. The last MLP but one finds
+        one step's less, but dK_0/dV_0, and the gradients of all that the last step read."""
         t, early = self.steps, max(self.steps - 2, 0)
         dkv = self.rows.query * early * self.diagonal  # gradients of earlier steps' diagonals, which gather until their own turn
         return [
-            _Stage("loss", t, t, t - 1, t, t, t, self._loss()),
-            _Stage("backward of the MLP", t - 1, t, t - 1, t, t, t, self._mlp()),
+            _Stage("loss", t, t, t - 1, t, t, t, self._loss(), summed=False),
+            _Stage("backward of the MLP", t - 1, t, t - 1, t, t, t, self._mlp(), summed=False),
             _Stage("backward of attention", t - 1, t, t - 1, t, t - 1, t - 1, self._attention()),
             _Stage("backward of the projections", t - 1, t - 1, early, t, t - 1, t - 1, dkv + self._projections()),
-        ]
+            _Stage("backward of the MLP but one", t - 2, t - 1, early, t - 1, t - 1, t - 1, dkv + self._mlp()),
+        ][: 4 if t == 1 else None]
 
     def _offloaded(self) -> list[_Stage]:
         """The forward holds one step, and the states for the loss; the backward holds one step, and what was fetched ahead.
         Diagonals stay on the device. The last step but one finds more of their gradients there."""
         t, early, row = self.steps, max(self.steps - 2, 0), self.rows.query
-        dkv, queries = row * early * self.diagonal, self.kept["attention"] - self.query
-        before = self.state + self.query if self.recompute != "none" else 2 * self.inner  # what an earlier step is begun with
+        dkv, tiled = row * early * self.diagonal, self.recompute != "none"  # attention's part comes after an MLP's that is kept
+        queries = (self.kept["attention"] - self.query) * tiled
+        before = self.state + self.query if tiled else 2 * self.inner  # what an earlier step is begun with
         late = before if self.recompute == "full" else 0
-        inside = self.inner + self.state if self.recompute == "none" else 0
+        inside = 0 if tiled else self.inner + self.state
         leaving = self.rows.aux * self.state + row * (2 * self._largest_kept() + inside)  # fused states; two copies under way
         return [
-            _Stage("forward", t - 1, 1, t - 1, 1, 0, 0, leaving),
-            _Stage("loss", t, 0, t - 1, 0, 0, t, self._loss()),
-            _Stage("backward of the last MLP", 1, 1, t - 1, 0, 1, t, self._mlp(), queries),
-            _Stage("backward of the last MLP but one", 1, 1, early, 0, 1, t - 1, dkv + self._mlp(), queries),
-            _Stage("backward of the last attention", 1, 1, t - 1, 0, 0, t - 1, self._attention(), late),
-            _Stage("backward of the last attention but one", 1, 1, early, 0, 0, early, dkv + self._attention(), late),
-            _Stage("backward of the last projections", 1, 0, early, 1, 0, t - 1, dkv + self._projections(), before),
+            _Stage("forward of the context rows", 0, 0, 0, 0, 0, 0, self._context_forward(), summed=False),
+            _Stage("forward", t - 1, 1, t - 1, 1, 0, 0, leaving, summed=False),
+            _Stage("loss", t, 0, t - 1, 0, 0, t, self._loss(), summed=False),
+            _Stage("backward of the last MLP", 1, int(tiled), t - 1, 0, 1, t, self._mlp(), summed=False, ahead=queries),
+            _Stage("backward of the last MLP but one", 1, int(tiled), early, 0, 1, t - 1, dkv + self._mlp(), ahead=queries),
+            _Stage("backward of the last attention", 1, 1, t - 1, 0, 0, t - 1, self._attention(), ahead=late),
+            _Stage("backward of the last attention but one", 1, 1, early, 0, 0, early, dkv + self._attention(), ahead=late),
+            _Stage("backward of the last projections", 1, 0, early, 1, 0, t - 1, dkv + self._projections(), ahead=before),
         ]
 
     def parts(self, stage: _Stage) -> Parts:
         """What is held at ``stage``, without what is held always."""
-        rows, backward, after = self.rows.query, stage.name.startswith("backward"), not stage.states
-        gradients = sum(count for name, count in draft_parameters(self.recipe).items() if name != "fc")  # fc's come last of all
+        rows, after = self.rows.query, not stage.states and stage.summed
+        of_context = stage.name.endswith("of the context rows")  # K_0 and V_0 are to come, or gone home
         kept = {name: getattr(stage, name) * size for name, size in self.kept.items()}
         away = self.offloads and not after
-        parts = {
+        return {
+            "K_0/V_0": 0 if of_context else prefix_bytes(self.recipe, self.prefix, self.element, 0),
+            "dK_0/dV_0": self.dkv if stage.summed and not of_context else 0,
             "context rows": 0 if away else self._context_rows(),
             "query rows: first states": 0 if away or after else self._first_states(),
             **{f"query rows: {name}": rows * size for name, size in kept.items()},
             "query rows: fetched ahead": rows * stage.ahead,
             "query rows: gradients of states": rows * stage.gradients * self.state,
-            "gradients made by autograd": gradients * self.element if backward or after else 0,
+            "gradients made by autograd": self._weight_gradients(stage) * self.element,
             f"workspace: {stage.name}": stage.workspace,
         }
-        if stage.name == "backward of the context rows":
-            parts["K_0/V_0 and gradients"] = 0  # gone home
-        return parts
+
+    def _weight_gradients(self, stage: _Stage) -> int:
+        """Numbers in the gradients that autograd sums up over tiles and steps: fc's come last of all, those of q, k and v at the
+        last step's projections; and the largest of those under way, beside its sum."""
+        parts, draft = draft_parameters(self.recipe), self.recipe.draft
+        projections = parts["attention"] - draft.num_attention_heads * draft.head_dim * draft.hidden_size
+        made = sum(parts.values()) - parts["fc"]
+        if stage.name.startswith(("forward", "loss")):
+            return 0
+        first = stage.name in ("backward of the MLP", "backward of the last MLP", "backward of attention", "backward of the last attention")
+        return made - (projections if first else 0) + (parts["mlp"] // 3 if "MLP" in stage.name else 0)
 
     @property
     def moved_bytes(self) -> int:
@@ -287,12 +306,14 @@ class _Unrolled:
         return matrix * wide + max(forward, backward)
 
     def _mlp(self) -> int:
-        """Inputs' gradients of all rows, and the MLP's inside: of a tile where it is recomputed, else beside what is kept."""
-        rows = self.rows.query
+        """Inputs' gradients of all rows, and the MLP's inside: of a tile where it is recomputed, else beside what is kept. The
+        gradients of gate and up are written over them."""
+        rows, tile = self.rows.query, tile_rows(self.rows.query)
         if self.recompute == "none":
-            return rows * (2 * self.inner + self.state)
-        inside = 3 if self.recompute == "selective" else 5  # gradients of gate, up and their product; gate and up themselves
-        return rows * (self.state + self.query) + min(rows, TILE_ROWS) * (inside * self.inner + 3 * self.state)
+            return rows * (self.inner + self.state)
+        inside = 2 if self.recompute == "selective" else 4  # the product and its gradient; gate and up, where they are not kept
+        in_tiles = (rows - tile) * (self.state + self.query) + tile * (inside * self.inner + 3 * self.state)
+        return max(in_tiles, rows * (2 * self.state + 2 * self.query))  # at the end the tiles' gradients beside the whole
 
     def _attention(self) -> int:
         """The largest of: the kernel with its float32 dq; the way back through Ulysses; the diagonals' pass."""
@@ -306,9 +327,20 @@ class _Unrolled:
         return max(kernel, home, rows * (3 * self.query + (self.steps - 1) * self.diagonal))
 
     def _projections(self) -> int:
-        """dq, what is computed again, and then either forward tensors of that or two gradients of z."""
-        inside = max(2 * self.state + self.diagonal, 2 * self.query + self.diagonal, 4 * self.state + self.diagonal // 2)
-        return self.rows.query * (self.query + self.recomputed + inside)
+        """dq, dK_k and dV_k, and what turns them into a gradient of the state."""
+        return self.rows.query * (self.query + self.diagonal // 2) + self._through_z(self.rows.query, 2 * self.query + self.diagonal)
+
+    def _through_z(self, rows: int, projected: int) -> int:
+        """Two gradients of z, or what is projected from it (bytes a row); in tiles where embedding and z are computed again."""
+        inside = max(2 * self.state + self.diagonal, projected, 4 * self.state)
+        if self.recompute in ("none", "mlp"):
+            return rows * inside
+        return rows * (self.state + self.diagonal // 2) + tile_rows(rows) * (3 * self.state + inside)
+
+    def _context_forward(self) -> int:
+        """Fused states, and of a tile or of all rows embedding, both norms and z."""
+        rows = self.rows.context if self.recompute in ("none", "mlp") else tile_rows(self.rows.context)
+        return self.rows.aux * self.state + rows * 5 * self.state
 
     def _exchange(self) -> int:
         """dK_0/dV_0 of the rank's own rows; on the way there a received and a summed copy of what the rank held."""
@@ -316,5 +348,4 @@ class _Unrolled:
 
     def _context(self) -> int:
         """As the projections, without q."""
-        inside = max(2 * self.state, 4 * self.state + self.diagonal // 2)
-        return self.rows.context * (self.diagonal + self.recomputed + inside)
+        return self.rows.context * self.diagonal + self._through_z(self.rows.context, 0)

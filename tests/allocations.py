@@ -91,7 +91,7 @@ def held_bytes(case: AllocationCase) -> Held:
         loss_peak, peak, host = _traced(step)
         stages, predicted_host = memory.stages(recipe, {}, 1, step.plan, prefetched=0), memory.host_bytes(recipe, {}, step.plan)
     beyond = {name: beyond_model_and_inputs(parts) for name, parts in stages.items()}
-    predicted_loss = max(beyond.get("forward", 0), beyond["loss"])
+    predicted_loss = max(size for name, size in beyond.items() if name.startswith(("forward", "loss")))
     return Held(loss_peak, peak, predicted_loss, max(beyond.values()), host, predicted_host)
 
 
@@ -151,8 +151,7 @@ def _as_on_a_gpu() -> Iterator[None]:
         for place, name, value in (
             (draft, "rms_norm", _Norm.apply),
             (draft, "rope", _Rope.apply),
-            (draft, "swiglu", _SwiGLU.apply),
-            (draft, "TILE_ROWS", TILE),
+            (draft, "swiglu", lambda gate, up, spent: _SwiGLU.apply(gate, up)),
             (loss, "rms_norm", _Norm.apply),
             (loss, "_kernels_for", lambda weight: _RowKernels),
             (loss, "CHUNK_BYTES", budget),
@@ -196,7 +195,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.zeros_like(gate), torch.zeros_like(up)
+        return gate, up
 
 
 class AllocatingAttention:

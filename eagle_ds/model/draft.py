@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from eagle_ds.data.batch import Batch
+from eagle_ds.memory import tile_rows
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.elementwise import rms_norm, rope, swiglu
 from eagle_ds.model.offload import ActivationOffload
@@ -30,8 +31,6 @@ HeadLoss = Callable[[list[Tensor], Tensor, Tensor, float], Any]
 Recompute = Literal["none", "selective", "mlp", "full"]
 """What is computed again in the backward: nothing; everything but matmuls, whose results are kept; the MLP and output
 projection; also embedding, norms and q, k, v."""
-
-TILE_ROWS = 16384  # rows of one recomputed tile: enough to fill a GPU, 1.4 GB of an 8B draft's MLP
 
 
 class RMSNorm(nn.Module):
@@ -100,7 +99,7 @@ class DraftMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, D] -> [M, D]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), spent=True))
 
 
 class DraftLayer(nn.Module):
@@ -212,12 +211,12 @@ class Eagle3Draft(nn.Module):
     ) -> list[Tensor]:
         """``stay`` is told of the diagonal keys and values, all of which the last step's backward reads first of all."""
         again = "none" if recompute == "mlp" else recompute
-        anchor = prefix.exchange(
-            *self._run(again, self.context_kv, _pick(fused, batch.context_index), batch.context_ids, batch.context_positions)
-        )
+        rows = (_pick(fused, batch.context_index), batch.context_ids, batch.context_positions)
+        anchor = prefix.exchange(*self._in_tiles(again, self.context_kv, *rows))
         state, states, diagonals = _pick(fused, batch.query_index), [], []
         for step in range(batch.plan.ttt_steps):
-            q, *kv = self._run(again, self.query_projections, state, batch.query_ids[:, step], batch.query_positions + step, step > 0)
+            project = self.query_projections if step else self.first_query
+            q, *kv = self._in_tiles(again, project, state, batch.query_ids[:, step], batch.query_positions + step)
             diagonals += kv
             if stay:
                 stay(*kv)
@@ -238,24 +237,37 @@ class Eagle3Draft(nn.Module):
         context = {"context_fn": contexts} if recompute == "selective" else {}
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **context)
 
-    def _finish(self, state: Tensor, attended: Tensor, recompute: Recompute) -> Tensor:
-        """The layer's second half. What is recomputed is so a tile of rows at a time: the MLP's width never meets all rows."""
+    def _in_tiles(
+        self, recompute: Recompute, function: Callable[..., tuple[Tensor, ...]], *rows: Tensor, unread: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """``function`` of [M, ...] tensors to [M, ...] tensors. What is recomputed is so a tile of rows at a time, so that neither
+        the width of the MLP nor that of z ever meets all rows."""
         if recompute == "none":
-            return self.midlayer.finish(state, attended)
-        again: Recompute = "selective" if recompute == "selective" else "full"
-        tiles = zip(state.split(TILE_ROWS), attended.split(TILE_ROWS), strict=True)
-        done = [self._run(again, self.midlayer.finish, *tile, unread=self.arch.intermediate_size) for tile in tiles]
-        return done[0] if len(done) == 1 else torch.cat(done)
+            return function(*rows)
+        tiles = zip(*(x.split(tile_rows(len(x))) for x in rows), strict=True)
+        done = [self._run(recompute, function, *tile, unread=unread) for tile in tiles]
+        return done[0] if len(done) == 1 else tuple(torch.cat(parts) for parts in zip(*done, strict=True))
+
+    def _finish(self, state: Tensor, attended: Tensor, recompute: Recompute) -> Tensor:
+        """The layer's second half."""
+        again: Recompute = "full" if recompute == "mlp" else recompute
+        return self._in_tiles(again, self._finished, state, attended, unread=self.arch.intermediate_size)[0]
+
+    def _finished(self, state: Tensor, attended: Tensor) -> tuple[Tensor]:
+        return (self.midlayer.finish(state, attended),)
 
     def context_kv(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """K_0, V_0 [M, Hkv, d] of rows with fused states [M, D] and next tokens ``ids`` [M]."""
         return self.midlayer.self_attn.project_kv(self.midlayer.qkv_input(self.embed_tokens(ids), state), positions)
 
-    def query_projections(self, state: Tensor, ids: Tensor, positions: Tensor, with_kv: bool) -> tuple[Tensor, ...]:
-        """q [N, Hq, d] of one step, and where asked for its diagonal k and v [N, Hkv, d]."""
-        z = self.midlayer.qkv_input(self.embed_tokens(ids), state)
-        q = self.midlayer.self_attn.project_q(z, positions)
-        return (q, *self.midlayer.self_attn.project_kv(z, positions)) if with_kv else (q,)
+    def first_query(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor]:
+        """q [N, Hq, d] of step 0, whose keys are among K_0."""
+        return (self.midlayer.self_attn.project_q(self.midlayer.qkv_input(self.embed_tokens(ids), state), positions),)
+
+    def query_projections(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [N, Hq, d] of a later step, and its diagonal k and v [N, Hkv, d]."""
+        z, attention = self.midlayer.qkv_input(self.embed_tokens(ids), state), self.midlayer.self_attn
+        return attention.project_q(z, positions), *attention.project_kv(z, positions)
 
 
 def _pick(rows: Tensor, index: Tensor | None) -> Tensor:

@@ -34,9 +34,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rope.apply(x, cos, sin) if _fused(x) else rotate_plain(x, cos, sin)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [M, I] (arXiv:2002.05202). Keeps gate and up for the backward, nothing else."""
-    return _SwiGLU.apply(gate, up) if _fused(gate) else swiglu_plain(gate, up)
+def swiglu(gate: Tensor, up: Tensor, *, spent: bool = False) -> Tensor:
+    """silu(gate) * up, [M, I] (arXiv:2002.05202). Keeps gate and up for the backward, nothing else.
+
+    ``spent``: nothing but this backward reads gate and up, so it writes their gradients over them; a second backward through
+    the same graph raises RuntimeError."""
+    return _SwiGLU.apply(gate, up, spent) if _fused(gate) else swiglu_plain(gate, up)
 
 
 def _fused(x: Tensor) -> bool:
@@ -62,14 +65,19 @@ class _Rope(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, spent: bool) -> Tensor:
         from eagle_ds.model.elementwise_triton import swiglu_forward
 
         ctx.save_for_backward(gate, up)
+        ctx.spent = spent
         return swiglu_forward(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         from eagle_ds.model.elementwise_triton import swiglu_backward
 
-        return swiglu_backward(grad, *ctx.saved_tensors)
+        gate, up = (x.detach() for x in ctx.saved_tensors)
+        gradients = swiglu_backward(grad, gate, up, in_place=ctx.spent)
+        if ctx.spent:
+            torch.autograd.graph.increment_version([gate, up])  # a kernel's writes pass autograd by
+        return *gradients, None

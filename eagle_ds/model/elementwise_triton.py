@@ -70,10 +70,10 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up."""
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up; ``in_place``: written over them, each element after it was read."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    d_gate, d_up = (gate, up) if in_place else (torch.empty_like(gate), torch.empty_like(up))
     if grad.numel():
         _swiglu_backward_kernel[(triton.cdiv(grad.numel(), BLOCK),)](grad, gate, up, d_gate, d_up, grad.numel(), BLOCK)
     return d_gate, d_up

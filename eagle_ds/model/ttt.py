@@ -55,8 +55,15 @@ class PrefixAttention:
         bounds = plan.document_bounds()
         self.first_row = np.array([a for a, _ in bounds])[np.searchsorted([b for _, b in bounds], self.query_rows, side="right")]
         self.kv = torch.empty(0)
-        self.dkv = torch.empty(0)
+        self._dkv: Tensor | None = None
         self._bounds: dict[tuple[int, int], KeyBounds] = {}
+
+    @property
+    def dkv(self) -> Tensor:
+        """The sum of the steps' dK_0 and dV_0, float32 at least: made when the first backward adds to it, after the loss."""
+        if self._dkv is None:
+            self._dkv = torch.zeros(self.kv.shape, dtype=wide(self.kv.dtype), device=self.kv.device)
+        return self._dkv
 
     def exchange(self, k0: Tensor, v0: Tensor) -> Tensor:
         """Share K_0, V_0 [own context rows, Hkv, d] with all ranks. Returns a scalar that ties the steps to this call
@@ -133,7 +140,7 @@ class PrefixAttention:
                 dkv += following.wait()
             following = self.ring.rotate(dkv, self.ring.counts[block - 1])
             kv = coming.wait() if coming else kv
-        self.dkv += following.wait()
+        self.dkv.add_(following.wait())
         return dq
 
 
@@ -144,8 +151,6 @@ class _Exchange(torch.autograd.Function):
     def forward(ctx: Any, prefix: PrefixAttention, k0: Tensor, v0: Tensor) -> Tensor:
         kv = prefix.ulysses.kv_to_slots(torch.cat([k0, v0], dim=-1), prefix.context_counts)
         prefix.kv = kv if prefix.rotates else prefix.ring.gather(kv)
-        if any(ctx.needs_input_grad):
-            prefix.dkv = torch.zeros(prefix.kv.shape, dtype=wide(kv.dtype), device=kv.device)
         ctx.prefix, ctx.dtype = prefix, k0.dtype
         return torch.zeros((), dtype=k0.dtype, device=k0.device)
 
@@ -154,7 +159,7 @@ class _Exchange(torch.autograd.Function):
         prefix: PrefixAttention = ctx.prefix
         dkv = prefix.dkv if prefix.rotates else prefix.ring.scatter_sum(prefix.dkv)
         dkv = prefix.ulysses.slots_to_kv(dkv, prefix.context_counts).to(ctx.dtype)
-        prefix.kv = prefix.dkv = torch.empty(0)
+        prefix.kv, prefix._dkv = torch.empty(0), None
         dk, dv = dkv.chunk(2, dim=-1)
         return None, dk, dv
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eagle_ds import memory
 from eagle_ds.loss import LossSettings, head_loss
 from eagle_ds.model import draft
 from eagle_ds.model.offload import ActivationOffload, Stored, View
@@ -29,7 +30,7 @@ def forward(case: Case, recompute: str, offload: ActivationOffload | None) -> tu
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft, "TILE_ROWS", 7)  # several views of one state
+    monkeypatch.setattr(memory, "TILE_ROWS", 7)  # several views of one state
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -8,19 +8,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from eagle_ds import memory
 from eagle_ds.loss import LossSettings, head_loss
-from eagle_ds.model import draft
+from eagle_ds.model import draft, elementwise
+from eagle_ds.model.offload import ActivationOffload
 from tests.cases import TINY, Case
 from tests.steps import gradients, make_targets, prefix_for, rank_batch
 
 CASE = Case((("0" * 9 + "1" * 30 + "000" + "1" * 11,),))
 
 
-def step(recompute: str, case: Case = CASE) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+def step(recompute: str, case: Case = CASE, offload: ActivationOffload | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """Loss, gradients, and the matmul operations of the backward."""
     model, batch, head = case.model(), rank_batch(case.plan(0), 0, case.whole(0), "serving"), case.head()
     targets, settings = make_targets(batch, head), LossSettings(torch.ones(case.steps, dtype=torch.float64))
-    loss, _ = model(batch, prefix_for(model, batch.plan), lambda *states: head_loss(*states, targets, settings), recompute)
+    loss, _ = model(batch, prefix_for(model, batch.plan), lambda *states: head_loss(*states, targets, settings), recompute, offload)
     with FlopCounterMode(display=False) as counter:
         loss.backward()
     return loss.detach(), gradients(model), counter.get_total_flops()
@@ -28,12 +30,54 @@ def step(recompute: str, case: Case = CASE) -> tuple[torch.Tensor, dict[str, tor
 
 @pytest.mark.parametrize("recompute", ["selective", "mlp", "full"])
 def test_recomputing_changes_nothing(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft, "TILE_ROWS", 7)  # several tiles, the last one short
+    monkeypatch.setattr(memory, "TILE_ROWS", 7)  # several tiles, the last one short
     loss, grads, _ = step("none")
     again, grads_again, _ = step(recompute)
     torch.testing.assert_close(again, loss, rtol=1e-13, atol=0)
     for name, grad in grads.items():
         torch.testing.assert_close(grads_again[name], grad, rtol=1e-12, atol=1e-13)
+
+
+def write_over(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, in_place: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the GPU's kernel does, unseen by autograd as there."""
+    assert in_place
+    g, u = (x.clone().requires_grad_() for x in (gate, up))
+    with torch.enable_grad():
+        d_gate, d_up = torch.autograd.grad(elementwise.swiglu_plain(g, u), (g, u), grad)
+    gate.numpy()[:], up.numpy()[:] = d_gate.numpy(), d_up.numpy()
+    return gate, up
+
+
+@pytest.fixture
+def written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("eagle_ds.model.elementwise_triton", reason="Triton is not installed")
+    monkeypatch.setattr(kernels, "swiglu_forward", elementwise.swiglu_plain)
+    monkeypatch.setattr(kernels, "swiglu_backward", write_over)
+    monkeypatch.setattr(draft, "swiglu", lambda gate, up, *, spent: elementwise._SwiGLU.apply(gate, up, spent))
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "mlp", "full"])
+def test_nobody_reads_gate_and_up_after_their_gradients_are_written_over_them(
+    recompute: str, offloads: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(memory, "TILE_ROWS", 7)
+    loss, grads, _ = step("none")
+    request.getfixturevalue("written_over")
+    offload = ActivationOffload(torch.device("cpu"), min_bytes=1, slab_bytes=1000) if offloads else None
+    again, grads_again, _ = step(recompute, offload=offload)
+    torch.testing.assert_close(again, loss, rtol=1e-13, atol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grads_again[name], grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.usefixtures("written_over")
+def test_a_second_backward_of_what_was_written_over_is_refused() -> None:
+    gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    product = draft.swiglu(gate * 1, up * 1, spent=True).sum()
+    product.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 def test_selective_recomputes_no_matmul_and_the_others_more_and_more() -> None:
