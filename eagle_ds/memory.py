@@ -54,6 +54,18 @@ class Rows:
             attended_keys=max(plan.attention_work(r) for r in range(plan.ring)),
         )
 
+    @classmethod
+    def of_rank(cls, plan: SequencePlan, rank: int) -> Rows:
+        """One rank of ``plan``; ``rank`` counts within its sequence."""
+        return cls(
+            context=rg.count(plan.context[rank]),
+            query=rg.count(plan.queries[rank]),
+            aux=rg.count(plan.aux_rows(rank)),
+            target=rg.count(plan.target_rows(rank)),
+            total=plan.num_tokens,
+            attended_keys=plan.attention_work(rank // plan.ulysses),
+        )
+
 
 def predict_memory(
     recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, *, cpu: bool = False, prefetched: int = PREFETCHED

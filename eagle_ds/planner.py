@@ -80,11 +80,12 @@ def choose_ring_mode(recipe: Recipe, num_tokens: int, element: int, memory_bytes
     return "gather" if prefix_bytes(recipe, num_tokens, element) <= GATHER_SHARE * memory_bytes else "p2p"
 
 
-def floor_seconds(recipe: Recipe, plan: SequencePlan, device: Device) -> dict[str, float]:
-    """Least time of the busiest rank for one sequence, forward and backward: {"attention", "matmuls"}; empty without rates."""
+def floor_seconds(recipe: Recipe, plan: SequencePlan, device: Device, rows: Rows | None = None) -> dict[str, float]:
+    """Least time of the busiest rank, or of one with ``rows``, for one sequence, forward and backward: {"attention", "matmuls"};
+    empty without rates."""
     if not device.matmul_tflops:
         return {}
-    rows, draft, steps = Rows.of(plan), recipe.draft, recipe.training.ttt_steps
+    rows, draft, steps = rows or Rows.of(plan), recipe.draft, recipe.training.ttt_steps
     parts = draft_parameters(recipe)
     queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
     kv = 2 * draft.hidden_size * 2 * keys

@@ -27,6 +27,11 @@ Several ranks on one GPU, to see a layout's memory where there are too few GPUs 
 memory). peak_gib is each rank's own and holds; the line says shared_gpu, its times mean nothing and no table or picture uses them:
     torchrun --nproc_per_node 4 tools/bench_step.py --share-gpu --seq 32768 --ulysses 4 --out results
 
+One rank alone, for what a layout costs on each GPU where there is but one: this process does the work of one rank of N, by default
+the one that the plan (of the first shape) loads most, in that rank's memory. What others would have sent is made up on the spot, so
+there is no communication, and the losses mean nothing. Tables and pictures say "one rank alone", and the scaling picture leaves it out:
+    tools/bench_step.py --alone-of 4 --ulysses 4 --seq 131072 --out results
+
 Where the time goes: --profile trace.json writes a Chrome trace (chrome://tracing, ui.perfetto.dev) of one step, and a table of GPU
 time by category and phase with the share of communication that runs beside computing.
 """
@@ -47,6 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eagle_ds.bench.plots import write_results
 from eagle_ds.bench.results import read_results
 from eagle_ds.config import Recipe, load_recipe
+from eagle_ds.planner import in_turns
 
 if TYPE_CHECKING:
     from eagle_ds.bench.step import StepBench
@@ -84,6 +90,8 @@ def parse() -> argparse.Namespace:
     layout.add_argument("--ring", type=int, default=1)
     layout.add_argument("--ring-mode", choices=("auto", "gather", "p2p"), default="auto")
     layout.add_argument("--share-gpu", action="store_true", help="ranks share GPUs and talk through host memory; times mean nothing")
+    layout.add_argument("--alone-of", type=int, metavar="N", help="do one rank's work of a world of N, without communication")
+    layout.add_argument("--alone-rank", type=int, metavar="RANK", help="that rank; default: the one that the plan loads most")
     layout.add_argument("--all-rows", action="store_true", help="work on untrained rows too, as trainers without the plan do")
     layout.add_argument("--recompute", choices=("none", "selective", "mlp", "full"), default="full")
     layout.add_argument("--offload-activations", action="store_true", help="keep activations of the unroll in pinned CPU memory")
@@ -104,6 +112,10 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.plot and not options.out:
         parser.error("--plot needs --out DIR to write to")
+    if options.alone_of and (options.share_gpu or options.from_store or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        parser.error("--alone-of is one process, timed from memory: start it without a launcher, --share-gpu and --from-store")
+    if options.alone_rank is not None and not options.alone_of:
+        parser.error("--alone-rank is a rank of the world that --alone-of sizes; give both")
     return options
 
 
@@ -175,10 +187,8 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
     """One shape's lines. A shape that does not fit says so and lets the next one run."""
     import torch
 
-    from eagle_ds.engine.world import join_world
-
-    recipe = make_recipe(options, tokens)
-    world = join_world(recipe.parallel, options.local_rank, share_gpu=options.share_gpu)
+    recipe, document = make_recipe(options, tokens), in_turns(tokens, fraction, options.turn)
+    world = join(options, recipe, [document] * options.documents)
     shape = {
         "model": options.recipe.stem if options.recipe else options.model,
         "gpus": world.topology.world_size,
@@ -186,9 +196,10 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
         "turn": options.turn,
         **({"offload_activations": True} if options.offload_activations else {}),
         **({"shared_gpu": True} if options.share_gpu else {}),
+        **({"alone_of": world.topology.world_size, "alone_rank": world.topology.rank} if options.alone_of else {}),
     }
     try:
-        return [shape | line for line in time_shape(options, recipe, world, tokens, fraction)]
+        return [shape | line for line in time_shape(options, recipe, world, document, fraction)]
     except torch.cuda.OutOfMemoryError as error:
         layout = {"layout": f"U{options.ulysses} R{options.ring}", "recompute": options.recompute, "ttt_steps": recipe.training.ttt_steps}
         size = {"tokens": tokens * options.documents, "documents": options.documents}
@@ -199,17 +210,25 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
             torch.cuda.empty_cache()
 
 
-def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, tokens: int, fraction: float) -> list[dict[str, Any]]:
+def join(options: argparse.Namespace, recipe: Recipe, documents: list[Document]) -> World:
+    """The world that the launcher started, or one rank of a larger one."""
+    from eagle_ds.bench.alone import alone_world
+    from eagle_ds.engine.world import join_world
+
+    if options.alone_of:
+        return alone_world(recipe, documents, options.local_rank, options.alone_of, options.alone_rank)
+    return join_world(recipe.parallel, options.local_rank, share_gpu=options.share_gpu)
+
+
+def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, document: Document, fraction: float) -> list[dict[str, Any]]:
     """A line for batches in memory and, if asked for, one for the same from a store."""
     from eagle_ds.bench.ceilings import measure_ceilings
     from eagle_ds.bench.sources import MemorySource, StoreSource
     from eagle_ds.bench.step import StepBench, summary
     from eagle_ds.ds_config import deepspeed_config, read_ds_json
-    from eagle_ds.planner import in_turns
 
     config = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world.topology.world_size)
     config.pop("tensorboard", None)
-    document = in_turns(tokens, fraction, options.turn)
     bench = StepBench(recipe, config, [document] * options.documents, world)
     steps = options.steps or (STEPS_FROM_STORE if options.from_store else STEPS)
     facts = (recipe, bench.plan, world, bench.dtype)
@@ -225,8 +244,8 @@ def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, tokens
         if options.sample_memory:
             lines[-1] |= bench.memory_by_phase()
         if options.profile:
-            path = options.profile
-            profile(bench, path.with_name(f"{tokens}-{fraction:g}-{path.name}") if options.sweep else path, world.is_first)
+            path, writes = options.profile, world.is_first or bool(options.alone_of)
+            profile(bench, path.with_name(f"{document.num_tokens}-{fraction:g}-{path.name}") if options.sweep else path, writes)
     finally:
         bench.use(None)
     device = measure_ceilings(world.device) if world.device.type == "cuda" and not options.share_gpu else None
@@ -247,7 +266,7 @@ def open_store(options: argparse.Namespace, bench: StepBench, document: Document
     return store
 
 
-def profile(bench: StepBench, path: Path, is_first: bool) -> None:
+def profile(bench: StepBench, path: Path, writes: bool) -> None:
     """One step under torch.profiler: a trace, and a table of it (on CPU only torch's own)."""
     import torch
     from torch.profiler import ProfilerActivity
@@ -259,7 +278,7 @@ def profile(bench: StepBench, path: Path, is_first: bool) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as recorded:
         bench.step()
-    if not is_first:
+    if not writes:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     recorded.export_chrome_trace(str(path))

@@ -79,7 +79,7 @@ def scaling_figure(results: Sequence[Result]) -> bytes | None:
     """Strong scaling: the fastest step of each shape by number of GPUs, its efficiency and memory; None without two numbers of GPUs."""
     fastest: dict[Hashable, Result] = {}
     for result in sorted(_timed(results), key=lambda r: -_seconds(r)):
-        if result.data_parallel == 1:
+        if result.data_parallel == 1 and not result.alone:
             fastest[(result.shape, result.model, result.ttt_steps, result.source, result.gpus)] = result
     series = _series(list(fastest.values()), lambda r: (r.model, r.shape, f"T = {r.ttt_steps}", r.source), lambda r: r.gpus)
     if not series:

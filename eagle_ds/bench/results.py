@@ -30,7 +30,7 @@ class Result:
     documents: int
     fraction: float
     turn: int
-    layout: str  # "U2 R2 gather"
+    layout: str  # "U2 R2 gather", "U4 R1, one rank alone"
     ttt_steps: int
     settings: str  # what costs time to save memory: "recompute full, offload"
     source: str  # "memory" or "store"
@@ -44,6 +44,7 @@ class Result:
     floor_ms: float | None = None
     mfu: float | None = None
     shared_gpu: bool = False
+    alone: bool = False  # one rank of ``gpus`` in a single process, without communication
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Result:
@@ -57,12 +58,13 @@ class Result:
             documents=documents,
             fraction=line["fraction"],
             turn=line["turn"],
-            layout=line.get("layout", ""),
+            layout=line.get("layout", "") + (", one rank alone" if "alone_of" in line else ""),
             ttt_steps=line.get("ttt_steps", PEER_TTT_STEPS),
             settings=settings,
             source=line.get("source", "memory"),
             step_ms=None,
             shared_gpu=line.get("shared_gpu", False),
+            alone="alone_of" in line,
         )
         if "error" in line:
             return shape
@@ -104,7 +106,7 @@ class Result:
     @property
     def peer(self) -> PeerStep | None:
         """The peer's step of the same length on as many GPUs."""
-        if (self.model, self.ttt_steps, self.documents, self.data_parallel) != (PEER_MODEL, PEER_TTT_STEPS, 1, 1):
+        if self.alone or (self.model, self.ttt_steps, self.documents, self.data_parallel) != (PEER_MODEL, PEER_TTT_STEPS, 1, 1):
             return None
         return peer_for(self.tokens, self.gpus, self.layout)
 
@@ -127,7 +129,8 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
 def markdown(results: Sequence[Result]) -> str:
     """A table, a row a result."""
     rows = [HEADINGS, ["---"] * len(HEADINGS), *map(_row, results)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    note = "\nOne rank alone: the work of one rank of so many, done in a single process, without communication.\n"
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + (note if any(result.alone for result in results) else "")
 
 
 def _row(result: Result) -> Sequence[str]:

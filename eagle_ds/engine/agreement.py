@@ -28,13 +28,13 @@ class RankFailure(ValueError):
 
 
 class Agreement:
-    """Control messages between all ranks of ``topology``. Every method is collective."""
+    """Control messages between all ranks of ``topology``, over ``backend``. Every method is collective."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, backend: str = "gloo") -> None:
         self.topology = topology
         self._group: Any = None
         if topology.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            self._group = dist.new_group(backend=backend, timeout=TIMEOUT)
 
     def gather(self, values: Sequence[int]) -> np.ndarray:
         """int64 [world, len(values)], row r being rank r's."""

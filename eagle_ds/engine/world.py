@@ -53,10 +53,8 @@ def join_world(parallel: ParallelConfig, local_rank: int, *, share_gpu: bool = F
     ``share_gpu``: the ranks of this host share the GPUs that it has, however few, and talk through host memory: right, and
     slow. Without a GPU they talk the same way.
     """
-    on_cuda = get_accelerator().device_name() == "cuda"
-    device = _take_device(local_rank, share_gpu) if on_cuda else torch.device("cpu")
-    if not on_cuda:
-        deepspeed.ops.__compatible_ops__[SHM_OP] = False
+    device = take_device(local_rank, share_gpu=share_gpu)
+    on_cuda = device.type == "cuda"
     is_new = not dist.is_initialized()
     if is_new:
         _rendezvous(STAGED if share_gpu else "nccl" if on_cuda else "gloo")
@@ -67,8 +65,11 @@ def join_world(parallel: ParallelConfig, local_rank: int, *, share_gpu: bool = F
     return World(topology, make_groups(topology), Agreement(topology), device, sharing)
 
 
-def _take_device(local_rank: int, share_gpu: bool) -> torch.device:
-    """This process's GPU, made the current one."""
+def take_device(local_rank: int, *, share_gpu: bool = False) -> torch.device:
+    """This process's GPU, made the current one, or the CPU where DeepSpeed finds no GPU."""
+    if get_accelerator().device_name() != "cuda":
+        deepspeed.ops.__compatible_ops__[SHM_OP] = False
+        return torch.device("cpu")
     if share_gpu:
         local_rank %= torch.cuda.device_count()
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed's engine takes the GPU of that number, and nothing else by it

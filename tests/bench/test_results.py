@@ -85,6 +85,15 @@ def test_times_of_ranks_that_shared_a_gpu_are_nowhere_and_their_memory_is() -> N
     assert row == "| 128K, all rows | 4 | U4 R1 | full | ranks share a GPU |  |  | 18.5 GiB |  |  |  |  |"
 
 
+def test_one_rank_alone_is_called_so_and_is_no_scaling() -> None:
+    alone = [one | {"alone_of": one["gpus"], "alone_rank": 0} for one in SCALING]
+    assert scaling_figure(results(SCALING[0], *alone[1:])) is None
+    assert length_figure(results(*(one | {"alone_of": 4, "alone_rank": 0} for one in LENGTHS))).startswith(PNG)
+    table = markdown(results(alone[3]))
+    assert "| 4 | U4 R1, one rank alone | full | 2.40 s |" in table and "without communication" in table and "4.76 s" not in table
+    assert "without communication" not in markdown(results(line()))
+
+
 def test_memory_of_a_rank_is_held_to_its_share_of_one_gpus() -> None:
     def on(gpus: int, layout: str, kept: float, **changes: Any) -> dict[str, Any]:
         return line(gpus=gpus, layout=layout, peak_gib=9.0 + kept, resident_gib=7.0, kept_gib=kept, **changes)

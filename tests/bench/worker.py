@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from eagle_ds import ranges as rg
+from eagle_ds.bench.alone import alone_world
 from eagle_ds.bench.random_store import random_store
 from eagle_ds.bench.sources import MemorySource, StoreSource
 from eagle_ds.bench.step import StepBench, StepTimes
@@ -40,3 +44,43 @@ def time_both(rank: int, world: int, recipe: Recipe, document: Document, folder:
     times.append(bench.run(2))
     bench.use(None)
     return times, same
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What a rank did by itself."""
+
+    rank: int
+    times: StepTimes
+    finite: bool
+    moved: bool
+    rows: tuple[int, int]  # query and context rows that it worked on
+    planned: tuple[int, int]
+
+
+def alone_steps(rank: int, world: int, recipe: Recipe, document: Document, alone_rank: int | None) -> Alone:
+    """Three optimizer steps of one rank of four."""
+    as_if_new(world)
+    joined = alone_world(recipe, [document], rank, 4, alone_rank)
+    bench = StepBench(recipe, deepspeed_config(recipe, read_ds_json(recipe.deepspeed), 4), [document], joined)
+    before, losses = _held_weights(bench), []
+    bench.use(MemorySource(recipe, bench.plan, joined, bench.dtype))
+    backward = bench.engine.backward
+    with mock.patch.object(bench.engine, "backward", lambda loss: (losses.append(loss.detach()), backward(loss))):
+        times = bench.run(2)
+    after, (batch, _) = _held_weights(bench), bench.source.take()
+    at = joined.topology.sp_rank
+    joined.agreement.same({"steps": len(losses)})  # four equal answers
+    return Alone(
+        rank=joined.topology.rank,
+        times=times,
+        finite=all(torch.isfinite(x).all() for x in (*losses, *after)),
+        moved=any(not torch.equal(old, new) for old, new in zip(before, after, strict=True)),
+        rows=(len(batch.query_positions), len(batch.context_positions)),
+        planned=(rg.count(bench.plan.queries[at]), rg.count(bench.plan.context[at])),
+    )
+
+
+def _held_weights(bench: StepBench) -> list[torch.Tensor]:
+    """Whole, or this rank's part of them under ZeRO-3."""
+    return [getattr(weight, "ds_tensor", weight).detach().clone() for weight in bench.engine.module.parameters()]

@@ -14,15 +14,15 @@ from eagle_ds.parallel.topology import SOLO, Topology
 
 @pytest.mark.parametrize(("gpus", "expected"), [(1, [0, 0, 0, 0]), (3, [0, 1, 2, 0])])
 def test_ranks_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, gpus: int, expected: list[int]) -> None:
-    accelerator = Mock()
+    accelerator = Mock(**{"device_name.return_value": "cuda"})
     monkeypatch.setattr(world, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for local_rank, index in enumerate(expected):
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-        assert world._take_device(local_rank, share_gpu=True) == torch.device("cuda", index)
+        assert world.take_device(local_rank, share_gpu=True) == torch.device("cuda", index)
         assert os.environ["LOCAL_RANK"] == str(index)  # DeepSpeed's engine takes its GPU from there
         accelerator.set_device.assert_called_with(index)
-    assert world._take_device(2, share_gpu=False) == torch.device("cuda", 2)
+    assert world.take_device(2) == torch.device("cuda", 2)
 
 
 def test_a_shared_gpus_memory_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
