@@ -196,6 +196,8 @@ def _start_launcher(call: Invocation, world_size: int) -> None:
 def _train(recipe: Recipe, rank: int) -> None:
     _prepare_environment(int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])), os.environ.get("DS_ACCELERATOR"))
     from eagle_ds.engine.agreement import RankFailure
+    from eagle_ds.engine.sizing import OutOfMemory
+    from eagle_ds.engine.stopping import leave_at_once
     from eagle_ds.engine.train import train
     from eagle_ds.report import write_report
 
@@ -206,6 +208,8 @@ def _train(recipe: Recipe, rank: int) -> None:
             write_report(recipe.run_dir)
     except RankFailure as error:
         _complain_once(error, FAILED)
+    except OutOfMemory as error:
+        leave_at_once(f"error (rank {rank}): {error}", FAILED)
     except (ValueError, OSError) as error:
         logger.debug("%s", traceback.format_exc())
         sys.stderr.write(f"error (rank {rank}): {error}\n")

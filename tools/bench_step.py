@@ -17,8 +17,10 @@ about the compression of real ones (1 GB for 32K tokens, 4.3 GB for 128K, before
 (what reading one sequence takes in its thread; it hides behind a step while it is shorter) and slower_than_memory:
     deepspeed --num_gpus 4 tools/bench_step.py --seq 131072 --ulysses 4 --from-store /data/bench
 
-Several shapes in one start, and with --out a table and pictures. The lines gather in DIR/steps.jsonl, so that runs on 1, 2 and 4 GPUs
-into one DIR make the strong scaling picture too, and memory.md: what of a rank's memory falls as 1/P, and how near to it.
+Several shapes in one start, and with --out a table and pictures. A shape that does not fit gets a line that says so and the next
+one runs; on several GPUs it ends the run and says what would fit, and the lines before it stay. The lines gather in DIR/steps.jsonl,
+so that runs on 1, 2 and 4 GPUs into one DIR make the strong scaling picture too, and memory.md: what of a rank's memory falls as 1/P,
+and how near to it.
 --plot draws from such files alone, on any machine:
     deepspeed --num_gpus 1 tools/bench_step.py --sweep 16384:1 32768:1 131072:0.1 --out results
     tools/bench_step.py --plot results/steps.jsonl more.jsonl --out results
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"llama3_8b": "recipes/llama3_128k.json", "smollm2": "recipes/smollm2_cpu.json"}
+OFFLOAD = "--offload-activations"
+FLAGS = {"--training.offload_activations true": OFFLOAD, "--training.": "--", "--parallel.": "--", "data.max_length": "--seq"}
 STEPS, STEPS_FROM_STORE = 3, 8  # from a store more, because the first ones find their data read ahead while the engine warmed up
 
 
@@ -140,19 +144,24 @@ def draw(files: list[Path], folder: Path) -> None:
 def measure(options: argparse.Namespace) -> None:
     """Every shape, and what is made of the lines."""
     os.chdir(ROOT)
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511}.items():
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
         os.environ.setdefault(name, str(value))
     is_first = os.environ["RANK"] == "0"
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("eagle_ds.bench").setLevel(logging.INFO if is_first else logging.WARNING)
     shapes = options.sweep or [(options.seq, options.trained_fraction)]
-    file = options.json or (options.out / "steps.jsonl" if options.out else None)
+    file = file_of(options)
     for tokens, fraction in shapes:
         lines = run(options, tokens, fraction)
         if is_first:
             record(lines, file)
     if is_first and options.out:
         draw([file], options.out)
+
+
+def file_of(options: argparse.Namespace) -> Path | None:
+    """Where the lines gather."""
+    return options.json or (options.out / "steps.jsonl" if options.out else None)
 
 
 def record(lines: list[dict[str, Any]], file: Path | None) -> None:
@@ -184,8 +193,12 @@ def make_recipe(options: argparse.Namespace, tokens: int) -> Recipe:
 
 
 def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[str, Any]]:
-    """One shape's lines. A shape that does not fit says so and lets the next one run."""
+    """One shape's lines. On one GPU a shape that does not fit says so and lets the next one run; of several ranks the one that it
+    befalls leaves, because the others wait for it, and the launcher ends them."""
     import torch
+
+    from eagle_ds.engine.sizing import is_out_of_memory
+    from eagle_ds.engine.stopping import leave_at_once
 
     recipe, document = make_recipe(options, tokens), in_turns(tokens, fraction, options.turn)
     world = join(options, recipe, [document] * options.documents)
@@ -200,7 +213,11 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
     }
     try:
         return [shape | line for line in time_shape(options, recipe, world, document, fraction)]
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if world.topology.world_size > 1 and not options.alone_of:
+            leave_at_once(f"error (rank {world.topology.rank}): {does_not_fit(options, recipe, world, document, error)}", 1)
         layout = {"layout": f"U{options.ulysses} R{options.ring}", "recompute": options.recompute, "ttt_steps": recipe.training.ttt_steps}
         size = {"tokens": tokens * options.documents, "documents": options.documents}
         return [shape | size | layout | {"error": "out of memory", "detail": str(error).split(". ")[0]}]
@@ -218,6 +235,24 @@ def join(options: argparse.Namespace, recipe: Recipe, documents: list[Document])
     if options.alone_of:
         return alone_world(recipe, documents, options.local_rank, options.alone_of, options.alone_rank)
     return join_world(recipe.parallel, options.local_rank, share_gpu=options.share_gpu)
+
+
+def does_not_fit(options: argparse.Namespace, recipe: Recipe, world: World, document: Document, error: RuntimeError) -> str:
+    """What ran out of memory, what would fit, in this tool's own flags, and where the lines before it are."""
+    from eagle_ds.ds_config import bf16_enabled, deepspeed_config, read_ds_json
+    from eagle_ds.engine.sizing import after_out_of_memory
+    from eagle_ds.planner import choose_ring_mode, plan_for
+
+    config = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world.topology.world_size)
+    documents = [document] * options.documents
+    mode = choose_ring_mode(recipe, len(documents) * document.num_tokens, 2 if bf16_enabled(config) else 4, world.memory_bytes)
+    plan = plan_for(recipe, documents, mode)
+    told = after_out_of_memory(recipe, config, world, plan)
+    for name, flag in FLAGS.items():
+        told = told.replace(name, flag)
+    file = file_of(options)
+    kept = f"; lines of shapes before it are in {file}" if file else ""
+    return f"out of memory ({str(error).splitlines()[0]}): {told}{kept}; the launcher ends the other ranks"
 
 
 def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, document: Document, fraction: float) -> list[dict[str, Any]]:

@@ -27,6 +27,10 @@ from eagle_ds.planner import Device, advice, check_fits, choose_ring_mode, descr
 logger = logging.getLogger(__name__)
 
 
+class OutOfMemory(ValueError):
+    """Memory ran out on this rank, maybe alone: others wait for it in a collective until it has left and the launcher ends them."""
+
+
 def plan_settings(recipe: Recipe, samples: Sequence[TrainSample], element: int, world: World) -> PlanSettings:
     """How sequences are sharded; ``ring_mode`` auto is decided once, for the longest. ``element``: bytes of a state."""
     parallel, training = recipe.parallel, recipe.training
@@ -106,10 +110,15 @@ class Sizes:
 
     def after_out_of_memory(self, plan: SequencePlan) -> str:
         """What ``plan`` was predicted to take, and what to change now that it did not fit whatever was predicted."""
-        needed, device = self.need(plan), self.device
-        smaller = Device(device.name, min(device.memory_gib, 0.98 * needed / device.usable_bytes * device.memory_gib))
-        mended = advice(self.recipe, self.config, self.world.topology.world_size, plan, smaller)
-        return f"by prediction {describe_need(plan, needed)}; {mended}"
+        return after_out_of_memory(self.recipe, self.config, self.world, plan)
+
+
+def after_out_of_memory(recipe: Recipe, config: dict[str, Any], world: World, plan: SequencePlan) -> str:
+    """As ``Sizes.after_out_of_memory``."""
+    device, size = Device(world.device.type, world.memory_bytes / GIB), world.topology.world_size
+    needed = sum(predict_memory(recipe, config, size, plan, cpu=world.device.type != "cuda").values())
+    smaller = Device(device.name, min(device.memory_gib, 0.98 * needed / device.usable_bytes * device.memory_gib))
+    return f"by prediction {describe_need(plan, needed)}; {advice(recipe, config, size, plan, smaller)}"
 
 
 def host_memory_bytes() -> int:

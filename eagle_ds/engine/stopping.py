@@ -12,9 +12,11 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Sequence
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from eagle_ds.engine.agreement import Agreement
 
@@ -62,6 +64,15 @@ class StopRequest:
             if received[0] == signal.SIGTERM and not all(map(_is_alive, self._peers)):
                 logger.error("SIGTERM after another rank has gone: leaving without a checkpoint")
                 os._exit(EXIT_CODE)
+
+
+def leave_at_once(message: str, code: int) -> NoReturn:
+    """Say ``message`` and end this process alone. What other ranks have to answer first, as the end of an NCCL group may, is not
+    waited for: they are in a collective of their own until the launcher ends them."""
+    sys.stdout.flush()
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def peers_on_this_host(agreement: Agreement) -> list[int]:

@@ -25,7 +25,7 @@ from eagle_ds.engine.metrics import metrics_of, sum_over_ranks
 from eagle_ds.engine.resume import find_resumable
 from eagle_ds.engine.runlog import GIB, RunLog, peak_bytes
 from eagle_ds.engine.schedule import learning_rate
-from eagle_ds.engine.sizing import Sizes, is_out_of_memory
+from eagle_ds.engine.sizing import OutOfMemory, Sizes, is_out_of_memory
 from eagle_ds.engine.step import MicroBatchRunner, OptimizerStep, StepOutcome
 from eagle_ds.engine.stopping import EXIT_CODE, StopRequest, peers_on_this_host
 from eagle_ds.engine.world import World, join_world
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 def train(recipe: Recipe, local_rank: int, *, share_gpu: bool = False) -> None:
     """Train as one rank of the launcher's world, until the recipe's last step. Resumes by itself. ``share_gpu``: as ``join_world``.
 
-    Raises ValueError, on every rank and with the same sentence, for anything that is wrong with recipe, files or data, and on
-    the rank that it befalls if memory runs out. SIGTERM ends it, after a checkpoint, with SystemExit(143).
+    Raises ValueError, on every rank and with the same sentence, for anything that is wrong with recipe, files or data, and
+    OutOfMemory on the rank that it befalls. SIGTERM ends it, after a checkpoint, with SystemExit(143).
     """
     joined_here = not dist.is_initialized()
     world = join_world(recipe.parallel, local_rank, share_gpu=share_gpu)
@@ -52,7 +52,14 @@ def train(recipe: Recipe, local_rank: int, *, share_gpu: bool = False) -> None:
     sampler = world.agreement.together(lambda: make_sampler(recipe, inputs, world))
     sizes = Sizes.decide(recipe, config, inputs.all_samples, world)
     sizes.check(inputs.train.samples, sampler.epoch_packs(0))
-    finished = Trainer(recipe, world, inputs, sampler, sizes, build(recipe, config, inputs, world)).run(resumed)
+    try:
+        trainable = build(recipe, config, inputs, world)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        told = sizes.after_out_of_memory(sizes.largest(inputs.train.samples, sampler.epoch_packs(0)))
+        raise OutOfMemory(f"out of memory before the first step ({str(error).splitlines()[0]}): {told}") from error
+    finished = Trainer(recipe, world, inputs, sampler, sizes, trainable).run(resumed)
     if joined_here:
         dist.destroy_process_group()
     if not finished:
@@ -114,7 +121,7 @@ class Trainer:
     def run(self, resumed: RunState | None) -> bool:
         """From ``resumed``, or the start, to the last step; False where SIGTERM ended it before, after a checkpoint.
 
-        Raises ValueError on the rank whose memory does not suffice, with what would.
+        Raises OutOfMemory on the rank whose memory does not suffice, with what would.
         """
         with self._explaining_memory(), StopRequest(peers_on_this_host(self.world.agreement)) as stop:
             return self._run(self._resume(resumed) if resumed else 0, stop)
@@ -170,7 +177,7 @@ class Trainer:
                 raise
             plan, state = self.step.runner.plan, latest(self.recipe.run_dir)
             kept = f"the checkpoint of step {state.step} is whole, the same command resumes from it" if state else "nothing was saved yet"
-            raise ValueError(
+            raise OutOfMemory(
                 f"out of memory after step {self.done} of {self.total_steps} ({str(error).splitlines()[0]}): "
                 f"{self.sizes.after_out_of_memory(plan) if plan else 'no sequence was at work'}; {kept}; the launcher ends the other ranks"
             ) from error

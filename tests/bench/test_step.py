@@ -147,3 +147,19 @@ def test_ranks_that_share_a_device_say_so(tiny: Tiny, tmp_path: Path) -> None:
     line = json.loads(done.stdout)
     assert line["resident_gib"] == line["kept_gib"] == 0  # measured on GPUs alone
     assert line["shared_gpu"] and line["gpus"] == 2 and line["layout"] == "U2 R1" and "floor_ms" not in line
+
+
+def test_out_of_memory_on_one_rank_ends_all_and_keeps_the_lines_before_it(tiny: Tiny, tmp_path: Path) -> None:
+    """The other rank waits in a collective for the one that is gone; the launcher ends it."""
+    recipe = tmp_path / "tiny.json"
+    recipe.write_text(tiny.recipe().model_dump_json())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    options = ["--recipe", str(recipe), "--sweep", "64", "128", "64", "--ulysses", "2", "--steps", "1", "--ttt-steps", "2"]
+    command = [*launcher, "tests/bench/launched.py", "1", *options, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode != 0
+    text = next(line for line in done.stderr.splitlines() if line.startswith("error (rank 1): "))
+    assert "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): by prediction a sequence of 128 tokens with " in text
+    assert "GiB a GPU on ulysses 2 * ring 1; " in text and "tokens would fit; " in text and "--training" not in text
+    assert f"; lines of shapes before it are in {tmp_path / 'out' / 'steps.jsonl'}; the launcher ends the other ranks" in text
+    assert [json.loads(line)["tokens"] for line in (tmp_path / "out" / "steps.jsonl").read_text().splitlines()] == [64]

@@ -87,6 +87,13 @@ def test_out_of_memory_before_the_first_checkpoint_says_so(pool: GlooPool, tiny:
     assert text.startswith("out of memory after step 0 of 4") and "nothing was saved yet" in text
 
 
+def test_out_of_memory_before_the_first_step_says_what_would_fit(pool: GlooPool, tiny: Tiny) -> None:
+    kind, text = pool.run(run_into, 1, tiny.recipe("made"), CUDA_ERROR, "eagle_ds.engine.train.build")[0]
+    assert kind == "OutOfMemory"
+    assert text.startswith("out of memory before the first step (CUDA out of memory. Tried to allocate 2.00 GiB.): by prediction ")
+    assert "tokens would fit; " in text
+
+
 def test_other_errors_are_left_alone(pool: GlooPool, tiny: Tiny) -> None:
     assert pool.run(run_into, 1, tiny.recipe("other"), RuntimeError("shapes differ")) == [("RuntimeError", "shapes differ")]
 

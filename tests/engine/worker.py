@@ -32,7 +32,6 @@ from eagle_ds.engine.metrics import Metrics, metrics_of, sum_over_ranks
 from eagle_ds.engine.sizing import Sizes
 from eagle_ds.engine.train import Trainer, make_sampler, train
 from eagle_ds.engine.world import World, join_world
-from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.model.offload import ActivationOffload
 
 
@@ -209,11 +208,13 @@ def refusal(rank: int, world: int, recipe: Recipe, memory_bytes: list[int], host
     return ""
 
 
-def run_into(rank: int, world: int, recipe: Recipe, error: BaseException) -> tuple[str, str]:
-    """``train`` where ``error`` befalls the first forward; the kind of what comes of it, and its text."""
+def run_into(
+    rank: int, world: int, recipe: Recipe, error: BaseException, where: str = "eagle_ds.model.draft.Eagle3Draft.forward"
+) -> tuple[str, str]:
+    """``train`` where ``error`` befalls the first forward, or the call ``where``; the kind of what comes of it, and its text."""
     as_if_new(world)
     try:
-        with mock.patch.object(Eagle3Draft, "forward", side_effect=error):
+        with mock.patch(where, side_effect=error):
             train(recipe, rank)
     except Exception as raised:
         return type(raised).__name__, str(raised)

@@ -1,0 +1,37 @@
+"""One rank of tools/bench_step.py whose GPU has no memory left at the second shape: python launched.py RANK OPTIONS..."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor
+
+from eagle_ds.bench.step import StepBench
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_step.py"
+STEPS_OF_THE_FIRST = 2  # one to warm up, one timed
+
+
+def main() -> None:
+    victim, calls = sys.argv.pop(1), []
+    forward = StepBench._forward
+
+    def forward_or_fail(self: StepBench) -> Tensor | None:
+        calls.append(self)
+        if os.environ["RANK"] == victim and len(calls) > STEPS_OF_THE_FIRST:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self)
+
+    with mock.patch.object(StepBench, "_forward", forward_or_fail):
+        runpy.run_path(str(TOOL), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
