@@ -1,74 +1,19 @@
 """Which attention runs on a GPU: cuDNN for large regular blocks, Triton for everything else.
 
-cuDNN's kernels (through aten, which takes and returns lse) are the fastest, but they know only rectangles and causal
-squares, and build a plan for each new shape (90 ms). So a sequence's rows are cut into parts:
-
-    run      rows p = a .. b-1 that see keys lo .. p, at least ``min_run`` of them: one full block, keys [lo, a), and one
-             causal square, keys [a, b)
-    stairs   groups of ``STEP_ROWS`` rows of one document, however scattered: the keys that all rows of a group see, cut to
-             a multiple of ``STEP_KEYS`` so that few shapes occur, are a full block; the rest of each row's keys go to Triton
-    rows     anything else: Triton, which compiles no shape in
+cuDNN is called through aten, whose ops take and return lse. Which rows go to which of them, ``attention_parts`` decides.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
+from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention
+from eagle_ds.model.attention_parts import Cut, Part, keys_behind, run_blocks
 
 logger = logging.getLogger(__name__)
-
-MIN_RUN = 4096  # rows; below it cuDNN's plan building and extra passes over dK/dV cost more than its kernels save
-STEP_ROWS, STEP_KEYS = 2048, 4096  # at most 32 shapes up to 128K tokens, where Triton keeps about a fifth of the work
-
-
-class Part(NamedTuple):
-    """Query rows [start, stop) and how they are attended."""
-
-    start: int
-    stop: int
-    kind: Literal["causal run", "full run", "stairs", "rows"]
-    shared: tuple[int, ...] = ()  # stairs: keys of each group's full block, from the document's first on
-
-    @property
-    def size(self) -> int:
-        """Rows."""
-        return self.stop - self.start
-
-
-def cut(bounds: KeyBounds, min_run: int, step: tuple[int, int]) -> Iterator[Part]:
-    """Long runs, and between them stairs (of ``step`` rows and keys) and other rows."""
-    start = 0
-    for a, b, causal in bounds.runs:
-        if b - a >= min_run:
-            yield from _cut_irregular(bounds, start, a, *step)
-            yield Part(a, b, "causal run" if causal else "full run")
-            start = b
-    yield from _cut_irregular(bounds, start, len(bounds.lo), *step)
-
-
-def _cut_irregular(bounds: KeyBounds, start: int, stop: int, group: int, keys: int) -> Iterator[Part]:
-    """Stairs of each document with rows enough, and the rows between them, joined."""
-    edges = np.concatenate([[start], start + 1 + np.flatnonzero(np.diff(bounds.lo[start:stop])), [stop]])
-    for i in np.flatnonzero(np.diff(edges) >= group).tolist():  # a window has as many edges as rows
-        a, b = int(edges[i]), int(edges[i + 1])
-        first_rows = np.arange(a, b - group + 1, group)
-        shared = (bounds.hi[first_rows] - bounds.lo[first_rows]) // keys * keys
-        first_rows, shared = first_rows[shared > 0], shared[shared > 0]
-        if not len(shared):
-            continue
-        if first_rows[0] > start:
-            yield Part(start, int(first_rows[0]), "rows")
-        start = int(first_rows[-1]) + group
-        yield Part(int(first_rows[0]), start, "stairs", tuple(shared.tolist()))
-    if start < stop:
-        yield Part(start, stop, "rows")
 
 
 class TritonBackend:
@@ -86,22 +31,31 @@ class TritonBackend:
 class CudnnBackend(TritonBackend):
     """cuDNN for runs and stairs, Triton for the other rows and for the diagonals."""
 
-    def __init__(self, head_dim: int = 128, min_run: int = MIN_RUN, step: tuple[int, int] = (STEP_ROWS, STEP_KEYS)) -> None:
+    def __init__(self, head_dim: int = 128, cut: Cut | None = None) -> None:
+        from eagle_ds.model import sums_triton
+
         super().__init__(head_dim)
         self.triton_forward, self.triton_backward = self.forward, self.backward
         self.forward, self.backward = self._forward, self._backward
-        self.min_run, self.step = min_run, step
+        self.merge_into, self.add_into = sums_triton.merge_into, sums_triton.add_into
+        self.cut = cut or Cut()
+
+    def parts(self, bounds: KeyBounds) -> list[Part]:
+        """How the rows are cut, worked out once for each bounds."""
+        if self.cut not in bounds.memo:
+            bounds.memo[self.cut] = list(self.cut(bounds)) or [Part(0, 0, "rows")]
+        return bounds.memo[self.cut]
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
         done = []
         for part in self.parts(bounds):
-            rows = (q[part.start : part.stop], k, v, _rows_of(bounds, part))
-            if part.kind == "stairs":
-                done.append(self.triton_forward(*rows, scale, _stairs_forward(*rows[:3], bounds, part, scale)))
-            elif part.kind == "rows":
-                done.append(self.triton_forward(*rows, scale))
+            own, rows = _rows_of(bounds, part), q[part.start : part.stop]
+            if part.kind == "rows":
+                done.append(self.triton_forward(rows, k, v, own, scale))
+            elif part.kind == "stairs":
+                done.append(self.triton_forward(rows, k, v, own, scale, self._stairs_forward(rows, k, v, part, scale)))
             else:
-                done.append(self._run_forward(*rows, part.kind == "causal run", scale))
+                done.append(self._run_forward(rows, k, v, own, part.kind == "causal run", scale))
         if len(done) == 1:
             return done[0]
         return torch.cat([out for out, _ in done]), torch.cat([lse for _, lse in done])
@@ -113,94 +67,70 @@ class CudnnBackend(TritonBackend):
         done = []
         for part in self.parts(bounds):
             a, b = part.start, part.stop
-            rows = (dout[a:b], q[a:b], k, v, out[a:b], lse[a:b])
-            own = _rows_of(bounds, part)
-            if part.kind == "stairs":
-                done.append(self.triton_backward(*rows, own, scale, dk, dv, _stairs_backward(*rows, bounds, part, scale, dk, dv)))
-            elif part.kind == "rows":
+            rows, own = (dout[a:b], q[a:b], k, v, out[a:b], lse[a:b]), _rows_of(bounds, part)
+            if part.kind == "rows":
                 done.append(self.triton_backward(*rows, own, scale, dk, dv))
+            elif part.kind == "stairs":
+                done.append(self.triton_backward(*rows, own, scale, dk, dv, self._stairs_backward(*rows, part, scale, dk, dv)))
             else:
                 done.append(self._run_backward(*rows, own, part.kind == "causal run", scale, dk, dv))
         return done[0] if len(done) == 1 else torch.cat(done)
 
-    def parts(self, bounds: KeyBounds) -> list[Part]:
-        """How the rows are cut, worked out once for each bounds."""
-        key = (self.min_run, self.step)
-        if key not in bounds.memo:
-            bounds.memo[key] = list(cut(bounds, *key)) or [Part(0, 0, "rows")]
-        return bounds.memo[key]
-
     def _run_forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         done = None
-        for keys, square in _run_blocks(bounds, causal):
+        for keys, square in run_blocks(bounds, causal):
             block = _cudnn_forward(q, k[keys], v[keys], square, scale)
-            done = block if done is None else merge(*done, *block)
-        if done is None:  # a run that sees nothing in this block of keys
-            return torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, device=q.device)
-        return done[0].to(q.dtype), done[1]
+            if done is None:
+                done = block
+            else:
+                self.merge_into(*done, *block)
+        return done or _nothing_seen(q)
 
     def _run_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds,
         causal: bool, scale: float, dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
         total = None
-        for keys, square in _run_blocks(bounds, causal):
-            dq, block_dk, block_dv = _cudnn_backward(dout, q, k[keys], v[keys], out, lse, square, scale)
-            dk[keys] += block_dk
-            dv[keys] += block_dv
-            total = dq if total is None else total + dq
+        for keys, square in run_blocks(bounds, causal):
+            dq, *gradients = _cudnn_backward(dout, q, k[keys], v[keys], out, lse, square, scale)
+            self.add_into(dk[keys], dv[keys], *gradients)
+            total = dq if total is None else total.add_(dq)
         return torch.zeros_like(q) if total is None else total
+
+    def _stairs_forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the part's rows over their full blocks."""
+        out, lse = _nothing_seen(q)
+        for start, stop, first_key, last_key in part.blocks:
+            block = _cudnn_forward(q[start:stop], k[first_key:last_key], v[first_key:last_key], False, scale)
+            self.merge_into(out[start:stop], lse[start:stop], *block)
+        return out, lse
+
+    def _stairs_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float, dk: Tensor, dv: Tensor
+    ) -> Tensor:  # fmt: skip
+        """dq of the part's rows from their full blocks, whose dk and dv are added."""
+        total = torch.zeros_like(q)
+        for start, stop, first_key, last_key in part.blocks:
+            rows, keys = slice(start, stop), slice(first_key, last_key)
+            dq, *gradients = _cudnn_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], False, scale)
+            self.add_into(dk[keys], dv[keys], *gradients)
+            total[rows] += dq
+        return total
 
 
 def _rows_of(bounds: KeyBounds, part: Part) -> KeyBounds:
     """Bounds of the part's rows; for stairs, of the keys behind the full blocks."""
     if part not in bounds.memo:
         own = bounds.rows(part.start, part.stop)
-        if part.kind == "stairs":
-            behind = own.lo + np.repeat(part.shared, part.size // len(part.shared))
-            own = KeyBounds.make(behind, own.hi, own.lo_device.device)
+        if part.blocks:
+            own = KeyBounds.make(keys_behind(bounds, part), own.hi, own.lo_device.device)
         bounds.memo[part] = own
     return bounds.memo[part]
 
 
-def _stairs(bounds: KeyBounds, part: Part) -> Iterator[tuple[slice, slice]]:
-    """(rows of the part, keys) of each group's full block."""
-    group, first = part.size // len(part.shared), int(bounds.lo[part.start])
-    for n, shared in enumerate(part.shared):
-        yield slice(n * group, (n + 1) * group), slice(first, first + shared)
-
-
-def _stairs_forward(q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, part: Part, scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the part's rows over their full blocks."""
-    done = [_cudnn_forward(q[rows], k[keys], v[keys], False, scale) for rows, keys in _stairs(bounds, part)]
-    return torch.cat([out for out, _ in done]), torch.cat([lse for _, lse in done])
-
-
-def _stairs_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, part: Part, scale: float,
-    dk: Tensor, dv: Tensor,
-) -> Tensor:  # fmt: skip
-    """dq of the part's rows from their full blocks, whose dk and dv are added."""
-    done = []
-    for rows, keys in _stairs(bounds, part):
-        dq, block_dk, block_dv = _cudnn_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], False, scale)
-        dk[keys] += block_dk
-        dv[keys] += block_dv
-        done.append(dq)
-    return torch.cat(done)
-
-
-def _run_blocks(bounds: KeyBounds, causal: bool) -> Iterator[tuple[slice, bool]]:
-    """(keys, whether it is a causal square) of one run."""
-    lo, first, last = int(bounds.lo[0]), int(bounds.hi[0]), int(bounds.hi[-1])
-    if last <= lo:
-        return
-    if not causal:
-        yield slice(lo, last), False
-        return
-    if lo < first - 1:
-        yield slice(lo, first - 1), False
-    yield slice(first - 1, last), True
+def _nothing_seen(q: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of rows without keys."""
+    return torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, device=q.device)
 
 
 def _heads_first(x: Tensor) -> Tensor:

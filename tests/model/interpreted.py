@@ -18,9 +18,10 @@ from triton.runtime import interpreter
 
 from eagle_ds import loss_triton
 from eagle_ds.loss_kernels import LossKernels, PlainKernels
-from eagle_ds.model import diagonal_triton
-from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention
-from eagle_ds.model.attention_cuda import TritonBackend
+from eagle_ds.model import attention_cuda, diagonal_triton, sums_triton
+from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
+from eagle_ds.model.attention_cuda import CudnnBackend, TritonBackend
+from eagle_ds.model.attention_parts import Cut
 from eagle_ds.model.attention_triton import TritonAttention
 from tests.steps import relative_error
 
@@ -45,8 +46,8 @@ def row_sets() -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     }
 
 
-def attention(lo: np.ndarray, hi: np.ndarray, keys: int, heads_first: bool = False) -> Errors:
-    """out, lse and every gradient, diagonals merged in."""
+def attention(lo: np.ndarray, hi: np.ndarray, keys: int, heads_first: bool = False, in_parts: bool = False) -> Errors:
+    """out, lse and every gradient, diagonals merged in. ``in_parts``: rows are cut as for cuDNN, whose part the reference plays."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -67,7 +68,7 @@ def attention(lo: np.ndarray, hi: np.ndarray, keys: int, heads_first: bool = Fal
         return [prefix, prefix_lse.exp(), out, lse, dq, dkv, *gradients]
 
     names = ("prefix", "prefix lse", "out", "lse", "dq", "dkv", "dk1", "dv1", "dk2", "dv2")
-    found, expected = run(backend(), torch.float16), run(ReferenceAttention(), torch.float64)
+    found, expected = run(backend_in_parts() if in_parts else backend(), torch.float16), run(ReferenceAttention(), torch.float64)
     return {name: relative_error(f, e) for name, f, e in zip(names, found, expected, strict=True)}
 
 
@@ -130,6 +131,45 @@ def backend() -> TritonBackend:
     return made
 
 
+def backend_in_parts() -> CudnnBackend:
+    """Every kind of part, at the size of these problems."""
+    made, plain = CudnnBackend(WIDTH, Cut(min_run=8, steps=((8, 16), (4, 8)), long_run=12)), ReferenceAttention()
+    set_blocks(made.triton_forward.__self__)
+
+    def bounds(q: torch.Tensor, k: torch.Tensor, causal: bool) -> KeyBounds:
+        hi = np.arange(1, len(q) + 1) if causal else np.full(len(q), len(k))
+        return KeyBounds.make(np.zeros(len(q), dtype=np.int64), hi, CPU)
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = plain.forward(q, k, v, bounds(q, k, causal), scale)
+        return out, lse.t().contiguous().t()  # as cuDNN leaves it
+
+    def backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+                 causal: bool, scale: float) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        dk, dv = (torch.zeros(k.shape) for _ in range(2))
+        dq = plain.backward(dout, q, k, v, out, lse, bounds(q, k, causal), scale, dk, dv)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+    attention_cuda._cudnn_forward, attention_cuda._cudnn_backward = forward, backward
+    return made
+
+
+def sums() -> Errors:
+    """``merge_into`` and ``add_into`` of views that are no dense tensors; some rows see nothing."""
+    generator = torch.Generator().manual_seed(0)
+    outs = [torch.randn(37, HEADS, WIDTH, generator=generator).half() for _ in range(2)]
+    lses = [torch.randn(HEADS, 37, generator=generator).t() for _ in range(2)]
+    lses[0][:5], lses[1][3:9] = -torch.inf, -torch.inf
+    out, lse = merge(outs[0].double(), lses[0].double(), outs[1].double(), lses[1].double())
+    sums_triton.merge_into(outs[0], lses[0], outs[1].transpose(0, 1).contiguous().transpose(0, 1), lses[1])
+    total = torch.randn(37, KV_HEADS, 2 * WIDTH, generator=generator)
+    blocks = [torch.randn(KV_HEADS, 37, WIDTH, generator=generator).half().transpose(0, 1) for _ in range(2)]
+    expected = total.double() + torch.cat(blocks, -1).double()
+    sums_triton.add_into(*total.chunk(2, -1), *blocks)
+    pairs = {"out": (outs[0], out), "lse": (lses[0].exp(), lse.exp()), "total": (total, expected)}
+    return {name: relative_error(*pair) for name, pair in pairs.items()}
+
+
 def set_blocks(kernel: TritonAttention) -> None:
     kernel.forward_blocks = kernel.dq_blocks = kernel.dkv_blocks = (16, 32, 4, 1)
 
@@ -138,6 +178,9 @@ def cases() -> Iterator[tuple[str, Errors]]:
     sets = row_sets()
     for name, (lo, hi, keys) in sets.items():
         yield f"attention, {name}", attention(lo, hi, keys)
+    for name in ("causal", "scattered", "packed", "window", "ring block"):
+        yield f"attention in parts, {name}", attention(*sets[name], in_parts=True)
+    yield "sums", sums()
     yield "attention, heads first in memory", attention(*sets["causal"], heads_first=True)
     for name in ("scattered", "packed"):
         yield f"resumed, {name}", resumed(*sets[name])

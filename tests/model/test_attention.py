@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
+from eagle_ds.model.attention_cuda import CudnnBackend, _rows_of
+from eagle_ds.model.attention_parts import Cut, Part, keys_behind
 from tests.steps import relative_error
 
 # Relative L2 error in bf16 against float64, measured on an H200 over all cases below: see docs/benchmarks/h200.md.
@@ -126,43 +128,57 @@ def test_runs_are_as_long_as_they_can_be(problem: tuple[np.ndarray, np.ndarray, 
 
 
 def test_a_long_window_is_cut_at_once() -> None:
-    from eagle_ds.model.attention_cuda import Part, cut
-
     rows = np.arange(1 << 18)
     bounds = KeyBounds.make(np.maximum(rows - 99, 0), rows + 1, torch.device("cpu"))
     started = time.process_time()
-    assert list(cut(bounds, 4096, (2048, 4096))) == [Part(0, len(rows), "rows")]
+    assert list(Cut()(bounds)) == [Part(0, len(rows), "rows")]
     assert time.process_time() - started < 5  # looking at all rows behind each one takes a minute
 
 
-def test_backends_of_other_sizes_may_share_bounds() -> None:
-    from eagle_ds.model.attention_cuda import CudnnBackend, Part, _rows_of
+def test_long_causal_runs_come_in_pieces() -> None:
+    lo, hi, _ = causal(37)
+    bounds = KeyBounds.make(lo, hi, torch.device("cpu"))
+    parts = list(Cut(min_run=4, long_run=10)(bounds))
+    assert parts == [Part(a, b, "causal run") for a, b in ((0, 10), (10, 20), (20, 30), (30, 37))]
+    assert list(Cut(min_run=4, long_run=25)(bounds)) == [Part(0, 37, "causal run")]  # a piece of 12 rows would not pay
 
+
+def test_backends_of_other_sizes_may_share_bounds() -> None:
     lo, hi, _ = causal(40)
     bounds = KeyBounds.make(lo, hi + 60, torch.device("cpu"))
-    coarse, fine = (CudnnBackend.parts(SimpleNamespace(min_run=run, step=(20, 10)), bounds) for run in (100, 8))
+    coarse, fine = (CudnnBackend.parts(SimpleNamespace(cut=Cut(run, ((20, 10),))), bounds) for run in (100, 8))
     assert [part.kind for part in coarse] == ["stairs"] and [part.kind for part in fine] == ["causal run"]
     assert _rows_of(bounds, coarse[0]).lo.tolist() == [60] * 20 + [80] * 20
     assert _rows_of(bounds, Part(0, 40, "rows")).lo.tolist() == [0] * 40
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(monotone_bounds(), st.integers(1, 9), st.integers(1, 9), st.integers(2, 12))
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(monotone_bounds(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(2, 12), st.integers(2, 9))
 def test_parts_for_cudnn_cover_the_rows_once_and_hold_what_they_promise(
-    problem: tuple[np.ndarray, np.ndarray, int], group: int, keys: int, min_run: int
+    problem: tuple[np.ndarray, np.ndarray, int], rows: int, keys: int, more_rows: int, more_keys: int, min_run: int, long_run: int
 ) -> None:
-    from eagle_ds.model.attention_cuda import cut
-
     bounds = KeyBounds.make(*problem[:2], torch.device("cpu"))
-    parts = list(cut(bounds, min_run, (group, keys)))
+    parts = list(Cut(min_run, ((rows * more_rows, keys * more_keys), (rows, keys)), long_run)(bounds))
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(len(bounds.lo)))
     for part in parts:
         lo, hi = bounds.lo[part.start : part.stop], bounds.hi[part.start : part.stop]
         if part.kind in ("causal run", "full run"):
-            assert part.size >= min_run and (np.diff(hi) == int(part.kind == "causal run")).all() and (np.diff(lo) == 0).all()
+            assert part.size >= min(min_run, long_run // 2)
+            assert (np.diff(hi) == int(part.kind == "causal run")).all() and (np.diff(lo) == 0).all()
         if part.kind == "stairs":
-            shared = np.repeat(part.shared, group)
-            assert (lo == lo[0]).all() and (lo + shared <= hi).all() and (shared > 0).all() and not (shared % keys).any()
+            check_stairs(part, lo, hi, {(rows * more_rows, keys * more_keys), (rows, keys)})
+
+
+def check_stairs(part: Part, lo: np.ndarray, hi: np.ndarray, steps: set[tuple[int, int]]) -> None:
+    """Every key that a row sees is in one of its blocks or behind them, once, and no row has fewer behind it than the row before."""
+    assert (lo == lo[0]).all()
+    seen = lo.copy()
+    for start, stop, first_key, last_key in part.blocks:
+        assert (seen[start:stop] == first_key).all() and first_key < last_key <= hi[start:stop].min()
+        assert any(stop - start == rows and not (last_key - first_key) % keys for rows, keys in steps)
+        seen[start:stop] = last_key
+    behind = keys_behind(KeyBounds.make(lo, hi, torch.device("cpu")), part._replace(start=0, stop=part.size))
+    assert (behind == seen).all() and (np.diff(behind) >= 0).all() and (behind > lo).any()
 
 
 def gpu_problems() -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
@@ -193,7 +209,7 @@ def test_gpu_backends_agree_with_the_dense_softmax(problem: str, heads: int, kv_
     if backend == "CudnnBackend":
         if d > 128:
             pytest.skip("cuDNN's attention ends at d = 128 here")
-        kernel: BlockAttention = attention_cuda.CudnnBackend(d, min_run=64, step=(128, 256))
+        kernel: BlockAttention = attention_cuda.CudnnBackend(d, Cut(64, ((128, 256), (64, 128)), 512))
     else:
         kernel = attention_cuda.TritonBackend(d)
     lo, hi, keys = gpu_problems()[problem]
