@@ -27,7 +27,7 @@ from torch import Tensor
 
 from eagle_ds.loss_kernels import LossKernels, LossKind, PlainKernels
 from eagle_ds.model.attention import wide
-from eagle_ds.model.elementwise import rms_norm
+from eagle_ds.model.norm import rms_norm
 
 CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}  # a GPU's matmuls want rows, a CPU's caches want few
 COLUMNS = ("loss", "cross_entropy", "entropy", "counted", "trained", "correct", "alpha")

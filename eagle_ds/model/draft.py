@@ -20,7 +20,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from eagle_ds.data.batch import Batch
 from eagle_ds.memory import tile_rows
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.model.elementwise import rms_norm, rope, swiglu
+from eagle_ds.model.elementwise import rope, swiglu
+from eagle_ds.model.norm import norm_into, rms_norm
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.rope import inverse_frequencies, rotation
 from eagle_ds.model.ttt import PrefixAttention
@@ -41,9 +42,21 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, into: Tensor | None = None, column: int = 0, rows: Tensor | None = None) -> Tensor:
+        """[M, width] -> [M, width]; or ``into`` [M, *] with these columns of it overwritten, see ``norm_into``."""
+        if into is None:
+            return rms_norm(x, self.weight, self.eps)
+        return norm_into(into, column, x, self.weight, self.eps, rows)
+
+
+class ResidualLinear(nn.Linear):
+    """A linear layer whose result is added to what it changes, by the matmul itself: one pass over memory less, one rounding less."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        """x [M, in], residual [M, out] -> [M, out]."""
+        if self.bias is not None:
+            residual = residual + self.bias
+        return torch.addmm(residual, x, self.weight.t())
 
 
 class SharedEmbedding(nn.Module):
@@ -70,7 +83,7 @@ class DraftAttention(nn.Module):
         self.q_proj = nn.Linear(width, arch.num_attention_heads * d, bias=bias)
         self.k_proj = nn.Linear(width, arch.num_key_value_heads * d, bias=bias)
         self.v_proj = nn.Linear(width, arch.num_key_value_heads * d, bias=bias)
-        self.o_proj = nn.Linear(arch.num_attention_heads * d, arch.hidden_size, bias=bias)
+        self.o_proj = ResidualLinear(arch.num_attention_heads * d, arch.hidden_size, bias=bias)
         self.frequencies, self.rope_factor = inverse_frequencies(d, arch.rope_theta, arch.rope_scaling)
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -95,11 +108,11 @@ class DraftMLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=False)
         self.up_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(arch.intermediate_size, arch.hidden_size, bias=False)
+        self.down_proj = ResidualLinear(arch.intermediate_size, arch.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[M, D] -> [M, D]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), spent=True))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x and what the result is added to, [M, D] -> [M, D]."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), spent=True), residual)
 
 
 class DraftLayer(nn.Module):
@@ -113,14 +126,17 @@ class DraftLayer(nn.Module):
         self.self_attn = DraftAttention(arch)
         self.mlp = DraftMLP(arch)
 
-    def qkv_input(self, embedded: Tensor, state: Tensor) -> Tensor:
-        """Embedding e [M, D] and state g [M, D] -> z [M, 2D], embedding first."""
-        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(state)], dim=-1)
+    def qkv_input(self, embedding: Tensor, state: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Embedding e [M, D], or the rows ``ids`` [M] of a frozen table [V, D], and state g [M, D] -> z [M, 2D], embedding first."""
+        width = state.shape[-1]
+        z = state.new_empty(*state.shape[:-1], 2 * width)
+        z = self.input_layernorm(embedding, into=z, rows=ids)
+        return self.hidden_norm(state, into=z, column=width)
 
     def finish(self, state: Tensor, attended: Tensor) -> Tensor:
         """State g_k [M, D] and attention output [M, Hq, d] -> g_{k+1} [M, D]; both residuals are un-normed states."""
-        state = state + self.self_attn.o_proj(attended.flatten(1))
-        return state + self.mlp(self.post_attention_layernorm(state))
+        state = self.self_attn.o_proj(attended.flatten(1), state)
+        return self.mlp(self.post_attention_layernorm(state), state)
 
 
 class DraftHead(nn.Module):
@@ -256,17 +272,23 @@ class Eagle3Draft(nn.Module):
     def _finished(self, state: Tensor, attended: Tensor) -> tuple[Tensor]:
         return (self.midlayer.finish(state, attended),)
 
+    def qkv_input(self, ids: Tensor, state: Tensor) -> Tensor:
+        """z [M, 2D] of the tokens ``ids`` [M] and states [M, D]."""
+        if isinstance(self.embed_tokens, SharedEmbedding):
+            return self.midlayer.qkv_input(self.embed_tokens.weight, state, ids)
+        return self.midlayer.qkv_input(self.embed_tokens(ids), state)
+
     def context_kv(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """K_0, V_0 [M, Hkv, d] of rows with fused states [M, D] and next tokens ``ids`` [M]."""
-        return self.midlayer.self_attn.project_kv(self.midlayer.qkv_input(self.embed_tokens(ids), state), positions)
+        return self.midlayer.self_attn.project_kv(self.qkv_input(ids, state), positions)
 
     def first_query(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor]:
         """q [N, Hq, d] of step 0, whose keys are among K_0."""
-        return (self.midlayer.self_attn.project_q(self.midlayer.qkv_input(self.embed_tokens(ids), state), positions),)
+        return (self.midlayer.self_attn.project_q(self.qkv_input(ids, state), positions),)
 
     def query_projections(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [N, Hq, d] of a later step, and its diagonal k and v [N, Hkv, d]."""
-        z, attention = self.midlayer.qkv_input(self.embed_tokens(ids), state), self.midlayer.self_attn
+        z, attention = self.qkv_input(ids, state), self.midlayer.self_attn
         return attention.project_q(z, positions), *attention.project_kv(z, positions)
 
 

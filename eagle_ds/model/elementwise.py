@@ -12,12 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32 at least, returned in the type of x
-    (arXiv:1910.07467). PyTorch's own: one kernel each way on a GPU, which keeps x and one number a row."""
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
 def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The reference for ``rope``."""
     first, second = x.to(cos.dtype).chunk(2, dim=-1)

@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 
 from eagle_ds import loss_triton
 from eagle_ds.loss_kernels import LossKernels, PlainKernels
-from eagle_ds.model import attention_cuda, diagonal_triton, sums_triton
+from eagle_ds.model import attention_cuda, diagonal_triton, norm_triton, sums_triton
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
 from eagle_ds.model.attention_cuda import CudnnBackend, TritonBackend
 from eagle_ds.model.attention_parts import Cut
@@ -170,6 +170,24 @@ def sums() -> Errors:
     return {name: relative_error(*pair) for name, pair in pairs.items()}
 
 
+def norms() -> Errors:
+    """Rows and columns of wider tensors, and rows of a table; more rows than programs."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(37, 24, generator=generator).half() for _ in range(2))
+    weight, rows = torch.randn(12, generator=generator).half(), torch.randint(37, (37, 2), generator=generator)[:, 0]
+    norm_triton.PROGRAMS = 5
+    errors = {}
+    for name, ids in (("rows", None), ("table", rows)):
+        leaves = [t.double().requires_grad_() for t in (x[:, 12:], weight)]
+        expected = torch.nn.functional.rms_norm(leaves[0] if ids is None else leaves[0][ids], (12,), leaves[1], 1e-5)
+        y = norm_triton.norm_forward(x[:, 12:], ids, weight, 1e-5, torch.empty(37, 24).half()[:, :12])
+        dx, dw = norm_triton.norm_backward(dy[:, 12:], x[:, 12:], ids, weight, 1e-5, wants_dx=ids is None)
+        expected_dx, expected_dw = torch.autograd.grad(expected, leaves, dy[:, 12:].double())
+        errors |= {f"{name}, y": relative_error(y, expected.detach()), f"{name}, dw": relative_error(dw, expected_dw)}
+        errors |= {"dx": relative_error(dx, expected_dx)} if dx is not None else {}
+    return errors
+
+
 def set_blocks(kernel: TritonAttention) -> None:
     kernel.forward_blocks = kernel.dq_blocks = kernel.dkv_blocks = (16, 32, 4, 1)
 
@@ -181,6 +199,7 @@ def cases() -> Iterator[tuple[str, Errors]]:
     for name in ("causal", "scattered", "packed", "window", "ring block"):
         yield f"attention in parts, {name}", attention(*sets[name], in_parts=True)
     yield "sums", sums()
+    yield "norms", norms()
     yield "attention, heads first in memory", attention(*sets["causal"], heads_first=True)
     for name in ("scattered", "packed"):
         yield f"resumed, {name}", resumed(*sets[name])
