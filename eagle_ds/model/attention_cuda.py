@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention
-from eagle_ds.model.attention_parts import Cut, Part, keys_behind, run_blocks
+from eagle_ds.model.attention_parts import BACKWARD, FORWARD, Cut, Part, keys_behind, run_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +31,18 @@ class TritonBackend:
 class CudnnBackend(TritonBackend):
     """cuDNN for runs and stairs, Triton for the other rows and for the diagonals."""
 
-    def __init__(self, head_dim: int = 128, cut: Cut | None = None) -> None:
+    def __init__(self, head_dim: int = 128, forward_cut: Cut = FORWARD, backward_cut: Cut = BACKWARD) -> None:
         from eagle_ds.model import sums_triton
 
         super().__init__(head_dim)
         self.triton_forward, self.triton_backward = self.forward, self.backward
         self.forward, self.backward = self._forward, self._backward
         self.merge_into, self.add_into = sums_triton.merge_into, sums_triton.add_into
-        self.cut = cut or Cut()
-
-    def parts(self, bounds: KeyBounds) -> list[Part]:
-        """How the rows are cut, worked out once for each bounds."""
-        if self.cut not in bounds.memo:
-            bounds.memo[self.cut] = list(self.cut(bounds)) or [Part(0, 0, "rows")]
-        return bounds.memo[self.cut]
+        self.forward_cut, self.backward_cut = forward_cut, backward_cut
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
         done = []
-        for part in self.parts(bounds):
+        for part in _parts(bounds, self.forward_cut):
             own, rows = _rows_of(bounds, part), q[part.start : part.stop]
             if part.kind == "rows":
                 done.append(self.triton_forward(rows, k, v, own, scale))
@@ -65,7 +59,7 @@ class CudnnBackend(TritonBackend):
         dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
         done = []
-        for part in self.parts(bounds):
+        for part in _parts(bounds, self.backward_cut):
             a, b = part.start, part.stop
             rows, own = (dout[a:b], q[a:b], k, v, out[a:b], lse[a:b]), _rows_of(bounds, part)
             if part.kind == "rows":
@@ -116,6 +110,13 @@ class CudnnBackend(TritonBackend):
             self.add_into(dk[keys], dv[keys], *gradients)
             total[rows] += dq
         return total
+
+
+def _parts(bounds: KeyBounds, cut: Cut) -> list[Part]:
+    """How the rows are cut, worked out once for each bounds."""
+    if cut not in bounds.memo:
+        bounds.memo[cut] = list(cut(bounds)) or [Part(0, 0, "rows")]
+    return bounds.memo[cut]
 
 
 def _rows_of(bounds: KeyBounds, part: Part) -> KeyBounds:

@@ -96,6 +96,10 @@ class Cut:
             yield Part(start, stop, "rows")
 
 
+FORWARD = Cut()
+BACKWARD = Cut(steps=((8192, 4096), (4096, 4096), *FORWARD.steps))  # dK and dV of a block are summed once for all its rows
+
+
 def _full_blocks(hi: np.ndarray, seen: int, start: int, stop: int, steps: Sequence[tuple[int, int]]) -> Iterator[Block]:
     """Blocks of the rows [start, stop) beyond the key ``seen``, by groups of the first step; inside each group, and of the
     rows that are left over, by the next."""

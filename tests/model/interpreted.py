@@ -133,7 +133,8 @@ def backend() -> TritonBackend:
 
 def backend_in_parts() -> CudnnBackend:
     """Every kind of part, at the size of these problems."""
-    made, plain = CudnnBackend(WIDTH, Cut(min_run=8, steps=((8, 16), (4, 8)), long_run=12)), ReferenceAttention()
+    cuts = (Cut(min_run=8, steps=((8, 16), (4, 8)), long_run=12), Cut(min_run=10, steps=((12, 8),), long_run=20))
+    made, plain = CudnnBackend(WIDTH, *cuts), ReferenceAttention()
     set_blocks(made.triton_forward.__self__)
 
     def bounds(q: torch.Tensor, k: torch.Tensor, causal: bool) -> KeyBounds:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
-from eagle_ds.model.attention_cuda import CudnnBackend, _rows_of
+from eagle_ds.model.attention_cuda import _parts, _rows_of
 from eagle_ds.model.attention_parts import Cut, Part, keys_behind
 from tests.steps import relative_error
 
@@ -143,10 +142,10 @@ def test_long_causal_runs_come_in_pieces() -> None:
     assert list(Cut(min_run=4, long_run=25)(bounds)) == [Part(0, 37, "causal run")]  # a piece of 12 rows would not pay
 
 
-def test_backends_of_other_sizes_may_share_bounds() -> None:
+def test_other_cuts_may_share_bounds() -> None:
     lo, hi, _ = causal(40)
     bounds = KeyBounds.make(lo, hi + 60, torch.device("cpu"))
-    coarse, fine = (CudnnBackend.parts(SimpleNamespace(cut=Cut(run, ((20, 10),))), bounds) for run in (100, 8))
+    coarse, fine = (_parts(bounds, Cut(run, ((20, 10),))) for run in (100, 8))
     assert [part.kind for part in coarse] == ["stairs"] and [part.kind for part in fine] == ["causal run"]
     assert _rows_of(bounds, coarse[0]).lo.tolist() == [60] * 20 + [80] * 20
     assert _rows_of(bounds, Part(0, 40, "rows")).lo.tolist() == [0] * 40
@@ -209,7 +208,8 @@ def test_gpu_backends_agree_with_the_dense_softmax(problem: str, heads: int, kv_
     if backend == "CudnnBackend":
         if d > 128:
             pytest.skip("cuDNN's attention ends at d = 128 here")
-        kernel: BlockAttention = attention_cuda.CudnnBackend(d, Cut(64, ((128, 256), (64, 128)), 512))
+        cuts = (Cut(64, ((128, 256), (64, 128)), 512), Cut(64, ((256, 256),), 512))
+        kernel: BlockAttention = attention_cuda.CudnnBackend(d, *cuts)
     else:
         kernel = attention_cuda.TritonBackend(d)
     lo, hi, keys = gpu_problems()[problem]
