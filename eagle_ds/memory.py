@@ -175,8 +175,8 @@ def kept_per_query_row(recipe: Recipe, element: int, ulysses: int, *, eager: boo
     }
     if recompute == "selective":  # q and K_k before the rotation; the output projection, gate and up
         kept |= {"projections": (queries + keys) * element, "mlp": (hidden + 2 * inner) * element}
-    if recompute in ("none", "mlp"):  # embedding, z
-        kept["projections"] = (4 if eager else 3) * hidden * element + angles
+    if recompute in ("none", "mlp"):  # z; of the embedding the ids alone
+        kept["projections"] = (4 if eager else 2) * hidden * element + angles
     if recompute == "none":
         kept["mlp"] = ((4 if eager else 2) * hidden + (4 if eager else 3) * inner) * element
     return kept

@@ -150,6 +150,7 @@ def _as_on_a_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         for place, name, value in (
             (draft, "rms_norm", _Norm.apply),
+            (draft, "norm_into", _NormInto.apply),
             (draft, "rope", _Rope.apply),
             (draft, "swiglu", lambda gate, up, spent: _SwiGLU.apply(gate, up)),
             (loss, "rms_norm", _Norm.apply),
@@ -165,13 +166,28 @@ def _as_on_a_gpu() -> Iterator[None]:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[0], 1))
+        ctx.save_for_backward(x, weight)
         return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        (x, weight, _), grad = ctx.saved_tensors, grad.contiguous()
+        x, weight = ctx.saved_tensors
         return torch.empty_like(x) if ctx.needs_input_grad[0] else None, torch.zeros_like(weight), None
+
+
+class _NormInto(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, column: int, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+        ctx.mark_dirty(z)
+        ctx.table = rows is not None
+        ctx.save_for_backward(weight, x if rows is None else rows)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        weight, x = ctx.saved_tensors
+        dx = torch.empty_like(x) if ctx.needs_input_grad[2] and not ctx.table else None
+        return (dz if ctx.needs_input_grad[0] else None), None, dx, torch.zeros_like(weight), None, None
 
 
 class _Rope(torch.autograd.Function):
