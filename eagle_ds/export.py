@@ -23,6 +23,7 @@ from torch import Tensor
 
 from eagle_ds.decoding import CachedDraft
 from eagle_ds.drafts import DraftOnDisk, load_served_draft
+from eagle_ds.outputs import check_output_folder
 from eagle_ds.served import ServeCommands, served_config, served_name
 from eagle_ds.served_check import Probe, ServedReader
 from eagle_ds.target import TargetFacts
@@ -54,6 +55,7 @@ def export_draft(draft: DraftOnDisk, out: str | Path, plan: ExportPlan) -> Path:
     out = Path(out)
     _check_servable(draft, plan)
     _check_replaceable(out)
+    check_output_folder(out.parent, "the draft's folder, in")
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:

@@ -17,7 +17,7 @@ TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
 # A module may import its own layer and those above it in this list.
 LAYERS = (
-    {"settings", "config", "ds_config", "ranges", "layout", "memory", "planner"},
+    {"settings", "outputs", "config", "ds_config", "ranges", "layout", "memory", "planner"},
     {"data", "target"},
     {"parallel"},
     {"model"},

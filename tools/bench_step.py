@@ -54,6 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eagle_ds.bench.plots import write_results
 from eagle_ds.bench.results import read_results
 from eagle_ds.config import Recipe, load_recipe
+from eagle_ds.outputs import check_output_file, check_output_folder
 from eagle_ds.planner import in_turns
 
 if TYPE_CHECKING:
@@ -128,6 +129,11 @@ def main() -> None:
     for name in ("recipe", "from_store", "json", "out", "profile"):
         setattr(options, name, getattr(options, name) and getattr(options, name).resolve())
     try:
+        for name in ("json", "profile"):
+            if path := getattr(options, name):
+                check_output_file(path, f"--{name}")
+        if options.out:
+            check_output_folder(options.out, "--out")
         if options.plot:
             draw(options.plot, options.out)
         else:

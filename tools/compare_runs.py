@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eagle_ds.compare import Compared, Largest, compare, read_all, write
+from eagle_ds.outputs import check_output_folder
 
 
 def parse() -> argparse.Namespace:
@@ -45,6 +46,8 @@ def main() -> int:
     try:
         if options.max_relative is not None and len(options.runs) < 2:
             raise ValueError("--max-relative holds runs to the first one, and only one is given; give two or more")
+        if options.out:
+            check_output_folder(options.out, "--out")
         compared = compare(read_all(options.runs, options.labels))
         written = write(compared, options.out) if options.out else []
     except (ValueError, OSError) as error:

@@ -71,8 +71,11 @@ def run(args: argparse.Namespace) -> None:
     from eagle_ds.config import load_recipe
     from eagle_ds.drafts import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
+    from eagle_ds.outputs import check_output_folder
 
     enter_repository(args)
+    if args.out:
+        check_output_folder(args.out, "--out")
     recipe = load_recipe(args.recipe) if args.recipe else None
     if args.draft is None and recipe is None:
         raise ValueError("no draft is named; give --draft FOLDER, or --recipe to take its run's best checkpoint")

@@ -49,9 +49,12 @@ def run(args: argparse.Namespace) -> Path:
     from eagle_ds.drafts import load_draft, recipe_of, run_of
     from eagle_ds.export import ExportPlan, export_draft
     from eagle_ds.launch import enter_repository
+    from eagle_ds.outputs import check_output_folder
     from eagle_ds.target import TargetFacts, resolve_target
 
     enter_repository(args)
+    if args.out:
+        check_output_folder(args.out, "--out")
     draft = load_draft(args.draft)
     recipe = recipe_of(draft.folder)
     target = args.target or (recipe.target.model if recipe else None)

@@ -32,6 +32,7 @@ from rich.table import Table
 
 from eagle_ds.data.inspection import Report, export_checkpoints, histogram, inspect, unlisted_files, verify
 from eagle_ds.data.manifest import StoreError
+from eagle_ds.outputs import PICTURES, check_output_file, check_output_folder
 
 BAR_WIDTH = 40
 
@@ -41,6 +42,10 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     console = Console(highlight=False)
     try:
+        if arguments.plot:
+            check_output_file(arguments.plot, "--plot", PICTURES)
+        if arguments.export_ckpt:
+            check_output_folder(arguments.export_ckpt, "--export-ckpt")
         report = inspect(arguments.path)
         show(console, report)
         if arguments.plot:
@@ -65,7 +70,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="a store, or one .h5 file of it")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="write the histogram of lengths as a picture")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="write the histogram of lengths as a picture (.png, .svg or .pdf)")
     parser.add_argument("--verify", action="store_true", help="read and inflate everything, name what is damaged")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes of --verify (default: %(default)s)")
     parser.add_argument("--export-ckpt", type=Path, metavar="FOLDER", help="write samples as SpecForge's .ckpt files")
@@ -152,6 +157,7 @@ def plot_lengths(report: Report, path: Path) -> None:
     axes.set_ylabel("samples")
     axes.set_title(f"{report.path.name}: {len(report.lengths):,} samples, {report.trained_fraction:.1%} of rows trained")
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)
 

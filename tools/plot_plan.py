@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eagle_ds.config import load_recipe
 from eagle_ds.launch import enter_repository
 from eagle_ds.layout import SequencePlan
+from eagle_ds.outputs import PICTURES, check_output_file
 from eagle_ds.plan import heaviest_sequence
 from eagle_ds.planner import choose_ring_mode, in_turns, plan_for
 from eagle_ds.ranges import Ranges
@@ -30,12 +31,13 @@ BANDS = (("context", "#4c72b0"), ("query", "#dd8452"), ("target", "#55a868"))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("recipe", type=Path, help="recipes/NAME.json")
-    parser.add_argument("png", type=Path, help="picture to write")
+    parser.add_argument("png", type=Path, help="picture to write (.png, .svg or .pdf)")
     parser.add_argument("--fraction", type=float, help="plan a synthetic sample instead, with this fraction of its rows trained")
     parser.add_argument("--turn", type=int, default=512, help="with --fraction: trained tokens in a row (default 512)")
     options, overrides = parser.parse_known_args()
     try:
         enter_repository(options)
+        check_output_file(options.png, "picture", PICTURES)
         recipe = load_recipe(options.recipe, overrides)
         if options.fraction is None:
             documents = heaviest_sequence(recipe, dp=1)[0]
@@ -68,6 +70,7 @@ def draw(plan: SequencePlan, name: str, png: Path) -> None:
     axes.set(xlabel="row of the sequence", ylabel="sequence-parallel rank", xlim=(0, plan.num_tokens), ylim=(plan.world, -0.1))
     axes.set_yticks([rank + 0.4 for rank in range(plan.world)], [str(rank) for rank in range(plan.world)])
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.9 / (1.5 + 0.45 * plan.world)), ncols=3, frameon=False)
+    png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=120, bbox_inches="tight")
 
 

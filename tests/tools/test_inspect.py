@@ -111,6 +111,13 @@ def test_the_histogram_is_drawn_as_text_and_as_a_picture(store: Path, run, tmp_p
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_cannot_be_written_is_refused_before_the_store_is_read(store: Path, tmp_path: Path, run) -> None:
+    (tmp_path / "file").touch()
+    for option, path in (("--plot", tmp_path / "file" / "lengths.png"), ("--export-ckpt", tmp_path / "file")):
+        code, text = run(store, option, path)
+        assert code == 1 and text.startswith(f"error: {option} {path}: {tmp_path / 'file'} is a file, where a folder was expected")
+
+
 def test_a_sound_store_verifies(store: Path, run) -> None:
     code, text = run(store, "--verify")
     assert code == 0 and "6 files verified, 0 damaged" in text

@@ -26,3 +26,11 @@ def test_a_typo_is_an_error_and_no_picture(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert refused.stderr == "error: parallel.rings is not a setting; did you mean parallel.ring?\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_planned(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = plot(str(tmp_path / "file" / "plan.png"), "--fraction", "0.1")
+    assert refused.returncode == 1 and f"{tmp_path / 'file'} is a file, where a folder was expected" in refused.stderr
+    made = plot(str(tmp_path / "new" / "plan.svg"), "--fraction", "0.1")
+    assert made.returncode == 0 and (tmp_path / "new" / "plan.svg").is_file()

@@ -130,6 +130,8 @@ def test_bfloat16_counts_its_divergences(run_dir: Path, call) -> None:
         ("export_draft", ["{tmp}/nowhere"], "is not a folder"),
         ("export_draft", ["{tmp}"], "holds no draft"),
         ("export_draft", ["{run}", "--target", "{tmp}/no-target"], "target"),
+        ("export_draft", ["{run}", "--out", "{run}/recipe.json/draft"], "recipe.json is a file, where a folder was expected"),
+        ("eval_acceptance", ["--draft", "{run}", "--out", "{run}/recipe.json"], "recipe.json is a file, where a folder was expected"),
         ("export_draft", ["{run}", "--aux-layer-ids", "1", "2", "3"], "was trained on layers [1, 2, 5]"),
         ("eval_acceptance", [], "no draft is named"),
         ("eval_acceptance", ["--recipe", "{tmp}/nothing.json"], "cannot read"),

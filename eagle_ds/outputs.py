@@ -1,0 +1,40 @@
+"""Where results are to be written, looked at before the work that makes them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_output_folder(folder: Path, setting: str) -> None:
+    """Raise ValueError unless ``folder`` is one, or can be made, and files can be written there. Leaves nothing behind.
+
+    ``setting``: the option or argument that named it, as the user typed it.
+    """
+    _check(folder, f"{setting} {folder}")
+
+
+def _check(folder: Path, named: str) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{named}: {there} is a file, where a folder was expected; give another path, or remove the file")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{named}: nothing can be written in {there} ({error.strerror or error}); give a path below a folder that takes "
+            "files from you"
+        ) from error
+
+
+def check_output_file(path: Path, setting: str, endings: Sequence[str] = ()) -> None:
+    """Raise ValueError unless ``path`` can become a file, with one of ``endings`` if any are given. Leaves nothing behind."""
+    if endings and path.suffix not in endings:
+        raise ValueError(f"{setting} {path}: the name of a picture ends with {', '.join(endings[:-1])} or {endings[-1]}")
+    if path.is_dir():
+        raise ValueError(f"{setting} {path}: this is a folder, where a file was expected; name one in it")
+    _check(path.parent, f"{setting} {path}")
