@@ -164,7 +164,7 @@ class TrainingConfig(Section):
     ttt_steps: PositiveInt = Field(7, description="T, draft tokens unrolled in training")
     loss: Literal["kl", "alpha", "lambda"] = Field("kl", description="soft cross-entropy, or one of the acceptance losses")
     step_decay: PositiveFloat = Field(0.8, description="weight of step k is step_decay ** k")
-    kl_scale: PositiveFloat = Field(1.0, description="loss lambda: w = kl_scale * exp(-kl_decay * mean alpha)")
+    kl_scale: PositiveFloat = Field(1.0, description="loss lambda: w = kl_scale * exp(-kl_decay * mean alpha of a micro-batch)")
     kl_decay: PositiveFloat = Field(3.0, description="loss lambda: see kl_scale")
     mask_alignment: Literal["serving", "feature"] = Field("serving", description="which rows count at step k; feature is the golden files'")
     loss_normalization: Literal["tokens", "positions"] = Field("tokens", description="divide by the global batch's counted rows, or by all")
@@ -222,8 +222,14 @@ class Recipe(Section):
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """What this recipe trains and not every engine serves, a sentence each."""
-        draft, said = self.draft, []
+        """What this recipe trains otherwise than its user may think, or not every engine serves, a sentence each."""
+        draft, training, said = self.draft, self.training, []
+        if training.loss == "lambda" and training.gradient_accumulation > 1:
+            said.append(
+                "training.loss lambda: w follows the mean alpha of the rows that all ranks count in one micro-batch, so each of the "
+                f"{training.gradient_accumulation} micro-batches of a step has its own; that of the whole step would take a forward over "
+                "all of them before the first backward"
+            )
         if draft.attention_bias:
             said.append("draft.attention_bias: SGLang drops these biases without a word, so only export_draft --vllm writes such a draft")
         if draft.hidden_size % draft.num_attention_heads:

@@ -61,7 +61,8 @@ class HeadTargets:
 class LossSettings:
     """``weights`` [T] multiply step k's sum over counted rows: decay^k / N_k times what the engine divides by.
 
-    ``alpha_mean`` (for ``lambda`` alone) turns local (sum of alpha, rows), each [T], into the mean over all ranks: collective.
+    ``alpha_mean`` (for ``lambda`` alone) turns local (sum of alpha, rows), each [T], into the mean over all ranks: collective. It
+    is that of one micro-batch; the global batch's, accumulation included, is known only after a forward over all of it.
     """
 
     weights: Tensor

@@ -62,6 +62,8 @@ def test_head_dim_is_hidden_size_by_heads_where_none_is_given() -> None:
 
 def test_what_not_every_engine_serves_is_said_and_still_trains() -> None:
     assert recipe().caveats == ()
+    assert recipe(training={"loss": "lambda"}).caveats == recipe(training={"gradient_accumulation": 2}).caveats == ()
+    assert "each of the 2 micro-batches" in recipe(training={"loss": "lambda", "gradient_accumulation": 2}).caveats[0]
     assert "SGLang drops these biases" in recipe(draft={"attention_bias": True}).caveats[0]
     assert "hidden_size=72 is no multiple of 32 heads" in recipe(draft={"hidden_size": 72}).caveats[0]
 
