@@ -22,10 +22,12 @@ from eagle_ds.planner import (
     Device,
     check_fits,
     choose_ring_mode,
+    faster_recompute,
     floor_seconds,
     in_turns,
     largest_length,
     plan_for,
+    recompute_bytes,
 )
 from eagle_ds.preflight import capture_command
 from eagle_ds.settings import join_or
@@ -127,6 +129,8 @@ def _memory_text(recipe: Recipe, ds_json: dict[str, Any], world_size: int, plan:
     text = _table(rows) + f"trained parameters: {sum(draft_parameters(recipe).values()) / 1e6:.1f} million\n"
     if host := host_bytes(recipe, ds_json, plan):
         text += f"pinned host memory a process, for offloaded activations: {host / GIB:.2f} GiB\n"
+    needs = recompute_bytes(recipe, ds_json, world_size, plan, cpu=device.name == "cpu")
+    text += f"by training.recompute: {', '.join(f'{mode} {size / GIB:.1f}' for mode, size in needs.items())} GiB\n"
     if device.name == "cpu":
         return text
     for fraction in (1.0, 0.1):
@@ -135,7 +139,9 @@ def _memory_text(recipe: Recipe, ds_json: dict[str, Any], world_size: int, plan:
     try:
         check_fits(recipe, ds_json, world_size, plan, device)
     except ValueError as error:
-        text += f"DOES NOT FIT: {error}\n"
+        return text + f"DOES NOT FIT: {error}\n"
+    if faster := faster_recompute(recipe, ds_json, world_size, plan, device):
+        text += f"NOTE: {faster}\n"
     return text
 
 

@@ -17,6 +17,7 @@ from eagle_ds.layout import Document, SequencePlan, plan_sequence
 from eagle_ds.memory import GIB, Rows, draft_parameters, host_bytes, predict_memory, prefix_bytes
 
 USABLE = 0.95  # of a device's memory: the allocator's fragmentation takes the rest
+RECOMPUTE = ("none", "selective", "mlp", "full")  # training.recompute, the fastest first
 GATHER_SHARE = 0.15  # K_0/V_0 of all ranks are kept while they and their gradients take less of the memory than this
 
 
@@ -165,12 +166,31 @@ def what_would_fit(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, 
 
 def _milder(recipe: Recipe) -> list[dict[str, Any]]:
     """Changes of ``training`` that take memory off the GPU, the cheapest in time first."""
-    order = ("none", "selective", "mlp", "full")
-    further = order[order.index(recipe.training.recompute) + 1 :]
+    further = RECOMPUTE[RECOMPUTE.index(recipe.training.recompute) + 1 :]
     changes: list[dict[str, Any]] = [{"recompute": mode} for mode in further]
     if not recipe.training.offload_activations:
         changes.append({**(changes[-1] if changes else {}), "offload_activations": True})
     return changes
+
+
+def recompute_bytes(
+    recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, *, cpu: bool = False
+) -> dict[str, int]:
+    """Predicted bytes of the busiest rank by ``training.recompute``, the fastest first."""
+    changed = {mode: _with(recipe, "training", recompute=mode) for mode in RECOMPUTE}
+    return {mode: sum(predict_memory(one, ds_json, world_size, plan, cpu=cpu).values()) for mode, one in changed.items()}
+
+
+def faster_recompute(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, device: Device) -> str:
+    """A sentence that names the fastest ``training.recompute`` that is predicted to fit ``device``, or nothing where the recipe's
+    own is that."""
+    for mode, needed in recompute_bytes(recipe, ds_json, world_size, plan, cpu=device.name == "cpu").items():
+        if mode == recipe.training.recompute:
+            break
+        if needed <= device.usable_bytes:
+            room = f"about {needed / GIB:.1f} of {device.usable_bytes / GIB:.1f} usable GiB"
+            return f"--training.recompute {mode} would fit too ({room}) and computes less again than {recipe.training.recompute}"
+    return ""
 
 
 def _flags(changes: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@
 #   draft.rope_*                  the target's own: trained to 131072, and a missing base means 10000 to a server
 #   parallel.ulysses 8, ring 1    8 KV heads on 8 GPUs: one each, nothing replicated, K_0/V_0 sent once per sequence
 #   data.pack_tokens 131072       a batch is a number of tokens: one long sample, or many short ones side by side
-#   training.recompute none       28 GiB of a GPU's 80 as it is (--plan); selective 23 or full 15 on smaller GPUs, or for longer samples
+#   training.recompute none       27 GiB of a GPU's 80 as it is (--plan); selective 22 or full 14 on smaller GPUs, or for longer samples
 #   training.gradient_clipping 0.5, betas (0.9, 0.95)   as EAGLE's own training code has them
 #   deepspeed zero1               425 million trained parameters: optimizer state is worth spreading, weights are not
 #

@@ -18,10 +18,12 @@ from eagle_ds.planner import (
     advice,
     check_fits,
     choose_ring_mode,
+    faster_recompute,
     floor_seconds,
     in_turns,
     largest_length,
     plan_for,
+    recompute_bytes,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,3 +154,15 @@ def test_a_cpu_has_no_floor_and_no_limit() -> None:
     recipe = load_recipe(ROOT / "recipes/smollm2_cpu.json")
     assert floor_seconds(recipe, plan_for(recipe, [in_turns(1024, 1.0)]), DEVICES["cpu"]) == {}
     assert math.isinf(DEVICES["cpu"].memory_gib)
+
+
+def test_a_faster_recomputation_that_would_fit_is_named() -> None:
+    recipe = llama("--parallel.ulysses=1", "--training.recompute=full")
+    short, long = (plan_for(recipe, [in_turns(tokens, 1.0)]) for tokens in (16_384, 131_072))
+    needs = recompute_bytes(recipe, ZERO1, 1, long)
+    assert list(needs) == ["none", "selective", "mlp", "full"] and needs["none"] > needs["selective"] > needs["mlp"] > needs["full"]
+    assert faster_recompute(recipe, ZERO1, 1, short, H200).startswith("--training.recompute none would fit too (about ")
+    assert faster_recompute(recipe, ZERO1, 1, long, H200).startswith("--training.recompute selective would fit too (about ")
+    assert faster_recompute(recipe, ZERO1, 1, long, DEVICES["h100"]).startswith("--training.recompute mlp would fit too (about ")
+    assert faster_recompute(recipe, ZERO1, 1, long, Device("64 GiB", 64)) == ""
+    assert faster_recompute(llama("--parallel.ulysses=1"), ZERO1, 1, short, H200) == ""

@@ -22,7 +22,7 @@ from eagle_ds.engine.agreement import RankFailure
 from eagle_ds.engine.world import World
 from eagle_ds.layout import SequencePlan
 from eagle_ds.memory import GIB, host_bytes, predict_memory
-from eagle_ds.planner import Device, advice, check_fits, choose_ring_mode, describe_need
+from eagle_ds.planner import Device, advice, check_fits, choose_ring_mode, describe_need, faster_recompute
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class Sizes:
         logger.info("its busiest rank / mean: %s", balance)
         if self.world.device.type != "cuda":
             return
+        if faster := faster_recompute(self.recipe, self.config, self.world.topology.world_size, plan, self.device):
+            logger.info("%s", faster)
         neighbours = self.world.agreement.gather_objects(socket.gethostname()).count(socket.gethostname())
         if self.recipe.training.check_memory:
             self.world.agreement.together(lambda: self.refuse(plan, neighbours))
