@@ -12,8 +12,8 @@
 #   training.gradient_clipping 0.5, betas (0.9, 0.95)   as EAGLE's own training code has them
 #   deepspeed zero1               425 million trained parameters: optimizer state is worth spreading, weights are not
 #
-# Ran on: its true shapes with synthetic features on one H200 (10.2 s and 114 GiB a step with recompute selective, 10.7 s and 54 GiB
-# with full) and on two (5.6 s, 35 GiB); never yet on eight GPUs: docs/benchmarks/h200.md
+# Ran on: its true shapes with synthetic features on one H200 (9.8 s and 114 GiB a step with recompute selective, 10.4 s and 53 GiB
+# with full) and on two (5.1 s and 66 GiB, 5.3 s and 35 GiB); never yet on eight GPUs: docs/benchmarks/h200.md
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3

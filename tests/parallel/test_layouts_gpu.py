@@ -34,7 +34,7 @@ LAYOUTS = [
     (2, 2, "p2p"),
     (1, 4, "p2p"),
 ]
-# Relative L2 error against float64; the largest measured on two H200s were 1.3e-4 and 1.1e-2 (docs/benchmarks/h200.md).
+# Relative L2 error against float64; the largest measured on two H200s were 1.3e-4 and 1.2e-2 (docs/benchmarks/h200.md).
 LOSS_BOUND, GRADIENT_BOUND = 5e-4, 2.5e-2
 
 
