@@ -141,7 +141,9 @@ class DataConfig(Section):
     overlong: Literal["truncate", "skip"] = Field("truncate", description="what happens to a longer one; either way it is counted")
     pack_tokens: PositiveInt | None = Field(None, description="pack short samples up to this many tokens; null: one sample a sequence")
     prefetch: PositiveInt = Field(2, description="sequences read ahead of the one that trains")
-    read_threads: PositiveInt = Field(4, description="threads a rank inflates chunks with")
+    read_processes: NonNegativeInt | None = Field(
+        None, description="processes a rank reads and inflates with; 0: a thread of the trainer; null: 4 for a GPU, 0 on CPU"
+    )
 
 
 class ParallelConfig(Section):

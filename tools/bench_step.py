@@ -104,7 +104,7 @@ def parse() -> argparse.Namespace:
     store = parser.add_argument_group("from disk")
     store.add_argument("--from-store", type=Path, metavar="FOLDER", help="time steps from HDF5 files too; made if missing (random)")
     store.add_argument("--store-samples", type=int, help="samples of that store; default: 4, or 2 beyond 64K tokens, or two steps' worth")
-    store.add_argument("--read-threads", type=int, help="threads that inflate, a rank; default: the recipe's")
+    store.add_argument("--read-processes", type=int, help="processes that inflate, a rank; 0: a thread; default: the recipe's")
     store.add_argument("--prefetch", type=int, help="sequences read ahead; default: the recipe's")
     run = parser.add_argument_group("run and results")
     run.add_argument("--steps", type=int, help=f"timed steps; default: {STEPS}, with --from-store {STEPS_FROM_STORE}")
@@ -183,7 +183,7 @@ def make_recipe(options: argparse.Namespace, tokens: int) -> Recipe:
     overrides = {
         "data.max_length": tokens,
         "data.pack_tokens": tokens * options.documents,
-        "data.read_threads": options.read_threads,
+        "data.read_processes": options.read_processes,
         "data.prefetch": options.prefetch,
         "parallel.ulysses": options.ulysses,
         "parallel.ring": options.ring,

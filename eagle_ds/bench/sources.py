@@ -16,7 +16,7 @@ from eagle_ds.data.dataset import RankDataset
 from eagle_ds.data.packing import screen
 from eagle_ds.data.sampler import Sampler
 from eagle_ds.data.store import Store
-from eagle_ds.engine.feed import Feed
+from eagle_ds.engine.feed import Feed, read_pool
 from eagle_ds.engine.sizing import plan_settings
 from eagle_ds.engine.world import World
 from eagle_ds.layout import SequencePlan
@@ -83,7 +83,7 @@ class StoreSource:
             t2d=torch.ones(recipe.target.vocab_size, dtype=torch.bool),
             dp_rank=topology.dp_rank,
             sp_rank=topology.sp_rank,
-            threads=data.read_threads,
+            pool=read_pool(data, world.device),
             pin=world.device.type == "cuda",
         )
         sampler = Sampler(samples, dp=topology.dp, pack_tokens=data.pack_tokens, seed=training.seed, ttt_steps=training.ttt_steps)

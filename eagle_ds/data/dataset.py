@@ -21,12 +21,17 @@ from eagle_ds import ranges as rg
 from eagle_ds.data.batch import Batch, TokenFacts, assemble
 from eagle_ds.data.format import TORCH_DTYPES
 from eagle_ds.data.packing import Pack, TrainSample
+from eagle_ds.data.read_pool import ReadPool, RowsWanted
 from eagle_ds.data.sampler import Step
 from eagle_ds.data.store import ReadStats, SampleReader, Store, StoreError
 from eagle_ds.layout import Alignment, RingMode, SequencePlan, plan_sequence
 
 Labeler = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Target hidden states [M, H] on the CPU -> (argmax int64 [M], log-sum-exp float32 [M]) over the full vocabulary."""
+
+
+_Wanted = tuple[str, rg.Ranges, int]
+"""(dataset, rows of the sequence, width)"""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ class MicroBatch:
 class RankDataset:
     """Reads what sequence-parallel rank ``sp_rank`` of data-parallel rank ``dp_rank`` needs of each step.
 
-    ``t2d`` bool [V] says which labels are in the draft vocabulary. With ``pin`` hidden states are read into pinned memory.
+    ``t2d`` bool [V] says which labels are in the draft vocabulary. With ``pin`` hidden states are read into pinned memory, with
+    ``pool`` by its processes instead of the thread that asks for them.
     """
 
     def __init__(
@@ -92,12 +98,12 @@ class RankDataset:
         dp_rank: int = 0,
         sp_rank: int = 0,
         labeler: Labeler | None = None,
-        threads: int = 2,
+        pool: ReadPool | None = None,
         pin: bool = False,
     ) -> None:
         self.store, self.samples, self.settings, self.t2d = store, samples, settings, t2d
         self.dp_rank, self.sp_rank = dp_rank, sp_rank
-        self.labeler, self.threads, self.pin = labeler, threads, pin
+        self.labeler, self.pool, self.pin = labeler, pool, pin
         self.dtype = TORCH_DTYPES[store.facts.dtype]
 
     def batches(self, steps: Iterable[Step]) -> Iterator[MicroBatch]:
@@ -126,9 +132,10 @@ class _OpenPack:
         started = time.perf_counter()
         self.dataset = dataset
         self.samples = [dataset.samples[number] for number in pack]
-        self.readers = [dataset.store.reader(s.entry, threads=dataset.threads) for s in self.samples]
+        self.readers = [dataset.store.reader(s.entry, threads=1) for s in self.samples]
         self.plan = dataset.settings.plan(self.samples)
         self.filled = False
+        self.stats = ReadStats()  # of the pool's processes
         rank, settings = dataset.sp_rank, dataset.settings
         aux, hidden = (torch.empty(rg.count(rows), 0) for rows in (self.plan.aux_rows(rank), self.plan.target_rows(rank)))
         facts = [_token_facts(s, reader) for s, reader in zip(self.samples, self.readers, strict=True)]
@@ -153,8 +160,10 @@ class _OpenPack:
             return
         started = time.perf_counter()
         rank, facts = self.dataset.sp_rank, self.dataset.store.facts
-        aux = self._read("aux_hidden_state", self.plan.aux_rows(rank), len(facts.aux_layer_ids) * facts.hidden_size)
-        hidden = self._read("hidden_state", self.plan.target_rows(rank), facts.hidden_size)
+        aux, hidden = (self._read if self.dataset.pool is None else self._read_by_processes)(
+            ("aux_hidden_state", self.plan.aux_rows(rank), len(facts.aux_layer_ids) * facts.hidden_size),
+            ("hidden_state", self.plan.target_rows(rank), facts.hidden_size),
+        )
         self.batch = replace(self.batch, aux=aux, target_hidden=hidden)
         if not self.has_labels:
             if self.dataset.labeler is None:
@@ -170,19 +179,37 @@ class _OpenPack:
     def finish(self, step: Step, index: int, counted: Tensor, names: tuple[tuple[str, ...], ...], tokens: int) -> MicroBatch:
         """The filled batch with its step's facts; the files are closed."""
         self.fill()
-        stats = sum((reader.stats for reader in self.readers), ReadStats())
+        stats = sum((reader.stats for reader in self.readers), self.stats)
         for reader in self.readers:
             reader.close()
         return MicroBatch(step, index, self.batch, counted, names, tokens, stats, self.read_s)
 
-    def _read(self, name: str, rows: rg.Ranges, width: int) -> Tensor:
+    def _read(self, *wanted: _Wanted) -> list[Tensor]:
+        """[rows, width] of each."""
+        return [self._rows(*one) for one in wanted]
+
+    def _rows(self, name: str, rows: rg.Ranges, width: int) -> Tensor:
         out = torch.empty(rg.count(rows), width, dtype=self.dataset.dtype, pin_memory=self.dataset.pin)
         done = 0
-        for number, wanted in self.plan.file_rows(rows):
-            stop = done + rg.count(wanted)
-            self.readers[number].read_rows(name, wanted, out[done:stop])
+        for number, ranges in self.plan.file_rows(rows):
+            stop = done + rg.count(ranges)
+            self.readers[number].read_rows(name, ranges, out[done:stop])
             done = stop
         return out
+
+    def _read_by_processes(self, *wanted: _Wanted) -> list[Tensor]:
+        """As ``_read``, all at once."""
+        assert self.dataset.pool is not None
+        store, dtype = self.dataset.store, self.dataset.dtype
+        parts = [
+            RowsWanted(self.readers[n].path, self.samples[n].entry, store.facts, name, tuple(ranges), (rg.count(ranges), width), dtype)
+            for name, rows, width in wanted
+            for n, ranges in self.plan.file_rows(rows)
+        ]
+        both = torch.empty(sum(part.nbytes for part in parts), dtype=torch.uint8, pin_memory=self.dataset.pin)
+        self.stats = self.dataset.pool.read(parts, both)
+        sizes = [rg.count(rows) * width * dtype.itemsize for _, rows, width in wanted]
+        return [part.view(dtype).view(-1, width) for part, (*_, width) in zip(both.split(sizes), wanted, strict=True)]
 
 
 def _token_facts(sample: TrainSample, reader: SampleReader) -> TokenFacts:

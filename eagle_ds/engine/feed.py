@@ -1,4 +1,5 @@
-"""The way of a batch to the device: read and inflated in one thread, copied in a second, while the one before it trains."""
+"""The way of a batch to the device: read and inflated by processes that one thread waits for, copied in a second thread, while
+the one before it trains."""
 
 from __future__ import annotations
 
@@ -8,10 +9,22 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from eagle_ds.config import DataConfig
 from eagle_ds.data.dataset import MicroBatch, RankDataset
 from eagle_ds.data.prefetch import DeviceCopy, Prefetcher, adopt
+from eagle_ds.data.read_pool import ReadPool
 from eagle_ds.data.sampler import Step
 from eagle_ds.engine.agreement import Agreement, attempt
+
+GPU_READERS = 4  # processes, where the recipe says nothing: about 2 GB/s of hidden states
+
+
+def read_pool(data: DataConfig, device: torch.device) -> ReadPool | None:
+    """The processes that the recipe asks for. None: read in the thread, which leaves a CPU's cores to the training."""
+    processes = data.read_processes
+    if processes is None:
+        processes = GPU_READERS if device.type == "cuda" else 0
+    return ReadPool(processes) if processes else None
 
 
 class Feed:

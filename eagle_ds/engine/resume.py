@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 MAY_CHANGE = {
     *("name", "output_dir", "deepspeed", "target.model", "target.revision", "draft.init_from"),
-    *("data.conversations", "data.eval_conversations", "data.store", "data.eval_store", "data.prefetch", "data.read_threads"),
+    *("data.conversations", "data.eval_conversations", "data.store", "data.eval_store", "data.prefetch", "data.read_processes"),
     *("parallel.ulysses", "parallel.ring", "parallel.ring_mode", "parallel.trained_rows_only"),
     *("training.learning_rate", "training.min_learning_rate", "training.warmup_ratio", "training.schedule", "training.epochs"),
     *("training.max_steps", "training.recompute", "training.offload_activations", "training.check_memory"),

@@ -19,7 +19,7 @@ from eagle_ds.ds_config import deepspeed_config, read_ds_json
 from eagle_ds.engine.build import Trainable, build
 from eagle_ds.engine.checkpoint import Best, Checkpoints, RunState, full_state, latest
 from eagle_ds.engine.evaluate import Evaluator
-from eagle_ds.engine.feed import Feed
+from eagle_ds.engine.feed import Feed, read_pool
 from eagle_ds.engine.inputs import Inputs, OpenStore, open_inputs
 from eagle_ds.engine.metrics import metrics_of, sum_over_ranks
 from eagle_ds.engine.resume import find_resumable
@@ -99,6 +99,7 @@ class Trainer:
         self.manifest_hash = inputs.train.store.manifest_hash
         self.sampler = sampler
         self.total_steps = sampler.count_steps(self.training.epochs, self.training.max_steps)
+        self.pool = read_pool(recipe.data, world.device)
         self.dataset = self._dataset(inputs, inputs.train)
         kernel = choose_attention(world.device, trainable.dtype, inputs.arch.head_dim)
         runner = MicroBatchRunner(trainable.engine, inputs.arch, trainable.head, kernel, self.training, world)
@@ -285,6 +286,6 @@ class Trainer:
             dp_rank=self.world.topology.dp_rank,
             sp_rank=self.world.topology.sp_rank,
             labeler=self.trainable.labeler,
-            threads=self.recipe.data.read_threads,
+            pool=self.pool,
             pin=self.world.device.type == "cuda",
         )

@@ -16,6 +16,7 @@ from eagle_ds.data.batch import TokenFacts
 from eagle_ds.data.dataset import MicroBatch, PlanSettings, RankDataset
 from eagle_ds.data.packing import screen
 from eagle_ds.data.prefetch import DeviceCopy, Prefetcher
+from eagle_ds.data.read_pool import ReadPool
 from eagle_ds.data.sampler import Sampler, Step
 from eagle_ds.data.store import Store, StoreError
 from eagle_ds.layout import plan_sequence
@@ -25,6 +26,13 @@ from tests.steps import WholeSequence, rank_batch
 
 T = 3
 T2D = torch.arange(V) % 2 == 0
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ReadPool]:
+    made = ReadPool(2)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +60,14 @@ def whole_sequence(store: Store, data: RankDataset, pack: tuple[int, ...]) -> Wh
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("max_length", [64, 20])
-def test_each_rank_gets_the_rows_that_the_plan_gives_it(root: Path, ulysses: int, ring: int, max_length: int) -> None:
-    store = Store(root / "train")
+@pytest.mark.parametrize("in_processes", [False, True])
+def test_each_rank_gets_the_rows_that_the_plan_gives_it(
+    root: Path, pool: ReadPool, ulysses: int, ring: int, max_length: int, in_processes: bool
+) -> None:
+    store, readers = Store(root / "train"), pool if in_processes else None
     packs = ((0, 4, 2), (3,), (5, 1))
     for rank in range(ulysses * ring):
-        data = dataset(store, ulysses, ring, max_length, sp_rank=rank)
+        data = dataset(store, ulysses, ring, max_length, sp_rank=rank, pool=readers)
         steps = [Step(i, 0, ((pack,),)) for i, pack in enumerate(packs)]
         for pack, item in zip(packs, data.batches(steps), strict=True):
             plan = plan_sequence([data.samples[n].document for n in pack], ulysses=ulysses, ring=ring, ttt_steps=T)
@@ -152,19 +163,19 @@ def test_reading_ahead_changes_nothing(root: Path) -> None:
         outer.close()
 
 
-def test_a_run_resumed_in_the_middle_of_an_epoch_with_other_threads_and_depth_gets_the_same_batches(root: Path) -> None:
+def test_a_run_resumed_in_the_middle_of_an_epoch_with_other_readers_and_depth_gets_the_same_batches(root: Path, pool: ReadPool) -> None:
     store = Store(root / "train")
 
-    def batches(start: int, threads: int, depth: int) -> list[tuple[int, int, tuple[str, ...], torch.Tensor]]:
-        data = dataset(store, 2, 1, sp_rank=1, threads=threads)
+    def batches(start: int, readers: ReadPool | None, depth: int) -> list[tuple[int, int, tuple[str, ...], torch.Tensor]]:
+        data = dataset(store, 2, 1, sp_rank=1, pool=readers)
         sampler = Sampler(data.samples, dp=1, accumulation=1, pack_tokens=50, seed=1)
         assert sampler.steps_in(0) > 3  # step 3 is in the middle of an epoch
         reading = Prefetcher(data.batches(sampler.steps(start, 6)), depth, "read")
         return [(item.step.number, item.index, item.batch.names, item.batch.aux) for item in reading]
 
-    whole = batches(0, threads=1, depth=1)
-    for threads, depth in ((1, 3), (4, 2)):
-        for ours, theirs in zip(batches(3, threads, depth), whole[3:], strict=True):
+    whole = batches(0, None, depth=1)
+    for readers, depth in ((None, 3), (pool, 2)):
+        for ours, theirs in zip(batches(3, readers, depth), whole[3:], strict=True):
             assert ours[:3] == theirs[:3] and torch.equal(ours[3], theirs[3])
 
 

@@ -1,0 +1,96 @@
+"""Processes that read put the same bytes where the reader would, and a failure in one of them is an error here, not a wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle_ds.data.format import CHUNK_ROWS, WIDE_NAMES
+from eagle_ds.data.read_pool import PIECE_ROWS, ReadPool, RowsWanted
+from eagle_ds.data.store import Store, StoreError
+from tests.store_cases import make_facts, make_sample, same_bits, write_store
+
+FACTS = make_facts()
+TOKENS = 2 * PIECE_ROWS + CHUNK_ROWS + 11
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    samples = [make_sample("long", TOKENS, FACTS, 0), make_sample("short", 70, FACTS, 1)]
+    return write_store(tmp_path_factory.mktemp("store"), FACTS, *samples)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ReadPool]:
+    made = ReadPool(2)
+    yield made
+    made.close()
+
+
+def wanted(store: Store, number: int, name: str, *ranges: tuple[int, int]) -> RowsWanted:
+    entry, facts = store.entries[number], store.facts
+    width = facts.hidden_size * (len(facts.aux_layer_ids) if name == WIDE_NAMES[0] else 1)
+    rows = sum(stop - start for start, stop in ranges)
+    return RowsWanted(store.root / entry.path, entry, facts, name, ranges, (rows, width), torch.bfloat16)
+
+
+def read(pool: ReadPool, parts: list[RowsWanted]) -> list[torch.Tensor]:
+    out = torch.empty(sum(part.nbytes for part in parts), dtype=torch.uint8)
+    stats = pool.read(parts, out)
+    assert stats.bytes_used >= out.nbytes
+    return [x.view(torch.bfloat16).view(part.shape) for x, part in zip(out.split([p.nbytes for p in parts]), parts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "ranges", [[(0, TOKENS)], [(5, 6)], [(63, 65), (3, 70), (900, TOKENS - 1)], [(0, 0), (PIECE_ROWS, PIECE_ROWS + 1)]], ids=str
+)
+def test_rows_are_those_of_the_reader(store: Store, pool: ReadPool, ranges: list[tuple[int, int]]) -> None:
+    parts = [wanted(store, 0, name, *ranges) for name in WIDE_NAMES] + [wanted(store, 1, WIDE_NAMES[0], (1, 70))]
+    for part, found in zip(parts, read(pool, parts), strict=True):
+        entry = next(entry for entry in store.entries if entry.id == part.entry.id)
+        with store.reader(entry) as reader:
+            assert same_bits(found, reader.read_rows(part.name, part.ranges))
+
+
+def test_nothing_wanted_is_nothing_read(store: Store, pool: ReadPool) -> None:
+    assert not pool.read([], torch.empty(0, dtype=torch.uint8)).bytes_read
+    with pytest.raises(ValueError, match="reads nothing; use 1 or more"):
+        ReadPool(0)
+
+
+def test_a_damaged_file_is_the_reader_s_own_error_and_the_next_read_works(store: Store, pool: ReadPool, tmp_path: Path) -> None:
+    damaged = write_store(tmp_path / "damaged", FACTS, make_sample("s", 200, FACTS))
+    victim = damaged.root / damaged.entries[0].path
+    victim.write_bytes(victim.read_bytes()[:-7])
+    with pytest.raises(StoreError, match=f"{victim}.*the file was cut or replaced"):
+        read(pool, [wanted(damaged, 0, WIDE_NAMES[0], (0, 200))])
+    assert read(pool, [wanted(store, 1, WIDE_NAMES[0], (0, 70))])
+
+
+def test_a_process_that_is_killed_is_an_error_that_says_so(store: Store, pool: ReadPool) -> None:
+    part = wanted(store, 0, WIDE_NAMES[0], (0, TOKENS))
+    read(pool, [part])
+    processes = [worker._process for worker in pool._workers]
+    os.kill(processes[1].pid, signal.SIGKILL)
+    with pytest.raises(StoreError, match=r"exit code -9.*data.read_processes"):
+        read(pool, [part])
+    assert all(process.returncode is not None for process in processes)  # none goes on writing
+    assert read(pool, [part])
+
+
+def test_processes_end_with_their_pool(store: Store) -> None:
+    pool = ReadPool(1)
+    read(pool, [wanted(store, 1, WIDE_NAMES[1], (0, 70))])
+    process = pool._workers[0]._process
+    pool._workers[0]._connection.close()  # as when the trainer is killed
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() == 0
+    pool.close()
