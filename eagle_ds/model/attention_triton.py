@@ -16,15 +16,37 @@ its dq tiles to memory, and came out slower. Both take the final out and lse (se
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from eagle_ds.model.attention import KeyBounds
 
+logger = logging.getLogger(__name__)
+
 LOG2E = 1.4426950408889634
+
+Tile = tuple[int, int, int, int]
+"""(query rows, keys, warps, stages)"""
+
+TILES: dict[str, list[Tile]] = {
+    "forward": [(128, 128, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1)],
+    "dq": [(128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 4, 1)],
+    "dk and dv": [(64, 128, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1)],
+}
+"""By kernel, the fastest of those tried on an H200 at d = 128 first (docs/benchmarks/h200.md), then smaller ones for GPUs with
+less shared memory and for wider heads."""
+TILES_OF_WIDE_HEADS: dict[str, list[Tile]] = {
+    "forward": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)],
+    "dq": [(64, 64, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],
+    "dk and dv": [(32, 64, 8, 2), (32, 32, 4, 1), (16, 32, 4, 1)],
+}
 
 
 @triton.jit
@@ -205,10 +227,18 @@ class TritonAttention:
     """``BlockAttention`` for half-precision CUDA tensors, d a power of two from 16 to 256, and bounds that do not decrease."""
 
     def __init__(self, head_dim: int = 128) -> None:
-        # (BM, BN, warps, stages): the fastest of those tried on an H200 at d = 128 (docs/benchmarks/h200.md), and what fits at 256
-        self.forward_blocks = (128, 128, 8, 3) if head_dim <= 128 else (128, 64, 8, 2)
-        self.dq_blocks = (128, 64, 8, 3) if head_dim <= 128 else (64, 64, 8, 1)
-        self.dkv_blocks = (64, 128, 8, 3) if head_dim <= 128 else (32, 64, 8, 2)
+        self.tiles = {kernel: list(tiles) for kernel, tiles in (TILES if head_dim <= 128 else TILES_OF_WIDE_HEADS).items()}
+
+    def _launch(self, kernel: str, launch: Callable[[int, int, int, int], None]) -> None:
+        """``launch`` with the largest tile that this GPU has room for. Raises OutOfResources if it has for none."""
+        tiles = self.tiles[kernel]
+        while True:
+            try:
+                return launch(*tiles[0])
+            except OutOfResources as error:
+                if len(tiles) == 1:
+                    raise
+                logger.warning("attention, %s: tile %s does not fit this GPU (%s), on with %s", kernel, tiles.pop(0), error, tiles[0])
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float, done: tuple[Tensor, Tensor] | None = None
@@ -219,13 +249,16 @@ class TritonAttention:
         lse = torch.full((n, heads), -torch.inf, dtype=torch.float32, device=q.device)
         if not n or not k.shape[0]:
             return done or (out.zero_(), lse)
-        bm, bn, warps, stages = self.forward_blocks
         done_out, done_lse = (x.contiguous() for x in done or (out, lse))
-        _forward_kernel[(triton.cdiv(n, bm), heads)](
-            _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(out, bm), lse, _tiles(done_out, bm), done_lse, bounds.lo_device,
-            bounds.hi_device, n, scale * LOG2E, q.stride(1), k.stride(1), v.stride(1), RESUME=done is not None,
-            GROUP=heads // k.shape[1], D=d, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+
+        def launch(bm: int, bn: int, warps: int, stages: int) -> None:
+            _forward_kernel[(triton.cdiv(n, bm), heads)](
+                _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(out, bm), lse, _tiles(done_out, bm), done_lse, bounds.lo_device,
+                bounds.hi_device, n, scale * LOG2E, q.stride(1), k.stride(1), v.stride(1), RESUME=done is not None,
+                GROUP=heads // k.shape[1], D=d, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+
+        self._launch("forward", launch)
         return out, lse
 
     def backward(
@@ -241,18 +274,23 @@ class TritonAttention:
         other = dq if other_dq is None else other_dq.contiguous()
         heads_at = (q.stride(1), k.stride(1), v.stride(1), dout.stride(1))
         sizes = {"GROUP": heads // k.shape[1], "D": d}
-        bm, bn, warps, stages = self.dq_blocks
-        _dq_kernel[(triton.cdiv(n, bm), heads)](
-            _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(dout, bm), _tiles(other, bm), _tiles(dq, bm), lse2, delta,
-            bounds.lo_device, bounds.hi_device, n, lse2.shape[1], scale, scale * LOG2E, *heads_at,
-            RESUME=other_dq is not None, BM=bm, BN=bn, num_warps=warps, num_stages=stages, **sizes,
-        )  # fmt: skip
-        bm, bn, warps, stages = self.dkv_blocks
-        _dkv_kernel[(triton.cdiv(keys, bn), k.shape[1])](
-            _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(dout, bm), dk, dv, lse2, delta, bounds.lo_device, bounds.hi_device,
-            *_rows_of_key_blocks(bounds, keys, bn), n, keys, lse2.shape[1], scale, scale * LOG2E, *heads_at,
-            *dk.stride()[:2], *dv.stride()[:2], BM=bm, BN=bn, num_warps=warps, num_stages=stages, **sizes,
-        )  # fmt: skip
+
+        def launch_dq(bm: int, bn: int, warps: int, stages: int) -> None:
+            _dq_kernel[(triton.cdiv(n, bm), heads)](
+                _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(dout, bm), _tiles(other, bm), _tiles(dq, bm), lse2, delta,
+                bounds.lo_device, bounds.hi_device, n, lse2.shape[1], scale, scale * LOG2E, *heads_at,
+                RESUME=other_dq is not None, BM=bm, BN=bn, num_warps=warps, num_stages=stages, **sizes,
+            )  # fmt: skip
+
+        def launch_dkv(bm: int, bn: int, warps: int, stages: int) -> None:
+            _dkv_kernel[(triton.cdiv(keys, bn), k.shape[1])](
+                _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(dout, bm), dk, dv, lse2, delta, bounds.lo_device, bounds.hi_device,
+                *_rows_of_key_blocks(bounds, keys, bn), n, keys, lse2.shape[1], scale, scale * LOG2E, *heads_at,
+                *dk.stride()[:2], *dv.stride()[:2], BM=bm, BN=bn, num_warps=warps, num_stages=stages, **sizes,
+            )  # fmt: skip
+
+        self._launch("dq", launch_dq)
+        self._launch("dk and dv", launch_dkv)
         return dq
 
 

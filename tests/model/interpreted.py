@@ -15,6 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 from triton.runtime import interpreter
+from triton.runtime.errors import OutOfResources
 
 from eagle_ds import loss_triton
 from eagle_ds.loss_kernels import LossKernels, PlainKernels
@@ -22,7 +23,7 @@ from eagle_ds.model import attention_cuda, diagonal_triton, norm_triton, sums_tr
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
 from eagle_ds.model.attention_cuda import CudnnBackend, TritonBackend
 from eagle_ds.model.attention_parts import Cut
-from eagle_ds.model.attention_triton import TritonAttention
+from eagle_ds.model.attention_triton import TILES, TritonAttention
 from tests.steps import relative_error
 
 CPU, HEADS, KV_HEADS, WIDTH = torch.device("cpu"), 4, 2, 16
@@ -90,6 +91,25 @@ def resumed(lo: np.ndarray, hi: np.ndarray, keys: int, at: int = 33) -> Errors:
     dq = kernel.backward(dout, q, *kv.chunk(2, -1), *final, behind, SCALE, *dkv.chunk(2, -1), other)
     pairs = {"out": (out, expected), "lse": (lse, expected_lse), "dq": (dq, expected_dq), "dkv": (dkv, dkv64)}
     return {name: relative_error(*pair) for name, pair in pairs.items()}
+
+
+def smaller_tiles() -> Errors:
+    """A GPU that has no room for the first tiles gets the ones behind them, once and for all; without any left it hears why."""
+    kernel, tried = TritonAttention(WIDTH), []
+
+    def launch(*tile: int) -> None:
+        tried.append(tile)
+        if tile[1] > 32:
+            raise OutOfResources(230400, 101376, "shared memory")
+
+    for _ in range(2):
+        kernel._launch("forward", launch)
+    wrong = tried != [*TILES["forward"], TILES["forward"][-1]]
+    try:
+        kernel._launch("dq", lambda *tile: launch(64, 64))
+    except OutOfResources:
+        return {"order": float(wrong)}
+    return {"order": 1.0}
 
 
 def losses(kind: str) -> Errors:
@@ -190,7 +210,7 @@ def norms() -> Errors:
 
 
 def set_blocks(kernel: TritonAttention) -> None:
-    kernel.forward_blocks = kernel.dq_blocks = kernel.dkv_blocks = (16, 32, 4, 1)
+    kernel.tiles = {name: [(16, 32, 4, 1)] for name in kernel.tiles}
 
 
 def cases() -> Iterator[tuple[str, Errors]]:
@@ -199,6 +219,7 @@ def cases() -> Iterator[tuple[str, Errors]]:
         yield f"attention, {name}", attention(lo, hi, keys)
     for name in ("causal", "scattered", "packed", "window", "ring block"):
         yield f"attention in parts, {name}", attention(*sets[name], in_parts=True)
+    yield "smaller tiles", smaller_tiles()
     yield "sums", sums()
     yield "norms", norms()
     yield "attention, heads first in memory", attention(*sets["causal"], heads_first=True)
