@@ -23,6 +23,8 @@ DATA_SHEETS = (
 )
 """(part of the device's name, dense bfloat16 TFLOP/s without sparsity), the first that matches."""
 
+REST_S = 0.5
+
 
 def data_sheet_tflops(gpu: str) -> float | None:
     """Dense bfloat16 peak of the GPU called ``gpu``; None for one that is not listed."""
@@ -47,10 +49,15 @@ def measure_ceilings(device: torch.device) -> Device:
 
 
 def _seconds(work: Callable[[], Any], repeats: int) -> float:
+    """The fastest of three bursts, each after a rest: a GPU that comes hot from a step clocks down, and would flatter the step."""
     work()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - started) / repeats
+    bursts = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        time.sleep(REST_S)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        torch.cuda.synchronize()
+        bursts.append((time.perf_counter() - started) / repeats)
+    return min(bursts)

@@ -76,12 +76,13 @@ def fraction_figure(results: Sequence[Result]) -> bytes | None:
 
 
 def scaling_figure(results: Sequence[Result]) -> bytes | None:
-    """Strong scaling: the fastest step of each shape by number of GPUs, its efficiency and memory; None without two numbers of GPUs."""
+    """Strong scaling: the fastest step of each shape and setting by number of GPUs, its efficiency and memory; None without two
+    numbers of GPUs."""
     fastest: dict[Hashable, Result] = {}
     for result in sorted(_timed(results), key=lambda r: -_seconds(r)):
         if result.data_parallel == 1 and not result.alone:
-            fastest[(result.shape, result.model, result.ttt_steps, result.source, result.gpus)] = result
-    series = _series(list(fastest.values()), lambda r: (r.model, r.shape, f"T = {r.ttt_steps}", r.source), lambda r: r.gpus)
+            fastest[(*_scaled(result), result.gpus)] = result
+    series = _series(list(fastest.values()), _scaled, lambda r: r.gpus)
     if not series:
         return None
     figure, (time, efficiency, memory) = canvas(1, 3, (15, 4.6))
@@ -111,6 +112,10 @@ def scaling_figure(results: Sequence[Result]) -> bytes | None:
     efficiency.set(title="efficiency, % of ideal", ylim=(min(50, lowest - 5), 110))
     time.legend()
     return png(figure)
+
+
+def _scaled(result: Result) -> tuple[str, ...]:
+    return result.model, result.shape, result.settings, f"T = {result.ttt_steps}", result.source
 
 
 def _all_but_fraction(result: Result) -> tuple[str, ...]:

@@ -94,6 +94,10 @@ def test_one_rank_alone_is_called_so_and_is_no_scaling() -> None:
     assert "without communication" not in markdown(results(line()))
 
 
+def test_scaling_compares_equal_settings_alone() -> None:
+    assert scaling_figure(results(SCALING[0], SCALING[1] | {"recompute": "selective"})) is None
+
+
 def test_memory_of_a_rank_is_held_to_its_share_of_one_gpus() -> None:
     def on(gpus: int, layout: str, kept: float, **changes: Any) -> dict[str, Any]:
         return line(gpus=gpus, layout=layout, peak_gib=9.0 + kept, resident_gib=7.0, kept_gib=kept, **changes)
