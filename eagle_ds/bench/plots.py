@@ -86,7 +86,7 @@ def scaling_figure(results: Sequence[Result]) -> bytes | None:
     if not series:
         return None
     figure, (time, efficiency, memory) = canvas(1, 3, (15, 4.6))
-    lowest = 100.0
+    lowest, marks = 100.0, []
     for colour, (label, curve) in zip(_colours(series), series.items(), strict=True):
         gpus, seconds = [r.gpus for r in curve], [_seconds(r) for r in curve]
         ideal = [seconds[0] * gpus[0] / n for n in gpus]
@@ -96,9 +96,9 @@ def scaling_figure(results: Sequence[Result]) -> bytes | None:
         efficiency.plot(gpus, shares, "o-", color=colour, label=label)
         memory.plot(gpus, [r.peak_gib for r in curve], "o-", color=colour, label=label)
         lowest = min(lowest, *shares)
-        for result, share in zip(curve, shares, strict=True):
-            text = f"{share:.0f}% {result.layout}"
-            efficiency.annotate(text, (result.gpus, share), (3, 5), textcoords="offset points", fontsize=7, color=INK)
+        for result, share in zip(curve[1:], shares[1:], strict=True):
+            marks.append((result.gpus, share, f"{share:.0f}% {result.layout}"))
+    _write_apart(efficiency, marks)
     counts = sorted({result.gpus for curve in series.values() for result in curve})
     for axes in (time, efficiency, memory):
         axes.set_xscale("log", base=2)
@@ -112,6 +112,14 @@ def scaling_figure(results: Sequence[Result]) -> bytes | None:
     efficiency.set(title="efficiency, % of ideal", ylim=(min(50, lowest - 5), 110))
     time.legend()
     return png(figure)
+
+
+def _write_apart(axes: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
+    """Texts beside their points (x, y), those of one x at least as far apart as a line is high (in %)."""
+    above: dict[float, float] = {}
+    for x, y, text in sorted(marks):
+        above[x] = max(above.get(x, 0.0) + 2.4, y)
+        axes.annotate(text, (x, above[x]), (7, 0), textcoords="offset points", fontsize=7, color=INK, va="center", annotation_clip=False)
 
 
 def _scaled(result: Result) -> tuple[str, ...]:
