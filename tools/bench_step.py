@@ -41,7 +41,6 @@ time by category and phase with the share of communication that runs beside comp
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
 import os
@@ -201,8 +200,7 @@ def make_recipe(options: argparse.Namespace, tokens: int) -> Recipe:
 def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[str, Any]]:
     """One shape's lines. On one GPU a shape that does not fit says so and lets the next one run; of several ranks the one that it
     befalls leaves, because the others wait for it, and the launcher ends them."""
-    import torch
-
+    from eagle_ds.bench.step import forget_benches
     from eagle_ds.engine.sizing import is_out_of_memory
     from eagle_ds.engine.stopping import leave_at_once
 
@@ -228,9 +226,7 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
         size = {"tokens": tokens * options.documents, "documents": options.documents}
         return [shape | size | layout | {"error": "out of memory", "detail": str(error).split(". ")[0]}]
     finally:
-        gc.collect()
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget_benches(world.device)
 
 
 def join(options: argparse.Namespace, recipe: Recipe, documents: list[Document]) -> World:

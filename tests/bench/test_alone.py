@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from eagle_ds.bench.alone import AloneGroup, busiest_rank
 from eagle_ds.layout import Document
-from tests.bench.worker import alone_steps
+from tests.bench.worker import alone_steps, outlived
 from tests.engine.tiny import Tiny
 from tests.gloo import GlooPool
 
@@ -59,6 +59,11 @@ def test_a_rank_trains_alone(pool: GlooPool, tiny: Tiny, layout: dict, config: s
         assert found.finite and found.moved  # losses and weights; by its own gradients
         assert found.rows == found.planned
         assert found.times.step_ms > 0
+
+
+def test_nothing_of_a_shape_weighs_on_the_next(pool: GlooPool, tiny: Tiny) -> None:
+    recipe = tiny.recipe(deepspeed=str(tiny.root / "ds_bf16.json"), parallel__ulysses=4)
+    assert pool.run(outlived, 1, recipe, LATE) == [[]]
 
 
 def test_the_rank_that_is_loaded_most_is_taken(tiny: Tiny) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from eagle_ds import ranges as rg
 from eagle_ds.bench.alone import alone_world
 from eagle_ds.bench.random_store import random_store
 from eagle_ds.bench.sources import MemorySource, StoreSource
-from eagle_ds.bench.step import StepBench, StepTimes
+from eagle_ds.bench.step import StepBench, StepTimes, forget_benches
 from eagle_ds.config import Recipe
 from eagle_ds.ds_config import deepspeed_config, read_ds_json
-from eagle_ds.engine.world import join_world
+from eagle_ds.engine.world import World, join_world
 from eagle_ds.layout import Document
 from tests.engine.worker import as_if_new
 
@@ -79,6 +81,33 @@ def alone_steps(rank: int, world: int, recipe: Recipe, document: Document, alone
         rows=(len(batch.query_positions), len(batch.context_positions)),
         planned=(rg.count(bench.plan.queries[at]), rg.count(bench.plan.context[at])),
     )
+
+
+def outlived(rank: int, world: int, recipe: Recipe, document: Document) -> list[str]:
+    """Which weights, gradients and buffers of the optimizer are still there once the bench has been dropped."""
+    as_if_new(world)
+    joined = alone_world(recipe, [document], rank, 4, None)
+    gc.disable()  # a collection of its own accord would hide what is asked
+    try:
+        held = _one_step(recipe, document, joined)
+        forget_benches(joined.device)
+        return [name for name, storage in held.items() if not storage.expired()]
+    finally:
+        gc.enable()
+
+
+def _one_step(recipe: Recipe, document: Document, joined: World) -> dict[str, StorageWeakRef]:
+    bench = StepBench(recipe, deepspeed_config(recipe, read_ds_json(recipe.deepspeed), 4), [document], joined)
+    bench.use(MemorySource(recipe, bench.plan, joined, bench.dtype))
+    bench.run(1)
+    bench.use(None)
+    optimizer = bench.engine.optimizer
+    tensors = {
+        "weights": optimizer.bf16_groups_flat[0],
+        "gradients": optimizer.fp32_groups_gradients_flat[0],
+        "masters": optimizer.fp32_groups_flat_partition[0],
+    }
+    return {name: StorageWeakRef(tensor.untyped_storage()) for name, tensor in tensors.items()}
 
 
 def _held_weights(bench: StepBench) -> list[torch.Tensor]:
