@@ -35,7 +35,7 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """End threads, let go of memory."""
+        """End threads and processes, let go of memory."""
         ...
 
 
@@ -69,6 +69,7 @@ class StoreSource:
 
     def __init__(self, store: Store, recipe: Recipe, plan: SequencePlan, world: World, dtype: torch.dtype) -> None:
         topology, data, training = world.topology, recipe.data, recipe.training
+        self._pool = read_pool(data, world.device)
         per_step = len(plan.documents) * topology.dp
         samples, _ = screen(
             store.entries, max_length=data.max_length, overlong="skip", ttt_steps=training.ttt_steps, alignment=training.mask_alignment
@@ -83,7 +84,7 @@ class StoreSource:
             t2d=torch.ones(recipe.target.vocab_size, dtype=torch.bool),
             dp_rank=topology.dp_rank,
             sp_rank=topology.sp_rank,
-            pool=read_pool(data, world.device),
+            pool=self._pool,
             pin=world.device.type == "cuda",
         )
         sampler = Sampler(samples, dp=topology.dp, pack_tokens=data.pack_tokens, seed=training.seed, ttt_steps=training.ttt_steps)
@@ -92,7 +93,7 @@ class StoreSource:
         self._read_s: list[float] = []
 
     def take(self) -> tuple[Batch, Tensor]:
-        """Waits for the reading threads, then agrees with the other ranks. Collective."""
+        """Waits for what reads, then agrees with the other ranks. Collective."""
         item, counted = self._feed.take(self._agreement)
         assert item.batch.plan.digest == self._digest, "a timed sequence has another plan than the one in memory"
         self._read_s.append(item.read_s)
@@ -104,8 +105,10 @@ class StoreSource:
         return mean(self._read_s[len(self._read_s) // 2 :]) if self._read_s else 0.0
 
     def close(self) -> None:
-        """End the threads."""
+        """End threads and processes."""
         self._feed.close()
+        if self._pool is not None:
+            self._pool.close()
 
 
 def _random_batch(recipe: Recipe, plan: SequencePlan, world: World, dtype: torch.dtype) -> Batch:

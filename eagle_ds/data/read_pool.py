@@ -149,8 +149,8 @@ class _Worker:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         root = str(Path(eagle_ds.__file__).resolve().parents[1])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), "CUDA_VISIBLE_DEVICES": ""}
-        environment["OMP_NUM_THREADS"] = "1"
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))  # an empty entry would be the current folder
+        environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-P", "-m", "eagle_ds.data.read_worker", str(theirs.fileno())]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         theirs.close()

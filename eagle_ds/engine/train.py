@@ -124,8 +124,12 @@ class Trainer:
 
         Raises OutOfMemory on the rank whose memory does not suffice, with what would.
         """
-        with self._explaining_memory(), StopRequest(peers_on_this_host(self.world.agreement)) as stop:
-            return self._run(self._resume(resumed) if resumed else 0, stop)
+        try:
+            with self._explaining_memory(), StopRequest(peers_on_this_host(self.world.agreement)) as stop:
+                return self._run(self._resume(resumed) if resumed else 0, stop)
+        finally:
+            if self.pool is not None:
+                self.pool.close()
 
     def _run(self, start: int, stop: StopRequest) -> bool:
         self.done = self.saved = start

@@ -40,7 +40,9 @@ def pool() -> Iterator[GlooPool]:
         yield workers
 
 
-@pytest.mark.parametrize("layout", [{"parallel__ulysses": 2}, {"parallel__ring": 2, "parallel__ring_mode": "p2p"}, {}])
+@pytest.mark.parametrize(
+    "layout", [{"parallel__ulysses": 2}, {"parallel__ring": 2, "parallel__ring_mode": "p2p"}, {"data__read_processes": 1}]
+)
 def test_memory_and_store_give_batches_of_the_same_rows(pool: GlooPool, tiny: Tiny, tmp_path: Path, layout: dict) -> None:
     recipe = tiny.recipe(data__max_length=TOKENS, data__pack_tokens=2 * TOKENS, **layout)
     for times, same in pool.run(time_both, 2, recipe, in_turns(TOKENS, 0.5, 16), tmp_path):
