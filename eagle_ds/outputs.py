@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ def check_output_folder(folder: Path, setting: str) -> None:
 
 
 def _check(folder: Path, named: str) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir():
         raise ValueError(f"{named}: {there} is a file, where a folder was expected; give another path, or remove the file")
     try:
@@ -38,3 +39,5 @@ def check_output_file(path: Path, setting: str, endings: Sequence[str] = ()) -> 
     if path.is_dir():
         raise ValueError(f"{setting} {path}: this is a folder, where a file was expected; name one in it")
     _check(path.parent, f"{setting} {path}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"{setting} {path}: this file may not be written; give another name, or make it writable")

@@ -32,6 +32,14 @@ def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path: Path) -> None:
         check_output_file(tmp_path, "--json")
 
 
+def test_a_file_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").touch()
+    check_output_file(tmp_path / "a.png", "--plot")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anything
+    with pytest.raises(ValueError, match=rf"^--plot {tmp_path}/a.png: this file may not be written; give another name"):
+        check_output_file(tmp_path / "a.png", "--plot")
+
+
 def test_the_ending_of_a_picture_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the name of a picture ends with .png, .svg or .pdf"):
         check_output_file(tmp_path / "plan", "--plot", PICTURES)

@@ -65,7 +65,7 @@ def main() -> int:
         return be_a_rank(options)
     try:
         return compare_layouts(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -74,10 +74,15 @@ def be_a_rank(options: argparse.Namespace) -> int:
     """One process of a run."""
     os.chdir(ROOT)
     from eagle_ds.config import load_recipe
+    from eagle_ds.engine.sizing import OutOfMemory
+    from eagle_ds.engine.stopping import leave_at_once
     from eagle_ds.engine.train import train as train_recipe
 
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    train_recipe(load_recipe(options.train), options.local_rank, share_gpu=options.share_gpu)
+    try:
+        train_recipe(load_recipe(options.train), options.local_rank, share_gpu=options.share_gpu)
+    except OutOfMemory as error:
+        leave_at_once(f"error: {error}", 1)
     return 0
 
 
@@ -86,7 +91,9 @@ def compare_layouts(options: argparse.Namespace) -> int:
     import torch
 
     from eagle_ds.bench.learnable import Playground, Sizes
+    from eagle_ds.outputs import check_output_folder
 
+    check_output_folder(options.out, "--out")
     accelerator = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda":
         processes, dtype, sizes = torch.cuda.device_count(), "bfloat16", Sizes()

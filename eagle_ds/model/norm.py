@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def norm_into(z: Tensor, column: int, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
     """``z`` [M, *] with its columns from ``column`` on overwritten by ``rms_norm`` of x [M, W], or of the ``rows`` (int64 [M]) of
-    a table x that learns nothing."""
+    a table x that learns nothing. Whatever stood in those columns must learn nothing either: its gradient is not cut off."""
     if _fused(z):
         return _NormInto.apply(z, x.detach() if rows is not None else x, weight, rows, column, eps)
     return norm_into_plain(z, column, x, weight, eps, rows)
