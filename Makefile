@@ -20,7 +20,7 @@ $(STAMP): requirements.txt
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "error: no C++ compiler found; install g++ (or clang as c++)"; exit 1; }
 	@if [ ! -x $(PY) ]; then \
 	  for name in python3.12 python3.11 python3 python; do \
-	    if command -v $$name >/dev/null && $$name -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))'; then found=$$name; break; fi; \
+	    if $$name -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then found=$$name; break; fi; \
 	  done; \
 	  if [ -z "$$found" ]; then echo "error: Python 3.11 or 3.12 is needed and neither is on PATH; install one"; exit 1; fi; \
 	  echo "creating $(VENV) with $$($$found --version)"; \

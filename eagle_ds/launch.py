@@ -9,6 +9,7 @@ the DeepSpeed launcher with as many processes as fit. Nothing heavy is imported 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import socket
@@ -78,6 +79,8 @@ def main(script: str, accelerator: str | None = None) -> None:
     level = logging.INFO if rank <= 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     try:
+        if options.num_gpus is not None and options.num_gpus < 1:
+            raise ValueError(f"--num_gpus {options.num_gpus} starts nothing; give 1 or more, or leave it out")
         recipe = load_recipe(call.recipe_json, overrides)
         if options.help or options.plan:
             if rank <= 0:
@@ -138,7 +141,8 @@ def help_text(call: Invocation, recipe: Recipe) -> str:
         value = values
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        text = field.description if section_of(field) and value is not None else f"{value}  {field.description}"
+        shown = value if isinstance(value, str) else json.dumps(value)
+        text = field.description if section_of(field) and value is not None else f"{shown}  {field.description}"
         rows.append(f"  --{name:<34} {text}")
     return f"{about}\n\n{USAGE.format(script=script, world=recipe.parallel.size)}" + "\n".join(rows) + "\n"
 

@@ -97,7 +97,7 @@ def heaviest_sequence(recipe: Recipe, dp: int) -> tuple[list[Document], str]:
     packs = sampler.epoch_packs(0)
     heaviest = max(packs, key=lambda pack: sum(sampler.costs[number] for number in pack))
     steps = sampler.count_steps(training.epochs, training.max_steps)
-    epoch = f"{len(packs)} sequences an epoch, {steps} optimizer steps in all"
+    epoch = f"{len(packs)} sequence{'s' if len(packs) > 1 else ''} an epoch, {steps} optimizer steps in all"
     origin = f"{root}: {screening}\n{epoch}; the heaviest sequence, {len(heaviest)} samples"
     return [samples[number].document for number in heaviest], origin
 

@@ -66,8 +66,15 @@ def plan_for(recipe: Recipe, documents: list[Document], ring_mode: Literal["gath
 
 
 def in_turns(num_tokens: int, fraction: float, turn: int = 512) -> Document:
-    """A synthetic sample whose trained tokens come in turns of ``turn``, evenly spread, ``fraction`` of all."""
-    if fraction >= 1:
+    """A synthetic sample whose trained tokens come in turns of ``turn``, evenly spread, ``fraction`` of all.
+
+    Raises ValueError for a fraction that is not above 0 and at most 1, and for turns of no token.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"a fraction of {fraction:g} trained tokens was asked for; give one above 0 and at most 1, such as 0.1")
+    if turn < 1:
+        raise ValueError(f"turns of {turn} trained tokens were asked for; give 1 or more, such as 512")
+    if fraction == 1:
         return Document(num_tokens, ((0, num_tokens),))
     period = max(int(turn / fraction), turn + 1)
     ends = range(period, num_tokens + 1, period) or (num_tokens,)

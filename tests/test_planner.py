@@ -62,6 +62,12 @@ def test_turns_have_the_fraction_that_was_asked_for() -> None:
         assert rg.count(in_turns(131072, fraction).trained_spans) == pytest.approx(131072 * fraction, rel=0.03)
 
 
+@pytest.mark.parametrize(("fraction", "turn", "told"), [(0, 512, "above 0"), (1.5, 512, "most 1"), (0.5, 0, "1 or more")])
+def test_turns_that_cannot_be_are_refused(fraction: float, turn: int, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        in_turns(1024, fraction, turn)
+
+
 def test_what_is_sharded_falls_as_one_over_the_ranks() -> None:
     def sharded(ulysses: int) -> float:
         recipe = llama("--parallel.ulysses", str(ulysses))

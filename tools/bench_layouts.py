@@ -95,6 +95,8 @@ def compare_layouts(options: argparse.Namespace) -> int:
 
     check_output_folder(options.out, "--out")
     accelerator = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; leave the option out, or give --device cpu")
     if accelerator == "cuda":
         processes, dtype, sizes = torch.cuda.device_count(), "bfloat16", Sizes()
         processes = max(processes, CPU_PROCESSES) if options.share_gpu else processes
@@ -141,9 +143,11 @@ def choose_layouts(texts: Sequence[str] | None, processes: int) -> list[Layout]:
     if texts is None:
         layouts = [layout for layout in layouts if layout.processes <= processes]
     if large := [layout for layout in layouts if layout.processes > processes]:
-        raise ValueError(f"layout {large[0].name} takes {large[0].processes} processes and {processes} fit here; leave it out")
+        found = f"layout {large[0].name} takes {large[0].processes} processes and {processes} fit here"
+        raise ValueError(f"{found}; leave it out (with --share-gpu {CPU_PROCESSES} fit on one GPU)")
     if len(layouts) < 2:
-        raise ValueError(f"layout {layouts[0].name} alone leaves nothing to compare; name two that run here, such as 1/float32 1/bfloat16")
+        found = f"layout {layouts[0].name} alone leaves nothing to compare"
+        raise ValueError(f"{found}; name two that run here, such as 1/float32 1/bfloat16, or on one GPU give --share-gpu")
     return layouts
 
 

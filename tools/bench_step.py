@@ -97,7 +97,7 @@ def parse() -> argparse.Namespace:
     layout.add_argument("--alone-of", type=int, metavar="N", help="do one rank's work of a world of N, without communication")
     layout.add_argument("--alone-rank", type=int, metavar="RANK", help="that rank; default: the one that the plan loads most")
     layout.add_argument("--all-rows", action="store_true", help="work on untrained rows too, as trainers without the plan do")
-    layout.add_argument("--recompute", choices=("none", "selective", "mlp", "full"), default="full")
+    layout.add_argument("--recompute", choices=("none", "selective", "mlp", "full"), default="full", help="default: full, the least memory")
     layout.add_argument("--offload-activations", action="store_true", help="keep activations of the unroll in pinned CPU memory")
     layout.add_argument("--deepspeed-config", help="default: the recipe's")
     store = parser.add_argument_group("from disk")
@@ -133,6 +133,8 @@ def main() -> None:
                 check_output_file(path, f"--{name}")
         if options.out:
             check_output_folder(options.out, "--out")
+        if options.from_store and not options.from_store.is_dir():
+            check_output_folder(options.from_store, "--from-store")
         if options.plot:
             draw(options.plot, options.out)
         else:

@@ -35,6 +35,7 @@ from eagle_ds.data.manifest import StoreError
 from eagle_ds.outputs import PICTURES, check_output_file, check_output_folder
 
 BAR_WIDTH = 40
+ENDINGS = (".h5", ".hdf5")
 
 
 def main() -> int:
@@ -46,6 +47,8 @@ def main() -> int:
             check_output_file(arguments.plot, "--plot", PICTURES)
         if arguments.export_ckpt:
             check_output_folder(arguments.export_ckpt, "--export-ckpt")
+        if arguments.path.is_file() and arguments.path.suffix not in ENDINGS:
+            raise ValueError(f"{arguments.path} is a file of another kind; give a store (a folder with store.json), or one .h5 file of it")
         report = inspect(arguments.path)
         show(console, report)
         if arguments.plot:

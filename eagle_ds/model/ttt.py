@@ -7,7 +7,7 @@ to the sequence-sharded layout. dK_0/dV_0 of all steps gather in one float32 buf
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 from eagle_ds import ranges as rg
 from eagle_ds.layout import SequencePlan
 from eagle_ds.model.attention import BlockAttention, KeyBounds, merge, wide
-from eagle_ds.parallel.ring import RingExchange
-from eagle_ds.parallel.topology import ProcessGroups
-from eagle_ds.parallel.ulysses import UlyssesExchange
+
+if TYPE_CHECKING:
+    from eagle_ds.parallel.topology import ProcessGroups
 
 
 class PrefixAttention:
@@ -40,6 +40,9 @@ class PrefixAttention:
         sliding_window: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        from eagle_ds.parallel.ring import RingExchange  # these import DeepSpeed, which tools that only load a draft do without
+        from eagle_ds.parallel.ulysses import UlyssesExchange
+
         self.plan = plan
         self.kernel = kernel
         self.ulysses = UlyssesExchange(groups.ulysses, query_heads, kv_heads)

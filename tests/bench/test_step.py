@@ -137,6 +137,21 @@ def test_the_tool_times_a_sweep_from_memory_and_store(tiny: Tiny, tmp_path: Path
     assert "writing 4 random samples of 64 tokens" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--from-store", "{folder}/file/x"], "--from-store {folder}/file/x: {folder}/file is a file, where a folder was expected"),
+        (["--trained-fraction", "0"], "a fraction of 0 trained tokens was asked for; give one above 0 and at most 1"),
+    ],
+)
+def test_the_tool_refuses_what_cannot_be_in_one_sentence(options: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "tools/bench_step.py", "--model", "smollm2", *(option.format(folder=tmp_path) for option in options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert message.format(folder=tmp_path) in done.stderr
+
+
 def test_ranks_that_share_a_device_say_so(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.json"
     recipe.write_text(tiny.recipe().model_dump_json())

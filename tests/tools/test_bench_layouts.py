@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from eagle_ds.bench.learnable import Playground, Sizes
 from eagle_ds.config import load_recipe
@@ -85,3 +86,17 @@ def test_processes_that_share_a_gpu_are_started_by_torch(tool: ModuleType) -> No
 def test_a_typo_is_said_in_a_sentence(tmp_path: Path) -> None:
     refused = run("--out", str(tmp_path / "x"), "--layouts", "4U")
     assert refused.returncode == 2 and "error: 4U is no layout" in refused.stderr
+
+
+def test_a_place_that_takes_no_files_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = run("--out", str(tmp_path / "file" / "x"), "--device", "cpu")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: --out {tmp_path}/file/x: {tmp_path}/file is a file, where a folder was expected")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(tmp_path: Path) -> None:
+    refused = run("--out", str(tmp_path / "x"), "--device", "cuda", "--share-gpu")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --device cuda: torch sees no GPU here")
+    assert not (tmp_path / "x").exists()

@@ -222,3 +222,6 @@ def test_what_is_no_store_is_one_sentence(tmp_path: Path, run) -> None:
     (tmp_path / "x.h5").write_text("text")
     code, text = run(tmp_path / "x.h5")
     assert code == 3 and "x.h5" in text
+    (tmp_path / "store.json").write_text("{}")
+    code, text = run(tmp_path / "store.json")
+    assert code == 1 and "store.json is a file of another kind; give a store" in text

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -25,6 +27,14 @@ def test_a_typo_is_an_error_and_no_picture(tmp_path: Path) -> None:
     refused = plot(str(tmp_path / "plan.png"), "--parallel.rings", "2")
     assert refused.returncode == 1
     assert refused.stderr == "error: parallel.rings is not a setting; did you mean parallel.ring?\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("option", "value"), [("--fraction", "0"), ("--fraction", "2"), ("--turn", "0")])
+def test_a_share_that_no_sample_has_is_an_error_and_no_picture(option: str, value: str, tmp_path: Path) -> None:
+    refused = plot(str(tmp_path / "plan.png"), "--fraction", "0.1", option, value)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1 and f" of {value} " in refused.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +73,15 @@ def test_a_run_is_exported_measured_and_reported(run_dir: Path, call, capsys: py
     assert (run_dir / "acceptance.png").read_bytes().startswith(b"\x89PNG")
     assert call("make_report", run_dir) == 0
     assert "untrained → trained" in (run_dir / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["compare_runs", "eval_acceptance", "export_draft", "make_report"])
+def test_a_tool_that_does_not_train_does_without_deepspeed(name: str) -> None:
+    """It takes time to import, and speaks up where there is no GPU."""
+    root = Path(__file__).resolve().parents[2]
+    code = f"import runpy, sys; runpy.run_path('tools/{name}.py'); sys.exit('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_an_exported_draft_decodes_as_its_checkpoint(run_dir: Path, tmp_path: Path, target: Path, call) -> None:
