@@ -80,6 +80,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
         options = make_options(arguments)
+        if not arguments.dry_run:
+            check_destination(options.destination)
         if arguments.dry_run:
             summary, prediction = plan(options)
             show_prediction(console, summary, prediction)
@@ -100,6 +102,17 @@ def main() -> int:
         return 130
     show_rejected(console, summary)
     return exit_code(summary)
+
+
+def check_destination(folder: Path) -> None:
+    """Raise ConversionStopped, before any source is looked at, where nothing can be written."""
+    from eagle_ds.data.conversion import ConversionStopped
+    from eagle_ds.outputs import check_output_folder
+
+    try:
+        check_output_folder(folder, "DST")
+    except ValueError as error:
+        raise ConversionStopped(str(error)) from error
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -70,11 +70,16 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from eagle_ds.capture.run import plan_capture, require_space
     from eagle_ds.launch import enter_repository
+    from eagle_ds.outputs import check_output_folder
 
     enter_repository(args)
     recipe = read_recipe(args, overrides)
     devices = devices_of(args.device)
-    plans = [plan_capture(job) for job in jobs(args, recipe)]  # what is wrong with the last one is said before the first takes hours
+    captures = jobs(args, recipe)
+    if not args.dry_run:
+        for job in captures:
+            check_output_folder(Path(job.store), "store")
+    plans = [plan_capture(job) for job in captures]  # what is wrong with the last one is said before the first takes hours
     for plan in plans:
         job = plan.job
         print(f"{job.conversations} -> {job.store}: {plan.stats}; {plan.done} samples stored already, {len(plan.todo)} to do", flush=True)

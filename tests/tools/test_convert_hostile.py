@@ -182,7 +182,7 @@ def test_a_destination_that_cannot_be_written_is_one_sentence(
     source = tree(tmp_path / "src")
     (tmp_path / "file").write_text("no folder")
     assert run(source, tmp_path / "file" / "dst", *FLAGS) == 6
-    assert "stopped: " in (said := words_of(capsys)) and "Not a directory" in said
+    assert "stopped: DST" in (said := words_of(capsys)) and "is a file, where a folder was expected" in said and "kept" not in said
 
     def read_only(*_: object, **options: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")

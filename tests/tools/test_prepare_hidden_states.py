@@ -95,3 +95,10 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_1(recipe, target, tmp_path,
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and complaint in error
     assert not (tmp_path / "train_store").exists()
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_the_conversations_are_read(recipe, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["--recipe", str(recipe), "--data.store", str(tmp_path / "file" / "store")]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and f"error: store {tmp_path}/file/store: {tmp_path}/file is a file, where a folder was expected" in said.err
