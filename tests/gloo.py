@@ -39,6 +39,7 @@ def _serve(rank: int, pipe: Connection, backend: str, device: str) -> None:
             if world > 1:
                 torch_dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
                 comm.init_distributed(backend, dist_init_required=False, verbose=False)
+                torch_dist.barrier()  # a rank that fails at once must not close a connection that another is still opening
             pipe.send((True, function(rank, world, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
