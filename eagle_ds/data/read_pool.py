@@ -1,8 +1,8 @@
 """Hidden states read and inflated by processes of their own, into memory that they share with the trainer.
 
 Threads of the training process would read as fast, but each chunk that they inflate takes the interpreter's lock a few times,
-and the training thread, which launches thousands of kernels a step, queues for it at every one: measured with twelve of
-them, it launched twenty times more slowly. Here it shares the lock with one thread that waits for a reply.
+and the training thread, which launches thousands of kernels a step, queues for it at every one: on two CPU cores
+twelve of them made it fourteen times slower (docs/benchmarks/h200.md). Here it shares the lock with one thread that waits for a reply.
 
 The processes are plain interpreters (``python -m eagle_ds.data.read_worker``), so nothing of the trainer is run or copied
 again in them; requests and replies are pickles on a socket. Memory is an anonymous file (memfd), mapped once by all and used

@@ -16,7 +16,7 @@ from eagle_ds.data.read_pool import ReadPool
 from eagle_ds.data.sampler import Step
 from eagle_ds.engine.agreement import Agreement, attempt
 
-GPU_READERS = 4  # processes, where the recipe says nothing: about 2 GB/s of hidden states
+GPU_READERS = 4  # processes, where the recipe says nothing; one reads 0.6 GB/s of hidden states on a CPU core (docs/benchmarks/h200.md)
 
 
 def read_pool(data: DataConfig, device: torch.device) -> ReadPool | None:
