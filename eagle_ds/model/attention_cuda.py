@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention
-from eagle_ds.model.attention_parts import BACKWARD, FORWARD, Cut, Part, keys_behind, run_blocks
+from eagle_ds.model.attention_parts import BACKWARD, FORWARD, Cut, Part, keys_behind
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class TritonBackend:
 
 
 class CudnnBackend(TritonBackend):
-    """cuDNN for runs and stairs, Triton for the other rows and for the diagonals."""
+    """cuDNN for causal squares and full blocks, Triton for what is left of each row's keys and for the diagonals."""
 
     def __init__(self, head_dim: int = 128, forward_cut: Cut = FORWARD, backward_cut: Cut = BACKWARD) -> None:
         from eagle_ds.model import sums_triton
@@ -41,15 +41,8 @@ class CudnnBackend(TritonBackend):
         self.forward_cut, self.backward_cut = forward_cut, backward_cut
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
-        done = []
-        for part in _parts(bounds, self.forward_cut):
-            own, rows = _rows_of(bounds, part), q[part.start : part.stop]
-            if part.kind == "rows":
-                done.append(self.triton_forward(rows, k, v, own, scale))
-            elif part.kind == "stairs":
-                done.append(self.triton_forward(rows, k, v, own, scale, self._stairs_forward(rows, k, v, part, scale)))
-            else:
-                done.append(self._run_forward(rows, k, v, own, part.kind == "causal run", scale))
+        cut = self.forward_cut.of_heads(q.shape[1])
+        done = [self._part_forward(q[p.start : p.stop], k, v, bounds, p, scale) for p in _parts(bounds, cut)]
         if len(done) == 1:
             return done[0]
         return torch.cat([out for out, _ in done]), torch.cat([lse for _, lse in done])
@@ -60,67 +53,54 @@ class CudnnBackend(TritonBackend):
     ) -> Tensor:  # fmt: skip
         done = []
         for part in _parts(bounds, self.backward_cut):
-            a, b = part.start, part.stop
-            rows, own = (dout[a:b], q[a:b], k, v, out[a:b], lse[a:b]), _rows_of(bounds, part)
-            if part.kind == "rows":
-                done.append(self.triton_backward(*rows, own, scale, dk, dv))
-            elif part.kind == "stairs":
-                done.append(self.triton_backward(*rows, own, scale, dk, dv, self._stairs_backward(*rows, part, scale, dk, dv)))
-            else:
-                done.append(self._run_backward(*rows, own, part.kind == "causal run", scale, dk, dv))
+            rows = slice(part.start, part.stop)
+            done.append(self._part_backward(dout[rows], q[rows], k, v, out[rows], lse[rows], bounds, part, scale, dk, dv))
         return done[0] if len(done) == 1 else torch.cat(done)
 
-    def _run_forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def _part_forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the part's rows."""
         done = None
-        for keys, square in run_blocks(bounds, causal):
-            block = _cudnn_forward(q, k[keys], v[keys], square, scale)
-            if done is None:
-                done = block
-            else:
-                self.merge_into(*done, *block)
-        return done or _nothing_seen(q)
-
-    def _run_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds,
-        causal: bool, scale: float, dk: Tensor, dv: Tensor,
-    ) -> Tensor:  # fmt: skip
-        total = None
-        for keys, square in run_blocks(bounds, causal):
-            dq, *gradients = _cudnn_backward(dout, q, k[keys], v[keys], out, lse, square, scale)
-            self.add_into(dk[keys], dv[keys], *gradients)
-            total = dq if total is None else total.add_(dq)
-        return torch.zeros_like(q) if total is None else total
-
-    def _stairs_forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
-        """(out, lse) of the part's rows over their full blocks."""
-        out, lse = _nothing_seen(q)
+        if part.square is not None:
+            keys = slice(part.square, part.square + part.size)
+            done = _cudnn_forward(q, k[keys], v[keys], True, scale)
         for start, stop, first_key, last_key in part.blocks:
+            done = done or _nothing_seen(q)
             block = _cudnn_forward(q[start:stop], k[first_key:last_key], v[first_key:last_key], False, scale)
-            self.merge_into(out[start:stop], lse[start:stop], *block)
-        return out, lse
+            self.merge_into(done[0][start:stop], done[1][start:stop], *block)
+        if part.square is None:
+            done = self.triton_forward(q, k, v, _behind_blocks(bounds, part), scale, done)
+        return done
 
-    def _stairs_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float, dk: Tensor, dv: Tensor
+    def _part_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, part: Part, scale: float,
+        dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
-        """dq of the part's rows from their full blocks, whose dk and dv are added."""
-        total = torch.zeros_like(q)
-        for start, stop, first_key, last_key in part.blocks:
-            rows, keys = slice(start, stop), slice(first_key, last_key)
-            dq, *gradients = _cudnn_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], False, scale)
+        """dq of the part's rows; dk and dv are added."""
+        dq = None
+        if part.square is not None:
+            keys = slice(part.square, part.square + part.size)
+            dq, *gradients = _cudnn_backward(dout, q, k[keys], v[keys], out, lse, True, scale)
             self.add_into(dk[keys], dv[keys], *gradients)
-            total[rows] += dq
-        return total
+        for start, stop, first_key, last_key in part.blocks:
+            dq = torch.zeros_like(q) if dq is None else dq
+            rows, keys = slice(start, stop), slice(first_key, last_key)
+            block_dq, *gradients = _cudnn_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], False, scale)
+            self.add_into(dk[keys], dv[keys], *gradients)
+            dq[rows] += block_dq
+        if part.square is None:
+            dq = self.triton_backward(dout, q, k, v, out, lse, _behind_blocks(bounds, part), scale, dk, dv, dq)
+        return dq
 
 
 def _parts(bounds: KeyBounds, cut: Cut) -> list[Part]:
     """How the rows are cut, worked out once for each bounds."""
     if cut not in bounds.memo:
-        bounds.memo[cut] = list(cut(bounds)) or [Part(0, 0, "rows")]
+        bounds.memo[cut] = list(cut(bounds)) or [Part(0, 0)]
     return bounds.memo[cut]
 
 
-def _rows_of(bounds: KeyBounds, part: Part) -> KeyBounds:
-    """Bounds of the part's rows; for stairs, of the keys behind the full blocks."""
+def _behind_blocks(bounds: KeyBounds, part: Part) -> KeyBounds:
+    """Bounds of the part's rows and of the keys behind their full blocks."""
     if part not in bounds.memo:
         own = bounds.rows(part.start, part.stop)
         if part.blocks:

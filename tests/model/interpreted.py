@@ -153,7 +153,7 @@ def backend() -> TritonBackend:
 
 def backend_in_parts() -> CudnnBackend:
     """Every kind of part, at the size of these problems."""
-    cuts = (Cut(min_run=8, steps=((8, 16), (4, 8)), long_run=12), Cut(min_run=10, steps=((12, 8),), long_run=20))
+    cuts = (Cut(((8, 16), (4, 8)), 4, 8, 16), Cut(((12, 8),), 6, 12, 8))
     made, plain = CudnnBackend(WIDTH, *cuts), ReferenceAttention()
     set_blocks(made.triton_forward.__self__)
 
