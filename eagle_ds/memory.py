@@ -23,7 +23,8 @@ from eagle_ds.layout import SequencePlan
 
 GIB = 1 << 30
 LOSS_CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}  # loss.CHUNK_BYTES
-TILE_ROWS = 8192  # of one recomputed tile, at most: enough to fill a GPU, 0.9 GB of an 8B draft's MLP
+TILE_ROWS = 8192  # of one recomputed tile: enough to fill a GPU, 0.9 GB of an 8B draft's MLP
+TILES = 8  # of more rows than that many tiles: fewer sums of weight gradients, and no more memory than the rows' own gradients
 PREFETCHED = 1  # sequences that the feed holds on the device ahead of the one that trains
 
 Parts = dict[str, int]
@@ -134,8 +135,9 @@ def model_bytes(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, ele
 
 
 def tile_rows(rows: int) -> int:
-    """Rows of each of the fewest tiles of at most ``TILE_ROWS``, as equal as can be: what is recomputed is so a tile at a time."""
-    return -(-rows // max(-(-rows // TILE_ROWS), 1)) or 1
+    """Rows of each of the fewest tiles of at most ``TILE_ROWS``, but no more than ``TILES``, as equal as can be: what is recomputed is
+    so a tile at a time."""
+    return -(-rows // min(max(-(-rows // TILE_ROWS), 1), TILES)) or 1
 
 
 def kv_slots(draft: DraftConfig, ulysses: int) -> int:
@@ -343,8 +345,8 @@ class _Unrolled:
         return self.rows.query * (self.query + self.diagonal // 2) + self._through_z(self.rows.query, 2 * self.query + self.diagonal)
 
     def _through_z(self, rows: int, projected: int) -> int:
-        """Two gradients of z, or what is projected from it (bytes a row); in tiles where embedding and z are computed again."""
-        inside = max(2 * self.state + self.diagonal, projected, 4 * self.state)
+        """z and two of its gradients, or what is projected from it (bytes a row); in tiles where z is computed again."""
+        inside = max(2 * self.state + self.diagonal, projected, 3 * self.state)
         if self.recompute in ("none", "mlp"):
             return rows * inside
         return rows * (self.state + self.diagonal // 2) + tile_rows(rows) * (3 * self.state + inside)

@@ -21,6 +21,7 @@ from eagle_ds.data.batch import Batch
 from eagle_ds.memory import tile_rows
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.elementwise import rope, swiglu
+from eagle_ds.model.linear import PassingLinear, ResidualLinear
 from eagle_ds.model.norm import norm_into, rms_norm
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.rope import inverse_frequencies, rotation
@@ -49,16 +50,6 @@ class RMSNorm(nn.Module):
         return norm_into(into, column, x, self.weight, self.eps, rows)
 
 
-class ResidualLinear(nn.Linear):
-    """A linear layer whose result is added to what it changes, by the matmul itself: one pass over memory less, one rounding less."""
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        """x [M, in], residual [M, out] -> [M, out]."""
-        if self.bias is not None:
-            residual = residual + self.bias
-        return torch.addmm(residual, x, self.weight.t())
-
-
 class SharedEmbedding(nn.Module):
     """The target's embedding table, frozen: a buffer, so neither optimizer nor checkpoint carries it."""
 
@@ -80,8 +71,8 @@ class DraftAttention(nn.Module):
         super().__init__()
         width, d, bias = 2 * arch.hidden_size, arch.head_dim, arch.attention_bias
         self.heads, self.kv_heads, self.head_dim = arch.num_attention_heads, arch.num_key_value_heads, d
-        self.q_proj = nn.Linear(width, arch.num_attention_heads * d, bias=bias)
-        self.k_proj = nn.Linear(width, arch.num_key_value_heads * d, bias=bias)
+        self.q_proj = PassingLinear(width, arch.num_attention_heads * d, bias=bias)
+        self.k_proj = PassingLinear(width, arch.num_key_value_heads * d, bias=bias)
         self.v_proj = nn.Linear(width, arch.num_key_value_heads * d, bias=bias)
         self.o_proj = ResidualLinear(arch.num_attention_heads * d, arch.hidden_size, bias=bias)
         self.frequencies, self.rope_factor = inverse_frequencies(d, arch.rope_theta, arch.rope_scaling)
@@ -91,14 +82,17 @@ class DraftAttention(nn.Module):
         self.frequencies = self.frequencies.to(positions.device)
         return rotation(positions, self.frequencies, self.rope_factor, torch.promote_types(dtype, torch.float32))
 
-    def project_q(self, z: Tensor, positions: Tensor) -> Tensor:
-        """z [M, 2D] -> rotated queries [M, Hq, d]."""
-        return rope(self.q_proj(z).unflatten(-1, (self.heads, self.head_dim)), *self.rotation(positions, z.dtype))
+    def project_q(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """z [M, 2D] -> rotated queries [M, Hq, d], and z for the next that reads it."""
+        q, z = self.q_proj(z)
+        return rope(q.unflatten(-1, (self.heads, self.head_dim)), *self.rotation(positions, z.dtype)), z
 
     def project_kv(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """z [M, 2D] -> rotated keys and plain values, each [M, Hkv, d]."""
-        k, v = (proj(z).unflatten(-1, (self.kv_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
-        return rope(k, *self.rotation(positions, z.dtype)), v
+        heads = (self.kv_heads, self.head_dim)
+        k, z = self.k_proj(z)
+        k = rope(k.unflatten(-1, heads), *self.rotation(positions, z.dtype))
+        return k, self.v_proj(z).unflatten(-1, heads)  # last, as no backward reads it: recomputation ends in front of it
 
 
 class DraftMLP(nn.Module):
@@ -106,13 +100,14 @@ class DraftMLP(nn.Module):
 
     def __init__(self, arch: DraftArch) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=False)
+        self.gate_proj = PassingLinear(arch.hidden_size, arch.intermediate_size, bias=False)
         self.up_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=False)
         self.down_proj = ResidualLinear(arch.intermediate_size, arch.hidden_size, bias=False)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x and what the result is added to, [M, D] -> [M, D]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), spent=True), residual)
+        gate, x = self.gate_proj(x)
+        return self.down_proj(swiglu(gate, self.up_proj(x), spent=True), residual)
 
 
 class DraftLayer(nn.Module):
@@ -284,12 +279,14 @@ class Eagle3Draft(nn.Module):
 
     def first_query(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor]:
         """q [N, Hq, d] of step 0, whose keys are among K_0."""
-        return (self.midlayer.self_attn.project_q(self.qkv_input(ids, state), positions),)
+        q, _ = self.midlayer.self_attn.project_q(self.qkv_input(ids, state), positions)
+        return (q,)
 
     def query_projections(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [N, Hq, d] of a later step, and its diagonal k and v [N, Hkv, d]."""
-        z, attention = self.qkv_input(ids, state), self.midlayer.self_attn
-        return attention.project_q(z, positions), *attention.project_kv(z, positions)
+        attention = self.midlayer.self_attn
+        q, z = attention.project_q(self.qkv_input(ids, state), positions)
+        return q, *attention.project_kv(z, positions)
 
 
 def _pick(rows: Tensor, index: Tensor | None) -> Tensor:

@@ -1,0 +1,49 @@
+"""Linear layers whose matmuls also do the additions around them: a pass over memory less each, and one rounding less.
+
+Both are ``torch.nn.Linear`` with one more number of tensors in or out; ``y = linear(x)`` and plain ``+`` are their reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ResidualLinear(nn.Linear):
+    """The result is added to what it changes."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        """x [M, in], residual [M, out] -> [M, out]."""
+        if self.bias is not None:
+            residual = residual + self.bias
+        return torch.addmm(residual, x, self.weight.t())
+
+
+class PassingLinear(nn.Linear):
+    """Hands its input on to the next reader, whose gradient for it comes back through here and is added to by the matmul. The last
+    reader is an ordinary layer."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [M, in] -> ([M, out], x)."""
+        y, x = _Passing.apply(x, self.weight)
+        return (y if self.bias is None else y + self.bias), x
+
+
+class _Passing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)  # the parameter itself, no view of it: ZeRO-3 lets go of its numbers in between
+        return x @ weight.t(), x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        if dy is None:
+            return dx, None
+        wants_x, wants_weight = ctx.needs_input_grad
+        if wants_x:
+            dx = dy @ weight if dx is None else torch.addmm(dx, dy, weight)
+        return dx if wants_x else None, dy.t() @ x if wants_weight else None
