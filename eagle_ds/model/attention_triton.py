@@ -27,6 +27,8 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from eagle_ds.model.attention import KeyBounds
+from eagle_ds.model.attention_split import Split, pieces_for
+from eagle_ds.model.sums_triton import merge_into
 
 logger = logging.getLogger(__name__)
 
@@ -224,9 +226,13 @@ def _dkv_kernel(Q, K, V, DOut, DK, DV, Lse2, Delta, Lo, Hi, First, FullFirst, Fu
 
 
 class TritonAttention:
-    """``BlockAttention`` for half-precision CUDA tensors, d a power of two from 16 to 256, and bounds that do not decrease."""
+    """``BlockAttention`` for half-precision CUDA tensors, d a power of two from 16 to 256, and bounds that do not decrease.
 
-    def __init__(self, head_dim: int = 128) -> None:
+    ``programs``: blocks that the GPU has room for at a time; where rows and heads make less than half of them, keys are split.
+    """
+
+    def __init__(self, head_dim: int = 128, programs: int | None = None) -> None:
+        self.programs = programs
         self.tiles = {kernel: list(tiles) for kernel, tiles in (TILES if head_dim <= 128 else TILES_OF_WIDE_HEADS).items()}
 
     def _launch(self, kernel: str, launch: Callable[[int, int, int, int], None]) -> None:
@@ -240,10 +246,32 @@ class TritonAttention:
                     raise
                 logger.warning("attention, %s: tile %s does not fit this GPU (%s), on with %s", kernel, tiles.pop(0), error, tiles[0])
 
+    def _split(self, bounds: KeyBounds, heads: int) -> Split | None:
+        """How to split the keys of these rows, worked out once for each bounds."""
+        block = self.tiles["forward"][0][0]
+        key = ("split", heads, block)
+        if key not in bounds.memo:
+            if self.programs is None:
+                self.programs = torch.cuda.get_device_properties(bounds.lo_device.device).multi_processor_count
+            pieces = pieces_for(bounds, heads, block, self.programs)
+            bounds.memo[key] = Split.make(bounds, pieces, block) if pieces > 1 else None
+        return bounds.memo[key]
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float, done: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """See ``BlockAttention``. ``done``: (out, lse) of other keys, merged with these."""
+        split = self._split(bounds, q.shape[1])
+        if split is None:
+            return self._forward(q, k, v, bounds, scale, done)
+        found = split.merged(*self._forward(split.copies(q), k, v, split.bounds, scale))
+        if done is not None:
+            merge_into(*found, *done)
+        return found
+
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float, done: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         n, heads, d = q.shape
         out = torch.empty(n, heads, d, dtype=q.dtype, device=q.device)
         lse = torch.full((n, heads), -torch.inf, dtype=torch.float32, device=q.device)
@@ -266,6 +294,17 @@ class TritonAttention:
         dk: Tensor, dv: Tensor, other_dq: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See ``BlockAttention``. ``other_dq``: dq of other keys, to which this one is added."""
+        split = self._split(bounds, q.shape[1])
+        if split is None:
+            return self._backward(dout, q, k, v, out, lse, bounds, scale, dk, dv, other_dq)
+        dout, q, out, lse = (split.copies(x) for x in (dout, q, out, lse))
+        dq = split.summed(self._backward(dout, q, k, v, out, lse, split.bounds, scale, dk, dv))
+        return dq if other_dq is None else dq.add_(other_dq)
+
+    def _backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
+        dk: Tensor, dv: Tensor, other_dq: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         (n, heads, d), keys = q.shape, k.shape[0]
         if not n or not keys:
             return torch.zeros_like(q) if other_dq is None else other_dq

@@ -19,7 +19,7 @@ from triton.runtime.errors import OutOfResources
 
 from eagle_ds import loss_triton
 from eagle_ds.loss_kernels import LossKernels, PlainKernels
-from eagle_ds.model import attention_cuda, diagonal_triton, norm_triton, sums_triton
+from eagle_ds.model import attention_cuda, attention_split, diagonal_triton, norm_triton, sums_triton
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
 from eagle_ds.model.attention_cuda import CudnnBackend, TritonBackend
 from eagle_ds.model.attention_parts import Cut
@@ -73,13 +73,14 @@ def attention(lo: np.ndarray, hi: np.ndarray, keys: int, heads_first: bool = Fal
     return {name: relative_error(f, e) for name, f, e in zip(names, found, expected, strict=True)}
 
 
-def resumed(lo: np.ndarray, hi: np.ndarray, keys: int, at: int = 33) -> Errors:
-    """Keys below ``at`` by the reference, the others by the kernels that go on from there, as in a staircase."""
+def resumed(lo: np.ndarray, hi: np.ndarray, keys: int, at: int = 33, programs: int = 1) -> Errors:
+    """Keys below ``at`` by the reference, the others by the kernels that go on from there, as in a staircase. ``programs``: so many
+    that keys are split."""
     generator = torch.Generator().manual_seed(0)
     q, dout = (torch.randn(len(lo), HEADS, WIDTH, generator=generator).half() for _ in range(2))
     kv = torch.randn(keys, KV_HEADS, 2 * WIDTH, generator=generator).half()
     middle, kernel, plain = np.clip(at, lo, hi), TritonAttention(WIDTH), ReferenceAttention()
-    set_blocks(kernel)
+    set_blocks(kernel, programs)
     before, behind, whole = (KeyBounds.make(*b, CPU) for b in ((lo, middle), (middle, hi), (lo, hi)))
     q64, dout64, kv64 = q.double(), dout.double(), kv.double()
     expected, expected_lse = plain.forward(q64, *kv64.chunk(2, -1), whole, SCALE)
@@ -89,6 +90,7 @@ def resumed(lo: np.ndarray, hi: np.ndarray, keys: int, at: int = 33) -> Errors:
     final = (expected.half(), expected_lse.float())
     other = plain.backward(dout, q, *kv.chunk(2, -1), *final, before, SCALE, *dkv.chunk(2, -1))
     dq = kernel.backward(dout, q, *kv.chunk(2, -1), *final, behind, SCALE, *dkv.chunk(2, -1), other)
+    assert (kernel._split(behind, HEADS) is not None) == (programs > 1)
     pairs = {"out": (out, expected), "lse": (lse, expected_lse), "dq": (dq, expected_dq), "dkv": (dkv, dkv64)}
     return {name: relative_error(*pair) for name, pair in pairs.items()}
 
@@ -209,12 +211,14 @@ def norms() -> Errors:
     return errors
 
 
-def set_blocks(kernel: TritonAttention) -> None:
+def set_blocks(kernel: TritonAttention, programs: int = 1) -> None:
+    kernel.programs = programs
     kernel.tiles = {name: [(16, 32, 4, 1)] for name in kernel.tiles}
 
 
 def cases() -> Iterator[tuple[str, Errors]]:
     sets = row_sets()
+    attention_split.LEAST_KEYS = 4
     for name, (lo, hi, keys) in sets.items():
         yield f"attention, {name}", attention(lo, hi, keys)
     for name in ("causal", "scattered", "packed", "window", "ring block"):
@@ -225,6 +229,7 @@ def cases() -> Iterator[tuple[str, Errors]]:
     yield "attention, heads first in memory", attention(*sets["causal"], heads_first=True)
     for name in ("scattered", "packed"):
         yield f"resumed, {name}", resumed(*sets[name])
+        yield f"resumed, {name}, keys split", resumed(*sets[name], programs=48)
     loss_triton.BLOCK = 64
     for kind in ("kl", "alpha", "lambda"):
         yield f"loss, {kind}", losses(kind)

@@ -15,6 +15,7 @@ from torch import Tensor
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
 from eagle_ds.model.attention_cuda import _behind_blocks, _parts
 from eagle_ds.model.attention_parts import BACKWARD, FORWARD, Block, Cut, Part, keys_behind
+from eagle_ds.model.attention_split import Split, pieces_for
 from tests.steps import relative_error
 
 # Relative L2 error in bf16 against float64, measured on an H200 over all cases below: see docs/benchmarks/h200.md.
@@ -211,6 +212,34 @@ def check_part(part: Part, lo: np.ndarray, hi: np.ndarray, steps: tuple[tuple[in
     assert (behind == seen).all() and (np.diff(behind) >= 0).all() and (behind >= lo).all()
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(monotone_bounds(), st.integers(1, 5), st.integers(1, 4))
+def test_rows_whose_keys_are_split_find_the_same(problem: tuple[np.ndarray, np.ndarray, int], pieces: int, block: int) -> None:
+    lo, hi, keys = problem
+    bounds, plain = KeyBounds.make(lo, hi, torch.device("cpu")), ReferenceAttention()
+    split = Split.make(bounds, pieces, block)
+    assert all((np.diff(x) >= 0).all() for x in (split.bounds.lo, split.bounds.hi)) and len(split.bounds.lo) % block == 0
+    q, dout = (torch.randn(len(lo), 4, 8, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(keys, 2, 8, dtype=torch.float64) for _ in range(2))
+    gradients, gradients_split = ([torch.zeros_like(k), torch.zeros_like(v)] for _ in range(2))
+    out, lse = plain.forward(q, k, v, bounds, 0.3)
+    found, found_lse = split.merged(*plain.forward(split.copies(q), k, v, split.bounds, 0.3))
+    torch.testing.assert_close((found, found_lse), (out, lse), rtol=1e-12, atol=1e-12)
+    lse = lse.clamp(min=-9.0)  # as diagonal keys make it: finite in every row
+    dq = plain.backward(dout, q, k, v, out, lse, bounds, 0.3, *gradients)
+    copies = [split.copies(x) for x in (dout, q, out, lse)]
+    dq_split = plain.backward(*copies[:2], k, v, *copies[2:], split.bounds, 0.3, *gradients_split)
+    torch.testing.assert_close([split.summed(dq_split), *gradients_split], [dq, *gradients], rtol=1e-12, atol=1e-12)
+
+
+def test_keys_are_split_where_rows_and_heads_fill_less_than_half_a_gpu() -> None:
+    rows = np.arange(100_000, 100_300)
+    bounds = KeyBounds.make(np.zeros_like(rows), rows + 1, torch.device("cpu"))
+    assert [pieces_for(bounds, heads, 128, 132) for heads in (32, 8, 2)] == [1, 5, 22]
+    window = KeyBounds.make(rows - 1000, rows + 1, torch.device("cpu"))
+    assert pieces_for(window, 2, 128, 132) == 1
+
+
 def gpu_problems() -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """Row sets that training makes: causal, trained turns, packed documents, a window, a ring block, no keys at all."""
     turns = np.concatenate([np.arange(a, a + 100) for a in (300, 700, 1500)])
@@ -225,6 +254,7 @@ def gpu_problems() -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
         "packed": (documents, np.arange(1, 1314), 1313),
         "window": (np.maximum(window - 99, 0), window + 1, 1000),
         "ring block": (np.zeros(1200, dtype=np.int64), block, 300),
+        "few rows, many keys": (np.zeros(200, dtype=np.int64), np.arange(29_800, 30_000) + 1, 30_000),
         "one row": (np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64), 1),
     }
 
