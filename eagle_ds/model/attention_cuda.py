@@ -63,10 +63,11 @@ class CudnnBackend(TritonBackend):
         if part.square is not None:
             keys = slice(part.square, part.square + part.size)
             done = _cudnn_forward(q, k[keys], v[keys], True, scale)
-        for start, stop, first_key, last_key in part.blocks:
+        for block in part.blocks:
             done = done or _nothing_seen(q)
-            block = _cudnn_forward(q[start:stop], k[first_key:last_key], v[first_key:last_key], False, scale)
-            self.merge_into(done[0][start:stop], done[1][start:stop], *block)
+            rows, keys = slice(block.start, block.stop), slice(block.first_key, block.last_key)
+            out, lse = _cudnn_forward(q[block.outer_start : block.outer_stop], k[keys], v[keys], False, scale)
+            self.merge_into(done[0][rows], done[1][rows], out[block.inner], lse[block.inner])
         if part.square is None:
             done = self.triton_forward(q, k, v, _behind_blocks(bounds, part), scale, done)
         return done
@@ -81,12 +82,13 @@ class CudnnBackend(TritonBackend):
             keys = slice(part.square, part.square + part.size)
             dq, *gradients = _cudnn_backward(dout, q, k[keys], v[keys], out, lse, True, scale)
             self.add_into(dk[keys], dv[keys], *gradients)
-        for start, stop, first_key, last_key in part.blocks:
+        for block in part.blocks:
             dq = torch.zeros_like(q) if dq is None else dq
-            rows, keys = slice(start, stop), slice(first_key, last_key)
-            block_dq, *gradients = _cudnn_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], False, scale)
+            rows, keys = slice(block.outer_start, block.outer_stop), slice(block.first_key, block.last_key)
+            block_lse = _lse_of_inner(lse[rows], block.inner) if block.is_padded else lse[rows]
+            block_dq, *gradients = _cudnn_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], block_lse, False, scale)
             self.add_into(dk[keys], dv[keys], *gradients)
-            dq[rows] += block_dq
+            dq[block.start : block.stop] += block_dq[block.inner]
         if part.square is None:
             dq = self.triton_backward(dout, q, k, v, out, lse, _behind_blocks(bounds, part), scale, dk, dv, dq)
         return dq
@@ -107,6 +109,13 @@ def _behind_blocks(bounds: KeyBounds, part: Part) -> KeyBounds:
             own = KeyBounds.make(keys_behind(bounds, part), own.hi, own.lo_device.device)
         bounds.memo[part] = own
     return bounds.memo[part]
+
+
+def _lse_of_inner(lse: Tensor, inner: slice) -> Tensor:
+    """``lse`` [rows, Hq] with inf outside of ``inner``: p = exp(s - inf) = 0, so those rows give no gradient to keys."""
+    only = torch.full_like(lse, torch.inf)
+    only[inner] = lse[inner]
+    return only
 
 
 def _nothing_seen(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,23 +7,24 @@ cuDNN's kernels are the fastest, but they know only rectangles and causal square
              behind lo, and in front of it rectangles whose sides are that times a power of two. Very long runs come in
              pieces of ``long_run`` rows: 128K of them take 236 ms forward on an H200 instead of 260 in one square
              (docs/benchmarks/h200.md)
-    stairs   any other rows of one document, however scattered: groups of them share a long run of keys, full blocks, cut to a
-             multiple of some number of keys. What is left of each row's keys is done the same way with smaller groups, and in
-             the end left to Triton, which compiles no shape in
+    stairs   any other rows of one document, however scattered: the largest rectangle below the line of their last keys is a full
+             block, then the largest one before it and the largest one behind it, and so on. Keys come in multiples of ``keys``;
+             rows as they do, but the kernel is given a few more, so that their number is a round one. What is left of each row's
+             keys is left to Triton, which compiles no shape in
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from eagle_ds.model.attention import KeyBounds
 
-WIDE = 32  # heads that the steps below were chosen with
+WIDE = 32  # heads that the sizes below were chosen with
+UNIT, COARSE = 256, 2048  # rows that a kernel is given of stairs: a multiple, and beyond this many powers of two
 
 
 class Block(NamedTuple):
@@ -33,6 +34,18 @@ class Block(NamedTuple):
     stop: int
     first_key: int
     last_key: int
+    outer_start: int  # rows [outer_start, outer_stop) are what a kernel is given; what it makes of the others does not count
+    outer_stop: int
+
+    @property
+    def inner(self) -> slice:
+        """Those that count among those that a kernel is given."""
+        return slice(self.start - self.outer_start, self.stop - self.outer_start)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether there are others."""
+        return (self.start, self.stop) != (self.outer_start, self.outer_stop)
 
 
 class Part(NamedTuple):
@@ -51,22 +64,21 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Cut:
-    """Sizes that decide. ``steps`` of stairs: (rows of a group, keys that a block is a multiple of), each a multiple of the next."""
+    """Sizes that decide."""
 
-    steps: tuple[tuple[int, int], ...] = ((2048, 4096), (512, 4096))
+    least_rows: int = 384  # of a block of stairs: fewer do not fill a GPU
+    keys: int = 4096  # that such a block is a multiple of
     square: int = 4096  # below it cuDNN's plan building and extra passes over dK/dV cost more than its kernels save
     long_run: int = 65536  # rows, and keys of a run's rectangle
-    long_block: int = 32768  # keys of a group's block: beside it cuDNN's backward needs 512 bytes a query head and key
+    long_block: int = 32768  # keys of a block of stairs: beside it cuDNN's backward needs 512 bytes a query head and key
+    unit: int = UNIT
 
     def __post_init__(self) -> None:
-        for coarse, fine in pairwise(self.steps):  # else a row might see fewer keys behind its blocks than the row before it
-            assert all(a % b == 0 for a, b in zip(coarse, fine, strict=True)), self.steps
-        assert not any(self.long_block % keys for _, keys in self.steps), self
+        assert self.least_rows >= self.unit and self.long_block % self.keys == 0, self
 
     def of_heads(self, heads: int) -> Cut:
-        """Larger groups for fewer heads: a forward's rows and heads are all that can fill a GPU."""
-        scale = max(WIDE // heads, 1)
-        return replace(self, steps=tuple((rows * scale, keys) for rows, keys in self.steps))
+        """More rows for fewer heads: both together are all that can fill a GPU in a forward; a backward has keys."""
+        return replace(self, least_rows=self.least_rows * max(WIDE // heads, 1))
 
     def __call__(self, bounds: KeyBounds) -> Iterator[Part]:
         """Runs, and between them other rows: all rows once, in order."""
@@ -89,7 +101,7 @@ class Cut:
         while start < stop:
             end = stop if stop - start <= self.long_run * 3 // 2 else start + self.long_run
             rows, keys = list(self._sides(0, end - start)), list(self._sides(lo, own))
-            yield Part(start, end, tuple(Block(*r, *k) for r in rows for k in keys), own)
+            yield Part(start, end, tuple(Block(*r, *k, *r) for r in rows for k in keys), own)
             start, own = end, own + end - start
 
     def _sides(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -105,33 +117,50 @@ class Cut:
         """The rows [start, stop), with the full blocks of each document in them; in one part, unless windows overlap."""
         blocks: list[Block] = []
         edges = np.concatenate([[start], start + 1 + np.flatnonzero(np.diff(bounds.lo[start:stop])), [stop]])
-        for i in np.flatnonzero(np.diff(edges) >= self.steps[-1][0]).tolist():  # a window has as many edges as rows
+        for i in np.flatnonzero(np.diff(edges) >= self.least_rows).tolist():  # a window has as many edges as rows
             a, b = int(edges[i]), int(edges[i + 1])
-            blocks += _full_blocks(bounds.hi[start:b], int(bounds.lo[a]), a - start, b - start, self.steps, self.long_block)
+            for first, last, seen, shared in self._rectangles(bounds.hi, int(bounds.lo[a]), a, b):
+                keys = [(key, min(key + self.long_block, shared)) for key in range(seen, shared, self.long_block)]
+                rows = list(self._rows(first - start, last - start, stop - start))
+                blocks += [Block(*inner, *k, *outer) for inner, outer in rows for k in keys]
             if blocks and b < stop and bounds.lo[b] < blocks[-1].last_key:  # keys behind blocks must not begin earlier from row to row
                 yield Part(start, b, tuple(blocks))
                 start, blocks = b, []
         if start < stop:
             yield Part(start, stop, tuple(blocks))
 
+    def _rectangles(self, hi: np.ndarray, lo: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first row, last row, first key, last key) of the largest rectangle that the rows [start, stop) see beyond the key ``lo``, of
+        the largest one among the rows before it, of the largest one behind it, and so on. All end with the rows that they are cut
+        from, so no row has fewer keys left to see from an earlier key on than the row before it."""
+        todo = [(start, stop, lo)]
+        while todo:
+            start, stop, seen = todo.pop()
+            candidates = np.arange(start, stop - self.least_rows + 1)
+            if not len(candidates):
+                continue
+            shared = np.maximum(hi[candidates] - seen, 0) // self.keys * self.keys
+            rows = stop - candidates
+            best = int(((rows - -rows % self.unit) * shared).argmax())  # what a kernel works on in vain counts against a rectangle
+            first, last_key = start + best, seen + int(shared[best])
+            if last_key > seen:
+                yield first, stop, seen, last_key
+                todo += [(start, first, seen), (first, stop, last_key)]
 
-FORWARD = Cut()
-BACKWARD = Cut(steps=((8192, 4096), (4096, 4096), *FORWARD.steps))  # dK and dV of a block are summed once for all its rows
+    def _rows(self, start: int, stop: int, rows: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        """[start, stop) of ``rows`` rows in pieces: those that count, and round numbers of rows around them."""
+        while start < stop:
+            left, size = stop - start, COARSE
+            while 2 * size <= min(left, self.long_run):
+                size *= 2
+            if left < COARSE:
+                size = min(-(-left // self.unit) * self.unit, rows // self.unit * self.unit)
+            first = min(start, rows - size)
+            yield (start, min(first + size, stop)), (first, first + size)
+            start = first + size
 
 
-def _full_blocks(hi: np.ndarray, seen: int, start: int, stop: int, steps: Sequence[tuple[int, int]], longest: int) -> Iterator[Block]:
-    """Blocks of the rows [start, stop) beyond the key ``seen``, by groups of the first step; inside each group, and of the rows
-    left over, by the next. These stand in front, where they see the fewest keys: in the end they are left to slower kernels."""
-    (rows, keys), finer = steps[0], steps[1:]
-    first = stop - (stop - start) // rows * rows
-    if finer and first > start:
-        yield from _full_blocks(hi, seen, start, first, finer, longest)
-    for group in range(first, stop, rows):
-        shared = seen + max(int(hi[group]) - seen, 0) // keys * keys
-        for key in range(seen, shared, longest):
-            yield Block(group, group + rows, key, min(key + longest, shared))
-        if finer:
-            yield from _full_blocks(hi, shared, group, group + rows, finer, longest)
+FORWARD = BACKWARD = Cut()
 
 
 def keys_behind(bounds: KeyBounds, part: Part) -> np.ndarray:

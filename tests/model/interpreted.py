@@ -155,7 +155,7 @@ def backend() -> TritonBackend:
 
 def backend_in_parts() -> CudnnBackend:
     """Every kind of part, at the size of these problems."""
-    cuts = (Cut(((8, 16), (4, 8)), 4, 8, 16), Cut(((12, 8),), 6, 12, 8))
+    cuts = (Cut(4, 8, 4, 8, 16, unit=4), Cut(12, 8, 6, 12, 8, unit=8))
     made, plain = CudnnBackend(WIDTH, *cuts), ReferenceAttention()
     set_blocks(made.triton_forward.__self__)
 
