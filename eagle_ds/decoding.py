@@ -174,7 +174,7 @@ class CachedDraft:
             assert embedded is not None
             z = layer.qkv_input(embedded, state)
             self._write(self.rows - 1 + step, z, position)
-        raw = layer.finish(state, self._attend(layer.self_attn.project_q(z, position)[0], step))
+        raw = layer.finish(state, self._attend(layer.self_attn.project_q(z, position), step))
         return self.draft.head.logits(raw), self.draft.hand_on(raw)
 
     def _attend(self, q: Tensor, step: int) -> Tensor:

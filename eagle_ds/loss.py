@@ -27,11 +27,11 @@ from torch import Tensor
 
 from eagle_ds.loss_kernels import LossKernels, LossKind, PlainKernels
 from eagle_ds.model.attention import wide
+from eagle_ds.model.linear import add_product
 from eagle_ds.model.norm import rms_norm
 
 CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}  # a GPU's matmuls want rows, a CPU's caches want few
 COLUMNS = ("loss", "cross_entropy", "entropy", "counted", "trained", "correct", "alpha")
-
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class _Pass:
             normed = self._normed(x, norm_weight)
         d_logits = self.weight.new_empty(len(pairs), self.weight.shape[0])
         self._losses_of(pairs, normed.detach(), labels, d_logits)
-        _add_product(self.d_weight, d_logits.t(), normed.detach())
+        add_product(self.d_weight, d_logits.t(), normed.detach())
         d_x, d_norm = torch.autograd.grad(normed, [x, norm_weight], d_logits @ self.weight)
         self.d_norm += d_norm
         d_states = d_x if every else torch.zeros_like(states).index_copy_(0, local, d_x)
@@ -316,14 +316,6 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return F.linear(x, weight.to(x.dtype)).to(wide(x.dtype))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; on a GPU in one kernel, which rounds nothing on the way to a float32 ``total``."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
 
 
 def uniform_decay(decay: float, ttt_steps: int) -> Tensor:

@@ -25,15 +25,17 @@ def _label_kernel(Target, Lse, Entropy, vocab, BLOCK: tl.constexpr):
     for start in tl.range(0, vocab, BLOCK):
         peak = tl.maximum(peak, tl.load(Target + row * vocab + start + columns, mask=start + columns < vocab, other=float("-inf")))
     top = tl.max(peak, 0)
-    total, dot = 0.0, 0.0
+    totals = tl.zeros([BLOCK], dtype=tl.float32)
+    dots = tl.zeros([BLOCK], dtype=tl.float32)
     for start in tl.range(0, vocab, BLOCK):
         real = start + columns < vocab
         above = tl.load(Target + row * vocab + start + columns, mask=real, other=float("-inf")) - top
         p = tl.exp(above)
-        total += tl.sum(p, 0)
-        dot += tl.sum(tl.where(p > 0, p * above, 0.0), 0)
+        totals += p
+        dots += tl.where(p > 0, p * above, 0.0)
+    total = tl.sum(totals, 0)
     tl.store(Lse + row, top + tl.log(total))
-    tl.store(Entropy + row, tl.log(total) - dot / total)
+    tl.store(Entropy + row, tl.log(total) - tl.sum(dots, 0) / total)
 
 
 @triton.jit
@@ -46,45 +48,54 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
     lse_draft, lse_full = tl.load(LseDraft + target_row), tl.load(LseFull + target_row)
     columns = tl.arange(0, BLOCK)
 
-    peak, total, best = float("-inf"), 0.0, 0
-    for start in tl.range(0, vocab, BLOCK):
+    peaks = tl.load(Logits + columns, mask=columns < vocab, other=float("-inf"))
+    places = columns
+    totals = tl.where(columns < vocab, 1.0, 0.0)
+    for start in tl.range(BLOCK, vocab, BLOCK):
         z = tl.load(Logits + start + columns, mask=start + columns < vocab, other=float("-inf"))
-        block_peak = tl.max(z, 0)
-        if block_peak > peak:
-            best = start + tl.argmax(z, 0)
-            total = total * tl.exp(peak - block_peak)
-            peak = block_peak
-        total += tl.sum(tl.exp(z - peak), 0)
-    lse = peak + tl.log(total)
+        higher = z > peaks
+        shrink = tl.exp(-tl.abs(z - peaks))  # of whichever is lower; 0 for columns that are not there
+        totals = tl.where(higher, totals * shrink + 1.0, totals + shrink)
+        places = tl.where(higher, start + columns, places)
+        peaks = tl.maximum(peaks, z)
+    peak = tl.max(peaks, 0)
+    best = tl.min(tl.where(peaks == peak, places, vocab), 0)
+    lse = peak + tl.log(tl.sum(totals * tl.exp(peaks - peak), 0))
 
     mix, weight = tl.load(Mix + row), tl.load(Weight + row)
-    label_dot, alpha, below_sum = 0.0, 0.0, 0.0
+    full_share = tl.exp(lse_draft - lse_full)
+    label_dots = tl.zeros([BLOCK], dtype=tl.float32)
+    alphas = tl.zeros([BLOCK], dtype=tl.float32)
+    below = tl.zeros([BLOCK], dtype=tl.float32)
     for start in tl.range(0, vocab, BLOCK):
         real = start + columns < vocab
         z = tl.load(Logits + start + columns, mask=real, other=float("-inf"))
         t = tl.load(Target + start + columns, mask=real, other=float("-inf"))
-        p, q_full = tl.exp(z - lse), tl.exp(t - lse_full)
-        q = tl.exp(t - lse_draft)
-        label_dot += tl.sum(tl.where(real, q * z, 0.0), 0)
-        alpha += tl.sum(tl.minimum(p, q_full), 0)
+        p, q = tl.exp(z - lse), tl.exp(t - lse_draft)
+        q_full = q * full_share
+        label_dots += tl.where(real, q * z, 0.0)
+        alphas += tl.minimum(p, q_full)
         if GRADIENT and MODE == 0:
             tl.store(DLogits + row * vocab + start + columns, ((p - q) * weight).to(DLogits.dtype.element_ty), mask=real)
-        below_sum += tl.sum(tl.where(p < q_full, p, 0.0), 0)
-    tl.store(CrossEntropy + row, lse - label_dot)
+        if MODE > 0:
+            below += tl.where(p < q_full, p, 0.0)
+    alpha = tl.sum(alphas, 0)
+    tl.store(CrossEntropy + row, lse - tl.sum(label_dots, 0))
     tl.store(Alpha + row, alpha)
     tl.store(Best + row, best)
 
     if GRADIENT and MODE > 0:
+        below_sum = tl.sum(below, 0)
         for start in tl.range(0, vocab, BLOCK):
             real = start + columns < vocab
             z = tl.load(Logits + start + columns, mask=real, other=float("-inf"))
             t = tl.load(Target + start + columns, mask=real, other=float("-inf"))
-            p = tl.exp(z - lse)
-            d_alpha = p * (tl.where(p < tl.exp(t - lse_full), 1.0, 0.0) - below_sum)
+            p, q = tl.exp(z - lse), tl.exp(t - lse_draft)
+            d_alpha = p * (tl.where(p < q * full_share, 1.0, 0.0) - below_sum)
             if MODE == 1:  # noqa: SIM108 (a constexpr branch, not a value)
                 d = -d_alpha / alpha
             else:
-                d = mix * (p - tl.exp(t - lse_draft)) - (1 - mix) * d_alpha
+                d = mix * (p - q) - (1 - mix) * d_alpha
             tl.store(DLogits + row * vocab + start + columns, (d * weight).to(DLogits.dtype.element_ty), mask=real)
 
 

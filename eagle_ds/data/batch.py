@@ -38,7 +38,8 @@ class Batch:
     context_ids: Tensor  # int64 [C], x[p+1]
     context_positions: Tensor  # int64 [C], rope position inside the document
     query_index: Tensor | None  # int64 [N], likewise
-    query_ids: Tensor  # int64 [N, T], x[p+1+k]
+    token_ids: Tensor  # int64 [M_target + 1], x of the target rows, and token 0 for what is past a document's end
+    token_index: Tensor  # int64 [T, N], x[p+1+k] of row p at step k, into token_ids
     query_positions: Tensor  # int64 [N]
     target_hidden: Tensor  # [M_target, H]
     target_index: Tensor  # int64 [N, T], into target_hidden
@@ -86,11 +87,9 @@ def assemble(
     steps = plan.ttt_steps
     context, queries, targets = plan.context[rank], plan.queries[rank], plan.target_rows(rank)
     assert aux.shape[0] == rg.count(plan.aux_rows(rank)) and target_hidden.shape[0] == rg.count(targets)
-    ids, trained, positions = [], [], []
+    trained, positions = [], []
     for number, rows in plan.file_rows(queries):
         p = rg.rows(rows)
-        padded = np.concatenate([facts[number].input_ids, np.zeros(steps + 1, dtype=np.int32)])
-        ids.append(padded[p[:, None] + 1 + np.arange(steps)])
         trained.append(trained_steps(facts[number].loss_mask, p, steps, alignment))
         positions.append(p)
     context_ids, context_positions = [], []
@@ -98,8 +97,11 @@ def assemble(
         p = rg.rows(rows)
         context_ids.append(np.append(facts[number].input_ids, 0)[p + 1])
         context_positions.append(p)
+    ids = [facts[number].input_ids[rg.rows(rows)] for number, rows in plan.file_rows(targets)]
     wanted = rg.rows(queries)[:, None] + 1 + np.arange(steps)
-    target_index = np.minimum(rg.rank_of(wanted.reshape(-1), targets).reshape(wanted.shape), max(rg.count(targets) - 1, 0))
+    index = rg.rank_of(wanted.reshape(-1), targets).reshape(wanted.shape)
+    ends = np.array([stop for _, stop in plan.document_bounds()])
+    inside = wanted < ends[np.searchsorted(ends, wanted[:, :1] - 1, side="right")]
     return Batch(
         plan=plan,
         names=tuple(names),
@@ -108,10 +110,11 @@ def assemble(
         context_ids=_stack(context_ids),
         context_positions=_stack(context_positions),
         query_index=_index(queries, plan.aux_rows(rank)),
-        query_ids=_stack(ids, steps),
+        token_ids=_stack([*ids, np.zeros(1, dtype=np.int32)]),
+        token_index=torch.from_numpy(np.ascontiguousarray(np.where(inside, index, rg.count(targets)).T)),
         query_positions=_stack(positions),
         target_hidden=target_hidden,
-        target_index=torch.from_numpy(target_index),
+        target_index=torch.from_numpy(np.minimum(index, max(rg.count(targets) - 1, 0))),
         trained=torch.from_numpy(np.concatenate(trained)) if trained else torch.zeros(0, steps, dtype=torch.bool),
         target_token=_target_facts(plan, facts, targets, "target_token_id", torch.int64),
         target_logsumexp=_target_facts(plan, facts, targets, "target_logsumexp", torch.float32),
@@ -122,9 +125,8 @@ def _index(members: rg.Ranges, held: rg.Ranges) -> Tensor | None:
     return None if rg.normalize(members) == rg.normalize(held) else torch.from_numpy(rg.index_in(members, held))
 
 
-def _stack(parts: list[np.ndarray], width: int | None = None) -> Tensor:
-    empty = np.zeros((0,) if width is None else (0, width), dtype=np.int64)
-    return torch.from_numpy(np.concatenate([empty, *parts]).astype(np.int64))
+def _stack(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64))
 
 
 def _target_facts(plan: SequencePlan, facts: Sequence[TokenFacts], targets: rg.Ranges, name: str, dtype: torch.dtype) -> Tensor | None:

@@ -15,6 +15,8 @@ from eagle_ds.model.attention_parts import BACKWARD, FORWARD, Cut, Part, keys_be
 
 logger = logging.getLogger(__name__)
 
+FEW_BLOCKS = 2  # of a part: their sums are rounded as they come, which saves passes over float32
+
 
 class TritonBackend:
     """Interval attention and diagonals in Triton."""
@@ -59,39 +61,37 @@ class CudnnBackend(TritonBackend):
 
     def _part_forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, part: Part, scale: float) -> tuple[Tensor, Tensor]:
         """(out, lse) of the part's rows."""
-        done = None
-        if part.square is not None:
-            keys = slice(part.square, part.square + part.size)
-            done = _cudnn_forward(q, k[keys], v[keys], True, scale)
-        for block in part.blocks:
-            done = done or _nothing_seen(q)
-            rows, keys = slice(block.start, block.stop), slice(block.first_key, block.last_key)
-            out, lse = _cudnn_forward(q[block.outer_start : block.outer_stop], k[keys], v[keys], False, scale)
-            self.merge_into(done[0][rows], done[1][rows], out[block.inner], lse[block.inner])
         if part.square is None:
-            done = self.triton_forward(q, k, v, _behind_blocks(bounds, part), scale, done)
-        return done
+            out, lse = self.triton_forward(q, k, v, _behind_blocks(bounds, part), scale)
+        else:
+            keys = slice(part.square, part.square + part.size)
+            out, lse = _cudnn_forward(q, k[keys], v[keys], True, scale)
+        out = out.to(_type_of_sums(part, q))
+        for block in part.blocks:
+            rows, keys = slice(block.start, block.stop), slice(block.first_key, block.last_key)
+            block_out, block_lse = _cudnn_forward(q[block.outer_start : block.outer_stop], k[keys], v[keys], False, scale)
+            self.merge_into(out[rows], lse[rows], block_out[block.inner], block_lse[block.inner])
+        return out.to(q.dtype), lse
 
     def _part_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, part: Part, scale: float,
         dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
         """dq of the part's rows; dk and dv are added."""
-        dq = None
-        if part.square is not None:
+        if part.square is None:
+            dq = self.triton_backward(dout, q, k, v, out, lse, _behind_blocks(bounds, part), scale, dk, dv)
+        else:
             keys = slice(part.square, part.square + part.size)
             dq, *gradients = _cudnn_backward(dout, q, k[keys], v[keys], out, lse, True, scale)
             self.add_into(dk[keys], dv[keys], *gradients)
+        dq = dq.to(_type_of_sums(part, q))
         for block in part.blocks:
-            dq = torch.zeros_like(q) if dq is None else dq
             rows, keys = slice(block.outer_start, block.outer_stop), slice(block.first_key, block.last_key)
             block_lse = _lse_of_inner(lse[rows], block.inner) if block.is_padded else lse[rows]
             block_dq, *gradients = _cudnn_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], block_lse, False, scale)
             self.add_into(dk[keys], dv[keys], *gradients)
             dq[block.start : block.stop] += block_dq[block.inner]
-        if part.square is None:
-            dq = self.triton_backward(dout, q, k, v, out, lse, _behind_blocks(bounds, part), scale, dk, dv, dq)
-        return dq
+        return dq.to(q.dtype)
 
 
 def _parts(bounds: KeyBounds, cut: Cut) -> list[Part]:
@@ -118,9 +118,9 @@ def _lse_of_inner(lse: Tensor, inner: slice) -> Tensor:
     return only
 
 
-def _nothing_seen(q: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, lse) of rows without keys."""
-    return torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, device=q.device)
+def _type_of_sums(part: Part, q: Tensor) -> torch.dtype:
+    """Where many blocks are added up, one rounding to half precision after each would be many."""
+    return torch.float32 if len(part.blocks) > FEW_BLOCKS else q.dtype
 
 
 def _heads_first(x: Tensor) -> Tensor:

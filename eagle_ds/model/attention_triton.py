@@ -28,7 +28,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from eagle_ds.model.attention import KeyBounds
 from eagle_ds.model.attention_split import Split, pieces_for
-from eagle_ds.model.sums_triton import merge_into
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +84,8 @@ def _span_of_rows(Lo, Hi, first, N, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(Q, K, V, Out, Lse, Done, DoneLse, Lo, Hi, N, scale_log2, q_head, k_head, v_head, RESUME: tl.constexpr,
-                    GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _forward_kernel(Q, K, V, Out, Lse, Lo, Hi, N, scale_log2, q_head, k_head, v_head, GROUP: tl.constexpr, D: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # late rows see most keys: start them first
     head, heads = tl.program_id(1), tl.num_programs(1)
     first = block * BM
@@ -97,14 +96,9 @@ def _forward_kernel(Q, K, V, Out, Lse, Done, DoneLse, Lo, Hi, N, scale_log2, q_h
     start, full_start, full_stop, stop = _span_of_rows(Lo, Hi, first, N, BM, BN)
     q = Q.load([first, head * q_head])
     k_column, v_column = head // GROUP * k_head, head // GROUP * v_head
-    if RESUME:  # from the (out, lse) of other keys
-        acc = Done.load([first, head * D]).to(tl.float32)
-        peak = tl.load(DoneLse + rows.to(tl.int64) * heads + head, mask=real, other=float("-inf")) * 1.4426950408889634
-        total = tl.where(peak == float("-inf"), 0.0, 1.0)
-    else:
-        acc = tl.zeros([BM, D], dtype=tl.float32)
-        peak = tl.full([BM], float("-inf"), dtype=tl.float32)
-        total = tl.zeros([BM], dtype=tl.float32)
+    acc = tl.zeros([BM, D], dtype=tl.float32)
+    peak = tl.full([BM], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BM], dtype=tl.float32)
     acc, peak, total = _forward_span(acc, peak, total, q, K, V, k_column, v_column, start, full_start, lo, hi, scale_log2, BN, True)
     acc, peak, total = _forward_span(acc, peak, total, q, K, V, k_column, v_column, full_start, full_stop, lo, hi, scale_log2, BN, False)
     acc, peak, total = _forward_span(acc, peak, total, q, K, V, k_column, v_column, full_stop, stop, lo, hi, scale_log2, BN, True)
@@ -146,8 +140,8 @@ def _dq_span(dq, q, dout, lse2, delta, K, V, k_column, v_column, start, stop, lo
 
 
 @triton.jit
-def _dq_kernel(Q, K, V, DOut, Other, DQ, Lse2, Delta, Lo, Hi, N, padded, scale, scale_log2, q_head, k_head, v_head, dout_head,
-               RESUME: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _dq_kernel(Q, K, V, DOut, DQ, Lse2, Delta, Lo, Hi, N, padded, scale, scale_log2, q_head, k_head, v_head, dout_head,
+               GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     first = block * BM
@@ -166,10 +160,7 @@ def _dq_kernel(Q, K, V, DOut, Other, DQ, Lse2, Delta, Lo, Hi, N, padded, scale, 
     dq = _dq_span(dq, q, dout, lse2, delta, K, V, k_column, v_column, start, full_start, lo, hi, scale_log2, BN, True)
     dq = _dq_span(dq, q, dout, lse2, delta, K, V, k_column, v_column, full_start, full_stop, lo, hi, scale_log2, BN, False)
     dq = _dq_span(dq, q, dout, lse2, delta, K, V, k_column, v_column, full_stop, stop, lo, hi, scale_log2, BN, True)
-    dq *= scale
-    if RESUME:  # dq from other keys
-        dq += Other.load([first, head * D]).to(tl.float32)
-    DQ.store([first, head * D], dq.to(DQ.dtype))
+    DQ.store([first, head * D], (dq * scale).to(DQ.dtype))
 
 
 @triton.jit
@@ -257,33 +248,24 @@ class TritonAttention:
             bounds.memo[key] = Split.make(bounds, pieces, block) if pieces > 1 else None
         return bounds.memo[key]
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float, done: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See ``BlockAttention``. ``done``: (out, lse) of other keys, merged with these."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
+        """See ``BlockAttention``."""
         split = self._split(bounds, q.shape[1])
         if split is None:
-            return self._forward(q, k, v, bounds, scale, done)
-        found = split.merged(*self._forward(split.copies(q), k, v, split.bounds, scale))
-        if done is not None:
-            merge_into(*found, *done)
-        return found
+            return self._forward(q, k, v, bounds, scale)
+        return split.merged(*self._forward(split.copies(q), k, v, split.bounds, scale))
 
-    def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float, done: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
         n, heads, d = q.shape
         out = torch.empty(n, heads, d, dtype=q.dtype, device=q.device)
         lse = torch.full((n, heads), -torch.inf, dtype=torch.float32, device=q.device)
         if not n or not k.shape[0]:
-            return done or (out.zero_(), lse)
-        done_out, done_lse = (x.contiguous() for x in done or (out, lse))
+            return out.zero_(), lse
 
         def launch(bm: int, bn: int, warps: int, stages: int) -> None:
             _forward_kernel[(triton.cdiv(n, bm), heads)](
-                _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(out, bm), lse, _tiles(done_out, bm), done_lse, bounds.lo_device,
-                bounds.hi_device, n, scale * LOG2E, q.stride(1), k.stride(1), v.stride(1), RESUME=done is not None,
-                GROUP=heads // k.shape[1], D=d, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+                _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(out, bm), lse, bounds.lo_device, bounds.hi_device, n, scale * LOG2E,
+                q.stride(1), k.stride(1), v.stride(1), GROUP=heads // k.shape[1], D=d, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
             )  # fmt: skip
 
         self._launch("forward", launch)
@@ -291,34 +273,32 @@ class TritonAttention:
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
-        dk: Tensor, dv: Tensor, other_dq: Tensor | None = None,
+        dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
-        """See ``BlockAttention``. ``other_dq``: dq of other keys, to which this one is added."""
+        """See ``BlockAttention``."""
         split = self._split(bounds, q.shape[1])
         if split is None:
-            return self._backward(dout, q, k, v, out, lse, bounds, scale, dk, dv, other_dq)
+            return self._backward(dout, q, k, v, out, lse, bounds, scale, dk, dv)
         dout, q, out, lse = (split.copies(x) for x in (dout, q, out, lse))
-        dq = split.summed(self._backward(dout, q, k, v, out, lse, split.bounds, scale, dk, dv))
-        return dq if other_dq is None else dq.add_(other_dq)
+        return split.summed(self._backward(dout, q, k, v, out, lse, split.bounds, scale, dk, dv))
 
     def _backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
-        dk: Tensor, dv: Tensor, other_dq: Tensor | None = None,
+        dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
         (n, heads, d), keys = q.shape, k.shape[0]
         if not n or not keys:
-            return torch.zeros_like(q) if other_dq is None else other_dq
+            return torch.zeros_like(q)
         lse2, delta = _row_facts(dout, out, lse)
         dq = torch.empty(n, heads, d, dtype=q.dtype, device=q.device)
-        other = dq if other_dq is None else other_dq.contiguous()
         heads_at = (q.stride(1), k.stride(1), v.stride(1), dout.stride(1))
         sizes = {"GROUP": heads // k.shape[1], "D": d}
 
         def launch_dq(bm: int, bn: int, warps: int, stages: int) -> None:
             _dq_kernel[(triton.cdiv(n, bm), heads)](
-                _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(dout, bm), _tiles(other, bm), _tiles(dq, bm), lse2, delta,
-                bounds.lo_device, bounds.hi_device, n, lse2.shape[1], scale, scale * LOG2E, *heads_at,
-                RESUME=other_dq is not None, BM=bm, BN=bn, num_warps=warps, num_stages=stages, **sizes,
+                _tiles(q, bm), _tiles(k, bn), _tiles(v, bn), _tiles(dout, bm), _tiles(dq, bm), lse2, delta, bounds.lo_device,
+                bounds.hi_device, n, lse2.shape[1], scale, scale * LOG2E, *heads_at, BM=bm, BN=bn, num_warps=warps, num_stages=stages,
+                **sizes,
             )  # fmt: skip
 
         def launch_dkv(bm: int, bn: int, warps: int, stages: int) -> None:

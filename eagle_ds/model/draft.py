@@ -21,9 +21,10 @@ from eagle_ds.data.batch import Batch
 from eagle_ds.memory import tile_rows
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.elementwise import rope, swiglu
-from eagle_ds.model.linear import PassingLinear, ResidualLinear
+from eagle_ds.model.linear import LendingLinear, PassingLinear, ResidualLinear
 from eagle_ds.model.norm import norm_into, rms_norm
 from eagle_ds.model.offload import ActivationOffload
+from eagle_ds.model.projections import ProjectionWeights, StepProjections
 from eagle_ds.model.rope import inverse_frequencies, rotation
 from eagle_ds.model.ttt import PrefixAttention
 
@@ -43,8 +44,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor, into: Tensor | None = None, column: int = 0, rows: Tensor | None = None) -> Tensor:
-        """[M, width] -> [M, width]; or ``into`` [M, *] with these columns of it overwritten, see ``norm_into``."""
+    def forward(self, x: Tensor | None = None, into: Tensor | None = None, column: int = 0, rows: Tensor | None = None) -> Tensor:
+        """[M, width] -> [M, width]; or ``into`` [M, *] with these columns of it overwritten, see ``norm_into``; or, called with
+        nothing, a copy of the weight, as ``LendingLinear`` does."""
+        if x is None:
+            return self.weight.clone()
         if into is None:
             return rms_norm(x, self.weight, self.eps)
         return norm_into(into, column, x, self.weight, self.eps, rows)
@@ -71,9 +75,9 @@ class DraftAttention(nn.Module):
         super().__init__()
         width, d, bias = 2 * arch.hidden_size, arch.head_dim, arch.attention_bias
         self.heads, self.kv_heads, self.head_dim = arch.num_attention_heads, arch.num_key_value_heads, d
-        self.q_proj = PassingLinear(width, arch.num_attention_heads * d, bias=bias)
-        self.k_proj = PassingLinear(width, arch.num_key_value_heads * d, bias=bias)
-        self.v_proj = nn.Linear(width, arch.num_key_value_heads * d, bias=bias)
+        self.q_proj = LendingLinear(width, arch.num_attention_heads * d, bias=bias)
+        self.k_proj = LendingLinear(width, arch.num_key_value_heads * d, bias=bias)
+        self.v_proj = LendingLinear(width, arch.num_key_value_heads * d, bias=bias)
         self.o_proj = ResidualLinear(arch.num_attention_heads * d, arch.hidden_size, bias=bias)
         self.frequencies, self.rope_factor = inverse_frequencies(d, arch.rope_theta, arch.rope_scaling)
 
@@ -82,17 +86,25 @@ class DraftAttention(nn.Module):
         self.frequencies = self.frequencies.to(positions.device)
         return rotation(positions, self.frequencies, self.rope_factor, torch.promote_types(dtype, torch.float32))
 
-    def project_q(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """z [M, 2D] -> rotated queries [M, Hq, d], and z for the next that reads it."""
-        q, z = self.q_proj(z)
-        return rope(q.unflatten(-1, (self.heads, self.head_dim)), *self.rotation(positions, z.dtype)), z
+    def lend(self) -> tuple[Tensor, Tensor | None]:
+        """(weight [(Hq + 2 Hkv) d, 2D], bias or None) of q, k and v, one below the other."""
+        weights, biases = zip(*(projection() for projection in (self.q_proj, self.k_proj, self.v_proj)), strict=True)
+        return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
-    def project_kv(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """z [M, 2D] -> rotated keys and plain values, each [M, Hkv, d]."""
+    def project_q(self, z: Tensor, positions: Tensor) -> Tensor:
+        """z [M, 2D] -> rotated queries [M, Hq, d]."""
+        return rope(self.q_proj(z).unflatten(-1, (self.heads, self.head_dim)), *self.rotation(positions, z.dtype))
+
+    def project_kv(self, z: Tensor, positions: Tensor, weights: ProjectionWeights | None = None) -> tuple[Tensor, Tensor]:
+        """z [M, 2D] -> rotated keys and plain values, each [M, Hkv, d]; in one matmul where the ``weights`` are lent already."""
+        if weights is None:
+            k, v = self.k_proj(z), self.v_proj(z)
+        else:
+            at = self.heads * self.head_dim
+            bias = None if weights.bias is None else weights.bias[at:]
+            k, v = F.linear(z, weights.weight[at:], bias).chunk(2, dim=-1)
         heads = (self.kv_heads, self.head_dim)
-        k, z = self.k_proj(z)
-        k = rope(k.unflatten(-1, heads), *self.rotation(positions, z.dtype))
-        return k, self.v_proj(z).unflatten(-1, heads)  # last, as no backward reads it: recomputation ends in front of it
+        return rope(k.unflatten(-1, heads), *self.rotation(positions, z.dtype)), v.unflatten(-1, heads)
 
 
 class DraftMLP(nn.Module):
@@ -120,6 +132,10 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
         self.self_attn = DraftAttention(arch)
         self.mlp = DraftMLP(arch)
+
+    def lend(self) -> ProjectionWeights:
+        """Copies of what ``qkv_input`` and the projections behind it compute with."""
+        return ProjectionWeights(*self.self_attn.lend(), self.input_layernorm(), self.hidden_norm())
 
     def qkv_input(self, embedding: Tensor, state: Tensor, ids: Tensor | None = None) -> Tensor:
         """Embedding e [M, D], or the rows ``ids`` [M] of a frozen table [V, D], and state g [M, D] -> z [M, 2D], embedding first."""
@@ -222,12 +238,14 @@ class Eagle3Draft(nn.Module):
     ) -> list[Tensor]:
         """``stay`` is told of the diagonal keys and values, all of which the last step's backward reads first of all."""
         again = "none" if recompute == "mlp" else recompute
+        weights = self.midlayer.lend()
         rows = (_pick(fused, batch.context_index), batch.context_ids, batch.context_positions)
-        anchor = prefix.exchange(*self._in_tiles(again, self.context_kv, *rows))
+        anchor = prefix.exchange(*self._in_tiles(again, partial(self.context_kv, weights), *rows))
+        project = self._step_projections(batch)
+        begun = project.begin(*self._tokens(batch.token_ids), weights)
         state, states, diagonals = _pick(fused, batch.query_index), [], []
         for step in range(batch.plan.ttt_steps):
-            project = self.query_projections if step else self.first_query
-            q, *kv = self._in_tiles(again, project, state, batch.query_ids[:, step], batch.query_positions + step)
+            q, *kv = project(begun, step, state)
             diagonals += kv
             if stay:
                 stay(*kv)
@@ -236,6 +254,24 @@ class Eagle3Draft(nn.Module):
             states.append(raw)
             state = self.hand_on(raw)
         return states
+
+    def _step_projections(self, batch: Batch) -> StepProjections:
+        arch, attention = self.arch, self.midlayer.self_attn
+        return StepProjections(
+            batch.token_index,
+            batch.query_positions,
+            partial(attention.rotation, dtype=self.fc.weight.dtype),
+            query_heads=arch.num_attention_heads,
+            kv_heads=arch.num_key_value_heads,
+            head_dim=arch.head_dim,
+            eps=arch.rms_norm_eps,
+        )
+
+    def _tokens(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(embeddings [M, D], None), or (a frozen table, the rows ``ids`` [M] of it)."""
+        if isinstance(self.embed_tokens, SharedEmbedding):
+            return self.embed_tokens.weight, ids
+        return self.embed_tokens(ids), None
 
     def _run(self, recompute: Recompute, function: Callable[..., Any], *inputs: Any, unread: int | None = None) -> Any:
         """Call ``function``, keeping for the backward all that autograd wants, its matmuls' results, or its inputs alone.
@@ -269,24 +305,12 @@ class Eagle3Draft(nn.Module):
 
     def qkv_input(self, ids: Tensor, state: Tensor) -> Tensor:
         """z [M, 2D] of the tokens ``ids`` [M] and states [M, D]."""
-        if isinstance(self.embed_tokens, SharedEmbedding):
-            return self.midlayer.qkv_input(self.embed_tokens.weight, state, ids)
-        return self.midlayer.qkv_input(self.embed_tokens(ids), state)
+        tokens, rows = self._tokens(ids)
+        return self.midlayer.qkv_input(tokens, state, rows)
 
-    def context_kv(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def context_kv(self, weights: ProjectionWeights, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """K_0, V_0 [M, Hkv, d] of rows with fused states [M, D] and next tokens ``ids`` [M]."""
-        return self.midlayer.self_attn.project_kv(self.qkv_input(ids, state), positions)
-
-    def first_query(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor]:
-        """q [N, Hq, d] of step 0, whose keys are among K_0."""
-        q, _ = self.midlayer.self_attn.project_q(self.qkv_input(ids, state), positions)
-        return (q,)
-
-    def query_projections(self, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [N, Hq, d] of a later step, and its diagonal k and v [N, Hkv, d]."""
-        attention = self.midlayer.self_attn
-        q, z = attention.project_q(self.qkv_input(ids, state), positions)
-        return q, *attention.project_kv(z, positions)
+        return self.midlayer.self_attn.project_kv(self.qkv_input(ids, state), positions, weights)
 
 
 def _pick(rows: Tensor, index: Tensor | None) -> Tensor:

@@ -28,6 +28,16 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rope.apply(x, cos, sin) if _fused(x) else rotate_plain(x, cos, sin)
 
 
+def rotate_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
+    """y overwritten by ``rope`` of x, or by the rotation back; both [M, heads, d], and their rows may lie apart. No autograd."""
+    if _fused(x):
+        from eagle_ds.model.elementwise_triton import rotate
+
+        rotate(x, cos, sin, back=back, y=y)
+    else:
+        y.copy_(rotate_plain(x, cos, -sin if back else sin))
+
+
 def swiglu(gate: Tensor, up: Tensor, *, spent: bool = False) -> Tensor:
     """silu(gate) * up, [M, I] (arXiv:2002.05202). Keeps gate and up for the backward, nothing else.
 

@@ -11,7 +11,8 @@ BLOCK = 1024
 
 
 @triton.jit
-def _rotate_kernel(X, Y, Cos, Sin, stride_row, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr):
+def _rotate_kernel(X, Y, Cos, Sin, x_row, y_row, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, HALF: tl.constexpr,
+                   BACK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head, half = tl.arange(0, HEADS_PADDED), tl.arange(0, HALF)
     real = (head < HEADS)[:, None]
@@ -20,9 +21,9 @@ def _rotate_kernel(X, Y, Cos, Sin, stride_row, HEADS: tl.constexpr, HEADS_PADDED
     if BACK:
         sin = -sin
     at = head[:, None] * 2 * HALF + half[None, :]
-    first = tl.load(X + row * stride_row + at, mask=real, other=0.0).to(tl.float32)
-    second = tl.load(X + row * stride_row + at + HALF, mask=real, other=0.0).to(tl.float32)
-    out = Y + row * HEADS * 2 * HALF + at
+    first = tl.load(X + row * x_row + at, mask=real, other=0.0).to(tl.float32)
+    second = tl.load(X + row * x_row + at + HALF, mask=real, other=0.0).to(tl.float32)
+    out = Y + row * y_row + at
     tl.store(out, (first * cos - second * sin).to(Y.dtype.element_ty), mask=real)
     tl.store(out + HALF, (second * cos + first * sin).to(Y.dtype.element_ty), mask=real)
 
@@ -49,15 +50,18 @@ def _swiglu_backward_kernel(Grad, Gate, Up, DGate, DUp, size, BLOCK: tl.constexp
     tl.store(DGate + at, (grad * up * s * (1 + gate * (1 - s))).to(DGate.dtype.element_ty), mask=real)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
-    """[M, heads, d] rotated by (or back from) float32 angles, cos and sin [M, 1, d/2]."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool, y: Tensor | None = None) -> Tensor:
+    """[M, heads, d] rotated by (or back from) float32 angles, cos and sin [M, 1, d/2]; written to ``y``, whose rows may lie apart."""
     rows, heads, d = x.shape
     if x.stride()[1:] != (d, 1):
         x = x.contiguous()
-    y = torch.empty(rows, heads, d, dtype=x.dtype, device=x.device)
+    if y is None:
+        y = torch.empty(rows, heads, d, dtype=x.dtype, device=x.device)
+    assert y.stride()[1:] == (d, 1)
     if rows:
         padded = triton.next_power_of_2(heads)
-        _rotate_kernel[(rows,)](x, y, cos.contiguous(), sin.contiguous(), x.stride(0), heads, padded, d // 2, back, num_warps=4)
+        cos, sin = cos.contiguous(), sin.contiguous()
+        _rotate_kernel[(rows,)](x, y, cos, sin, x.stride(0), y.stride(0), heads, padded, d // 2, back, num_warps=4)
     return y
 
 

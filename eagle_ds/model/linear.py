@@ -1,6 +1,6 @@
 """Linear layers whose matmuls also do the additions around them: a pass over memory less each, and one rounding less.
 
-Both are ``torch.nn.Linear`` with one more number of tensors in or out; ``y = linear(x)`` and plain ``+`` are their reference.
+Both layers are ``torch.nn.Linear`` with one more tensor in or out; ``y = linear(x)`` and plain ``+`` are their reference.
 """
 
 from __future__ import annotations
@@ -9,6 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; on a GPU in one kernel, which rounds nothing on the way to a float32 ``total``."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+class LendingLinear(nn.Linear):
+    """Called with nothing, hands out copies of its parameters, for matmuls elsewhere. As a call, because ZeRO-3 has the numbers of a
+    parameter there only while its module is called."""
+
+    def forward(self, x: Tensor | None = None) -> Any:  # type: ignore[override]
+        """x [M, in] -> [M, out]; None -> (weight, bias)."""
+        if x is None:
+            return self.weight.clone(), None if self.bias is None else self.bias.clone()
+        return super().forward(x)
 
 
 class ResidualLinear(nn.Linear):

@@ -27,6 +27,21 @@ def norm_into(z: Tensor, column: int, x: Tensor, weight: Tensor, eps: float, row
     return norm_into_plain(z, column, x, weight, eps, rows)
 
 
+def rms_norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *, wants_dx: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """(dx [M, W] if asked for, dw [W]) of ``rms_norm``, or of ``norm_into``, for grad [M, W]; no autograd."""
+    if _fused(grad):
+        from eagle_ds.model.norm_triton import norm_backward
+
+        return norm_backward(grad, x, rows, weight, eps, wants_dx=wants_dx)
+    leaves = [t.detach().requires_grad_() for t in (x if rows is None else x[rows], weight)]
+    with torch.enable_grad():
+        y = rms_norm_plain(*leaves, eps)
+    dx, dw = torch.autograd.grad(y, leaves, grad)
+    return dx if wants_dx else None, dw
+
+
 def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The reference for ``rms_norm``."""
     return F.rms_norm(x, weight.shape, weight, eps)

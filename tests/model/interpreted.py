@@ -19,11 +19,12 @@ from triton.runtime.errors import OutOfResources
 
 from eagle_ds import loss_triton
 from eagle_ds.loss_kernels import LossKernels, PlainKernels
-from eagle_ds.model import attention_cuda, attention_split, diagonal_triton, norm_triton, sums_triton
+from eagle_ds.model import attention_cuda, attention_split, diagonal_triton, elementwise_triton, norm_triton, rows_triton, sums_triton
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
 from eagle_ds.model.attention_cuda import CudnnBackend, TritonBackend
 from eagle_ds.model.attention_parts import Cut
 from eagle_ds.model.attention_triton import TILES, TritonAttention
+from eagle_ds.model.elementwise import rotate_plain
 from tests.steps import relative_error
 
 CPU, HEADS, KV_HEADS, WIDTH = torch.device("cpu"), 4, 2, 16
@@ -73,26 +74,22 @@ def attention(lo: np.ndarray, hi: np.ndarray, keys: int, heads_first: bool = Fal
     return {name: relative_error(f, e) for name, f, e in zip(names, found, expected, strict=True)}
 
 
-def resumed(lo: np.ndarray, hi: np.ndarray, keys: int, at: int = 33, programs: int = 1) -> Errors:
-    """Keys below ``at`` by the reference, the others by the kernels that go on from there, as in a staircase. ``programs``: so many
-    that keys are split."""
+def split_keys(lo: np.ndarray, hi: np.ndarray, keys: int) -> Errors:
+    """Few rows on a large GPU: their keys are attended to in pieces."""
     generator = torch.Generator().manual_seed(0)
     q, dout = (torch.randn(len(lo), HEADS, WIDTH, generator=generator).half() for _ in range(2))
     kv = torch.randn(keys, KV_HEADS, 2 * WIDTH, generator=generator).half()
-    middle, kernel, plain = np.clip(at, lo, hi), TritonAttention(WIDTH), ReferenceAttention()
-    set_blocks(kernel, programs)
-    before, behind, whole = (KeyBounds.make(*b, CPU) for b in ((lo, middle), (middle, hi), (lo, hi)))
-    q64, dout64, kv64 = q.double(), dout.double(), kv.double()
-    expected, expected_lse = plain.forward(q64, *kv64.chunk(2, -1), whole, SCALE)
-    dkv64, dkv = torch.zeros_like(kv64), torch.zeros_like(kv, dtype=torch.float32)
-    expected_dq = plain.backward(dout64, q64, *kv64.chunk(2, -1), expected, expected_lse, whole, SCALE, *dkv64.chunk(2, -1))
-    out, lse = kernel.forward(q, *kv.chunk(2, -1), behind, SCALE, plain.forward(q, *kv.chunk(2, -1), before, SCALE))
-    final = (expected.half(), expected_lse.float())
-    other = plain.backward(dout, q, *kv.chunk(2, -1), *final, before, SCALE, *dkv.chunk(2, -1))
-    dq = kernel.backward(dout, q, *kv.chunk(2, -1), *final, behind, SCALE, *dkv.chunk(2, -1), other)
-    assert (kernel._split(behind, HEADS) is not None) == (programs > 1)
-    pairs = {"out": (out, expected), "lse": (lse, expected_lse), "dq": (dq, expected_dq), "dkv": (dkv, dkv64)}
-    return {name: relative_error(*pair) for name, pair in pairs.items()}
+    kernel, plain, bounds = TritonAttention(WIDTH), ReferenceAttention(), KeyBounds.make(lo, hi, CPU)
+    set_blocks(kernel, programs=48)
+    assert kernel._split(bounds, HEADS) is not None
+    found, expected = [], []
+    for made, backend, dtype in ((found, kernel, torch.float16), (expected, plain, torch.float64)):
+        q_, kv_, dout_ = (x.to(dtype) for x in (q, kv, dout))
+        out, lse = backend.forward(q_, *kv_.chunk(2, -1), bounds, SCALE)
+        dkv = torch.zeros_like(kv_, dtype=lse.dtype)
+        dq = backend.backward(dout_, q_, *kv_.chunk(2, -1), out, lse, bounds, SCALE, *dkv.chunk(2, -1))
+        made += [out, lse, dq, dkv]
+    return {name: relative_error(f, e) for name, f, e in zip(("out", "lse", "dq", "dkv"), found, expected, strict=True)}
 
 
 def smaller_tiles() -> Errors:
@@ -211,6 +208,30 @@ def norms() -> Errors:
     return errors
 
 
+def rows() -> Errors:
+    """Some columns of rows that lie anywhere in a table, each row once; several pieces of columns and a short last one."""
+    generator = torch.Generator().manual_seed(0)
+    table, total = torch.randn(37, 50, generator=generator).half(), torch.randn(37, 50, generator=generator)
+    x, index = torch.randn(11, 40, generator=generator).half(), torch.randperm(37, generator=generator)[:11]
+    rows_triton.BLOCK = 16
+    expected = total.double()
+    expected[index, :40] += x.double()
+    taken = rows_triton.take(table, index, 40)
+    rows_triton.add(total, index, x)
+    return {"taken": relative_error(taken, table[index, :40]), "total": relative_error(total, expected)}
+
+
+def rotations() -> Errors:
+    """Columns of wider rows, there and back."""
+    generator = torch.Generator().manual_seed(0)
+    raw, angles = torch.randn(7, 3 * WIDTH + 5, generator=generator).half(), torch.randn(7, 1, WIDTH // 2, generator=generator)
+    x, y = (t[:, : 3 * WIDTH].unflatten(-1, (3, WIDTH)) for t in (raw, torch.zeros_like(raw)))
+    cos, sin = angles.cos(), angles.sin()
+    elementwise_triton.rotate(x, cos, sin, back=False, y=y)
+    expected = rotate_plain(x.double(), cos.double(), sin.double())
+    return {"there": relative_error(y, expected), "back": relative_error(elementwise_triton.rotate(y, cos, sin, back=True), x)}
+
+
 def set_blocks(kernel: TritonAttention, programs: int = 1) -> None:
     kernel.programs = programs
     kernel.tiles = {name: [(16, 32, 4, 1)] for name in kernel.tiles}
@@ -226,10 +247,11 @@ def cases() -> Iterator[tuple[str, Errors]]:
     yield "smaller tiles", smaller_tiles()
     yield "sums", sums()
     yield "norms", norms()
+    yield "rows", rows()
+    yield "rotation", rotations()
     yield "attention, heads first in memory", attention(*sets["causal"], heads_first=True)
     for name in ("scattered", "packed"):
-        yield f"resumed, {name}", resumed(*sets[name])
-        yield f"resumed, {name}, keys split", resumed(*sets[name], programs=48)
+        yield f"keys split, {name}", split_keys(*sets[name])
     loss_triton.BLOCK = 64
     for kind in ("kl", "alpha", "lambda"):
         yield f"loss, {kind}", losses(kind)
