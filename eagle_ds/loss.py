@@ -152,7 +152,12 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        return None, None, None, None, None, *(g.mul_(grad.to(g.dtype)) for g in gradients)
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for gradient in gradients:
+            by_type.setdefault(gradient.dtype, []).append(gradient)
+        for dtype, alike in by_type.items():
+            torch._foreach_mul_(alike, grad.to(dtype))
+        return None, None, None, None, None, *gradients
 
 
 class _Pass:

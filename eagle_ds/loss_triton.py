@@ -72,7 +72,7 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
         z = tl.load(Logits + start + columns, mask=real, other=float("-inf"))
         t = tl.load(Target + start + columns, mask=real, other=float("-inf"))
         p, q = tl.exp(z - lse), tl.exp(t - lse_draft)
-        q_full = q * full_share
+        q_full = q * full_share if MODE == 0 else tl.exp(t - lse_full)  # gradients that ask whether p < q_full want it exact
         label_dots += tl.where(real, q * z, 0.0)
         alphas += tl.minimum(p, q_full)
         if GRADIENT and MODE == 0:
@@ -91,7 +91,7 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
             z = tl.load(Logits + start + columns, mask=real, other=float("-inf"))
             t = tl.load(Target + start + columns, mask=real, other=float("-inf"))
             p, q = tl.exp(z - lse), tl.exp(t - lse_draft)
-            d_alpha = p * (tl.where(p < q * full_share, 1.0, 0.0) - below_sum)
+            d_alpha = p * (tl.where(p < tl.exp(t - lse_full), 1.0, 0.0) - below_sum)
             if MODE == 1:  # noqa: SIM108 (a constexpr branch, not a value)
                 d = -d_alpha / alpha
             else:

@@ -2,9 +2,11 @@
 
 The letters are the legend of ``eagle_ds/__init__.py``, ``e`` is bytes per element. Of one query row every TTT step k keeps
 for the backward: g_k, which its projections and its MLP start from; q, the attention's output and its log-sum-exp (under
-Ulysses the head-sharded copy of q too); K_k and V_k. The last step's backward comes first, while everything is still kept,
-so the stages that can be the peak are the loss over all T steps, the three parts of the last step's backward (MLP,
-attention, projections), and, where few rows are trained, the way home of dK_0/dV_0 and the backward of the context rows.
+Ulysses the head-sharded copy of q too); K_k and V_k. What projections make of the tokens lies there during the forward, its
+gradient from the first backward of projections on. The last step's backward comes first, while everything is still kept, so
+the stages that can be the peak are the loss over all T steps, the three parts of the last step's backward (MLP, attention,
+projections), and, where few rows are trained, the backward of the tokens, the way home of dK_0/dV_0 and the backward of the
+context rows.
 
 Measured against torch.cuda.max_memory_allocated on H200s in ``tests/test_memory.py``.
 """
@@ -165,20 +167,16 @@ def kept_per_query_row(recipe: Recipe, element: int, ulysses: int, *, eager: boo
     not fused (CPU)."""
     draft, recompute = recipe.draft, recipe.training.recompute
     hidden, inner = draft.hidden_size, draft.intermediate_size
-    angles = 2 * 4 * draft.head_dim  # cos and sin in float32, for q and for K_k
     queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
     copies = 3 if ulysses > 1 else 2  # q, out, and q with its heads sharded
     kept = {
         "states": hidden * element,
         "attention": copies * queries * element + 4 * draft.num_attention_heads,
         "diagonals": 2 * keys * element,
-        "projections": 0,
         "mlp": 0,
     }
-    if recompute == "selective":  # q and K_k before the rotation; the output projection, gate and up
-        kept |= {"projections": (queries + keys) * element, "mlp": (hidden + 2 * inner) * element}
-    if recompute in ("none", "mlp"):  # z; of the embedding the ids alone
-        kept["projections"] = (4 if eager else 2) * hidden * element + angles
+    if recompute == "selective":  # the output projection, gate and up
+        kept["mlp"] = (hidden + 2 * inner) * element
     if recompute == "none":
         kept["mlp"] = ((4 if eager else 2) * hidden + (4 if eager else 3) * inner) * element
     return kept
@@ -192,11 +190,11 @@ class _Stage:
     states: int
     attention: int
     diagonals: int
-    projections: int
     mlp: int
     gradients: int  # of states, which the loss makes for all steps at once
     workspace: int  # bytes
     summed: bool = True  # dK_0 and dV_0 are there: from the first backward of attention on
+    projected: bool = False  # the gradients of what tokens are projected to: from the first backward of projections on
     ahead: int = 0  # bytes of a query row that are on their way from host memory
 
 
@@ -215,12 +213,15 @@ class _Unrolled:
         self.inner = draft.intermediate_size * element
         self.prefix = _prefix_rows(plan)
         self.dkv = prefix_bytes(recipe, self.prefix, 0)
+        self.tokens = rows.target + 1
+        self.weights = (self.query + self.diagonal) * 2 * draft.hidden_size  # of q, k and v, lent for the micro-batch
 
     def stages(self) -> list[_Stage]:
         """What may be the peak, in the order of a step."""
         after = [("exchange of dK_0/dV_0", self._exchange()), ("backward of the context rows", self._context())]
         last_step = self._offloaded() if self.offloads else self._all_on_the_device()
-        return last_step + [_Stage(name, 0, 0, 0, 0, 0, 0, self.rows.aux * self.state + size) for name, size in after]
+        begin = _Stage("backward of the tokens", 0, 0, 0, 0, 0, self.rows.query * self.state + self._begin(), projected=True)
+        return [*last_step, begin] + [_Stage(name, 0, 0, 0, 0, 0, self.rows.aux * self.state + size) for name, size in after]
 
     def _all_on_the_device(self) -> list[_Stage]:
         """The loss reads all states, g_T too; the backward begins while every step's tensors are there. The last MLP but one finds
@@ -228,11 +229,12 @@ class _Unrolled:
         t, early = self.steps, max(self.steps - 2, 0)
         dkv = self.rows.query * early * self.diagonal  # gradients of earlier steps' diagonals, which gather until their own turn
         return [
-            _Stage("loss", t, t, t - 1, t, t, t, self._loss(), summed=False),
-            _Stage("backward of the MLP", t - 1, t, t - 1, t, t, t, self._mlp(), summed=False),
-            _Stage("backward of attention", t - 1, t, t - 1, t, t - 1, t - 1, self._attention()),
-            _Stage("backward of the projections", t - 1, t - 1, early, t, t - 1, t - 1, dkv + self._projections()),
-            _Stage("backward of the MLP but one", t - 2, t - 1, early, t - 1, t - 1, t - 1, dkv + self._mlp()),
+            _Stage("loss", t, t, t - 1, t, t, self._loss(), summed=False),
+            _Stage("backward of the MLP", t - 1, t, t - 1, t, t, self._mlp(), summed=False),
+            _Stage("backward of attention", t - 1, t, t - 1, t - 1, t - 1, self._attention()),
+            _Stage("backward of the projections", t - 1, t - 1, early, t - 1, t - 1, dkv + self._projections(), projected=True),
+            _Stage("backward of the MLP but one", t - 2, t - 1, early, t - 1, t - 1, dkv + self._mlp(), projected=True),
+            _Stage("backward of attention but one", t - 2, t - 1, early, t - 2, early, dkv + self._attention(), projected=True),
         ][: 4 if t == 1 else None]
 
     def _offloaded(self) -> list[_Stage]:
@@ -246,14 +248,14 @@ class _Unrolled:
         inside = 0 if tiled else self.inner + self.state
         leaving = self.rows.aux * self.state + row * (2 * self._largest_kept() + inside)  # fused states; two copies under way
         return [
-            _Stage("forward of the context rows", 0, 0, 0, 0, 0, 0, self._context_forward(), summed=False),
-            _Stage("forward", t - 1, 1, t - 1, 1, 0, 0, leaving, summed=False),
-            _Stage("loss", t, 0, t - 1, 0, 0, t, self._loss(), summed=False),
-            _Stage("backward of the last MLP", 1, int(tiled), t - 1, 0, 1, t, self._mlp(), summed=False, ahead=queries),
-            _Stage("backward of the last MLP but one", 1, int(tiled), early, 0, 1, t - 1, dkv + self._mlp(), ahead=queries),
-            _Stage("backward of the last attention", 1, 1, t - 1, 0, 0, t - 1, self._attention(), ahead=late),
-            _Stage("backward of the last attention but one", 1, 1, early, 0, 0, early, dkv + self._attention(), ahead=late),
-            _Stage("backward of the last projections", 1, 0, early, 1, 0, t - 1, dkv + self._projections(), ahead=before),
+            _Stage("forward of the context rows", 0, 0, 0, 0, 0, self._context_forward(), summed=False),
+            _Stage("forward", t - 1, 1, t - 1, 0, 0, leaving + self.tokens * (self.query + self.diagonal), summed=False),
+            _Stage("loss", t, 0, t - 1, 0, t, self._loss(), summed=False),
+            _Stage("backward of the last MLP", 1, int(tiled), t - 1, 1, t, self._mlp(), summed=False, ahead=queries),
+            _Stage("backward of the last MLP but one", 1, int(tiled), early, 1, t - 1, dkv + self._mlp(), projected=True, ahead=queries),
+            _Stage("backward of the last attention", 1, 1, t - 1, 0, t - 1, self._attention(), ahead=late),
+            _Stage("backward of the last attention but one", 1, 1, early, 0, early, dkv + self._attention(), projected=True, ahead=late),
+            _Stage("backward of the last projections", 1, 0, early, 0, t - 1, dkv + self._projections(), projected=True, ahead=before),
         ]
 
     def parts(self, stage: _Stage) -> Parts:
@@ -266,6 +268,8 @@ class _Unrolled:
             "K_0/V_0": 0 if of_context else prefix_bytes(self.recipe, self.prefix, self.element, 0),
             "dK_0/dV_0": self.dkv if stage.summed and not of_context else 0,
             "context rows": 0 if away else self._context_rows(),
+            "query rows: projections of tokens": self._projected() if stage.projected else 0,
+            "weights lent": self.weights,
             "query rows: first states": 0 if away or after else self._first_states(),
             **{f"query rows: {name}": rows * size for name, size in kept.items()},
             "query rows: fetched ahead": rows * stage.ahead,
@@ -275,15 +279,14 @@ class _Unrolled:
         }
 
     def _weight_gradients(self, stage: _Stage) -> int:
-        """Numbers in the gradients that autograd sums up over tiles and steps: fc's come last of all, those of q, k and v at the
-        last step's projections; and the largest of those under way, beside its sum."""
+        """Numbers in the gradients that autograd sums up over tiles and steps: not fc's and those of q, k and v, which come last;
+        and the largest of those under way, beside its sum."""
         parts, draft = draft_parameters(self.recipe), self.recipe.draft
         projections = parts["attention"] - draft.num_attention_heads * draft.head_dim * draft.hidden_size
         made = sum(parts.values()) - parts["fc"]
         if stage.name.startswith(("forward", "loss")):
             return 0
-        first = stage.name in ("backward of the MLP", "backward of the last MLP", "backward of attention", "backward of the last attention")
-        return made - (projections if first else 0) + (parts["mlp"] // 3 if "MLP" in stage.name else 0)
+        return made - projections + (parts["mlp"] // 3 if "MLP" in stage.name else 0)
 
     @property
     def moved_bytes(self) -> int:
@@ -294,13 +297,18 @@ class _Unrolled:
 
     def _context_rows(self) -> int:
         """Fused states, and what their projections keep: nothing; K_0 and V_0; or as much as query rows do."""
-        projected = self.diagonal if self.recompute == "selective" else self.kept["projections"]
-        return self.rows.context * (self.state + projected)
+        angles = 2 * 2 * self.recipe.draft.head_dim  # cos and sin in float32
+        z = {"full": 0, "selective": self.diagonal}.get(self.recompute, (4 if self.cpu else 2) * self.state + angles)
+        return self.rows.context * (self.state + z)
 
     def _largest_kept(self) -> int:
-        """The largest single tensor that a query row leaves: a state, q, z, or the inside of the MLP."""
-        z = 2 * self.state if self.kept["projections"] else 0
-        return max(self.state, self.query, z, self.inner if self.kept["mlp"] else 0)
+        """The largest single tensor that a query row leaves: a state, q, or the inside of the MLP."""
+        return max(self.state, self.query, self.inner if self.kept["mlp"] else 0)
+
+    def _projected(self) -> int:
+        """Gradients of what tokens are projected to, and of W_g, as the steps add them up."""
+        columns, wide = (self.query + self.diagonal) // self.element, max(self.element, 4)
+        return columns * wide * (self.tokens + self.recipe.draft.hidden_size)
 
     def _first_states(self) -> int:
         """g_0: a copy of fused rows, unless every row that the rank reads is a query row and a context row."""
@@ -341,8 +349,14 @@ class _Unrolled:
         return max(kernel, home, rows * (3 * self.query + (self.steps - 1) * self.diagonal))
 
     def _projections(self) -> int:
-        """dq, dK_k and dV_k, and what turns them into a gradient of the state."""
-        return self.rows.query * (self.query + self.diagonal // 2) + self._through_z(self.rows.query, 2 * self.query + self.diagonal)
+        """dq, dK_k and dV_k, the gradient of the state that they become, and what is between, a tile at a time."""
+        rows, projected = self.rows.query, self.query + self.diagonal
+        return rows * (projected + self.state) + tile_rows(rows) * (projected + 3 * self.state)
+
+    def _begin(self) -> int:
+        """The gradient of W_e, that of both halves, and a tile of tokens."""
+        weights = self.weights // self.element
+        return weights // 2 * 4 + weights * (4 + self.element) + tile_rows(self.tokens) * (self.query + self.diagonal + 2 * self.state)
 
     def _through_z(self, rows: int, projected: int) -> int:
         """z and two of its gradients, or what is projected from it (bytes a row); in tiles where z is computed again."""
@@ -357,9 +371,10 @@ class _Unrolled:
         return self.rows.aux * self.state + rows * 5 * self.state
 
     def _exchange(self) -> int:
-        """dK_0/dV_0 of the rank's own rows; on the way there a received and a summed copy of what the rank held."""
-        return self.rows.context * self.diagonal + (2 * self.dkv if self.plan.world > 1 else 0)
+        """dK_0/dV_0 of the rank's own rows; on the way there a received and a summed copy of what the rank held. Beside them the
+        gradient of the weights lent, as far as the steps have made it."""
+        return self.weights + self.rows.context * self.diagonal + (2 * self.dkv if self.plan.world > 1 else 0)
 
     def _context(self) -> int:
-        """As the projections, without q."""
-        return self.rows.context * self.diagonal + self._through_z(self.rows.context, 0)
+        """dK_0/dV_0 on their way through z, beside the gradient of the weights lent."""
+        return self.weights + self.rows.context * self.diagonal + self._through_z(self.rows.context, 0)

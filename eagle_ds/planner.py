@@ -88,6 +88,15 @@ def choose_ring_mode(recipe: Recipe, num_tokens: int, element: int, memory_bytes
     return "gather" if prefix_bytes(recipe, num_tokens, element) <= GATHER_SHARE * memory_bytes else "p2p"
 
 
+def projection_macs(recipe: Recipe, context: int, queries: int, tokens: int) -> int:
+    """Multiplications of q, k and v: K_0/V_0 of ``context`` rows; the token's half of each, once for each of ``tokens``; the state's
+    half at every step of ``queries`` rows, whose first keys are among K_0."""
+    draft, steps = recipe.draft, recipe.training.ttt_steps
+    q, kv = draft.num_attention_heads * draft.head_dim, 2 * draft.num_key_value_heads * draft.head_dim
+    later = kv if steps > 1 else 0
+    return draft.hidden_size * (2 * kv * context + (q + later) * tokens + (steps * q + (steps - 1) * kv) * queries)
+
+
 def floor_seconds(recipe: Recipe, plan: SequencePlan, device: Device, rows: Rows | None = None) -> dict[str, float]:
     """Least time of the busiest rank, or of one with ``rows``, for one sequence, forward and backward: {"attention", "matmuls"};
     empty without rates."""
@@ -95,10 +104,9 @@ def floor_seconds(recipe: Recipe, plan: SequencePlan, device: Device, rows: Rows
         return {}
     rows, draft, steps = rows or Rows.of(plan), recipe.draft, recipe.training.ttt_steps
     parts = draft_parameters(recipe)
-    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-    kv = 2 * draft.hidden_size * 2 * keys
-    per_query_step = parts["attention"] - kv + parts["mlp"] + parts["lm_head"]
-    macs = rows.aux * parts["fc"] + rows.context * kv + rows.query * (steps * per_query_step + (steps - 1) * kv)
+    queries = draft.num_attention_heads * draft.head_dim
+    macs = rows.aux * parts["fc"] + projection_macs(recipe, rows.context, rows.query, rows.target)
+    macs += rows.query * steps * (queries * draft.hidden_size + parts["mlp"] + parts["lm_head"])
     label_macs = rows.target * draft.vocab_size * recipe.target.hidden_size  # frozen: no backward
     pairs = rows.attended_keys / plan.ulysses * queries * steps
     forward, backward = device.attention_forward_tflops * 1e12, device.attention_backward_tflops * 1e12

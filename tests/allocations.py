@@ -24,7 +24,7 @@ from eagle_ds.config import Recipe
 from eagle_ds.data.batch import TokenFacts
 from eagle_ds.loss import HeadTargets, LossSettings, TargetHead, counted_rows, head_loss
 from eagle_ds.memory import Parts
-from eagle_ds.model import draft
+from eagle_ds.model import draft, projections
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.model.offload import ActivationOffload
@@ -154,6 +154,13 @@ def _as_on_a_gpu() -> Iterator[None]:
             (draft, "rope", _Rope.apply),
             (draft, "swiglu", lambda gate, up, spent: _SwiGLU.apply(gate, up)),
             (loss, "rms_norm", _Norm.apply),
+            (projections, "rms_norm", lambda x, weight, eps: torch.empty_like(x)),
+            (projections, "norm_into", lambda z, *_: z),
+            (projections, "rms_norm_gradients", _norm_gradients),
+            (projections, "rotate_into", lambda *_, **named: None),
+            (projections, "take_rows", lambda table, index, columns: table.new_empty(len(index), columns)),
+            (projections, "add_rows", lambda *_: None),
+            (projections, "add_product", lambda *_: None),
             (loss, "_kernels_for", lambda weight: _RowKernels),
             (loss, "CHUNK_BYTES", budget),
             (memory, "TILE_ROWS", TILE),
@@ -161,6 +168,12 @@ def _as_on_a_gpu() -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         yield
+
+
+def _norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *, wants_dx: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    return torch.empty_like(grad) if wants_dx else None, torch.zeros_like(weight)
 
 
 class _Norm(torch.autograd.Function):

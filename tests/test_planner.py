@@ -44,7 +44,7 @@ def test_parameters_are_those_of_a_llama_layer_twice_as_wide_at_its_input() -> N
     assert sum(draft_parameters(llama()).values()) == 424_673_280
 
 
-@pytest.mark.parametrize(("ulysses", "seconds"), [(1, 9.3), (4, 2.32)])
+@pytest.mark.parametrize(("ulysses", "seconds"), [(1, 9.08), (4, 2.27)])
 def test_the_floor_at_128k_is_attention_and_matmuls_at_the_measured_rates(ulysses: int, seconds: float) -> None:
     recipe = llama("--parallel.ulysses", str(ulysses))
     floor = floor_seconds(recipe, plan_for(recipe, [in_turns(131072, 1.0)]), H200)
@@ -125,7 +125,8 @@ def test_a_shape_that_cannot_fit_is_refused_with_gib_length_and_setting() -> Non
     [
         (131072, ("--training.recompute", "none"), r"--training\.recompute selective makes it fit"),
         (163840, ("--training.recompute", "none"), r"--training\.recompute mlp makes it fit"),
-        (262144, (), r"--training\.recompute full makes it fit"),
+        (262144, (), r"--training\.recompute mlp makes it fit"),
+        (327680, (), r"--training\.recompute full makes it fit"),
         (393216, ("--training.recompute", "full"), r"--training\.offload_activations true makes it fit, with \d+ GiB of host memory a GPU"),
         (
             393216,
@@ -170,5 +171,5 @@ def test_a_faster_recomputation_that_would_fit_is_named() -> None:
     assert faster_recompute(recipe, ZERO1, 1, short, H200).startswith("--training.recompute none would fit too (about ")
     assert faster_recompute(recipe, ZERO1, 1, long, H200).startswith("--training.recompute selective would fit too (about ")
     assert faster_recompute(recipe, ZERO1, 1, long, DEVICES["h100"]).startswith("--training.recompute mlp would fit too (about ")
-    assert faster_recompute(recipe, ZERO1, 1, long, Device("64 GiB", 64)) == ""
+    assert faster_recompute(recipe, ZERO1, 1, long, Device("62 GiB", 62)) == ""
     assert faster_recompute(llama("--parallel.ulysses=1"), ZERO1, 1, short, H200) == ""

@@ -107,6 +107,7 @@ def parse() -> argparse.Namespace:
     store.add_argument("--prefetch", type=int, help="sequences read ahead; default: the recipe's")
     run = parser.add_argument_group("run and results")
     run.add_argument("--steps", type=int, help=f"timed steps; default: {STEPS}, with --from-store {STEPS_FROM_STORE}")
+    run.add_argument("--warmup", type=int, default=1, help="steps before the timed ones; 0 where a step takes minutes; default: 1")
     run.add_argument("--json", type=Path, help="append the lines to this file (default with --out: DIR/steps.jsonl)")
     run.add_argument("--out", type=Path, metavar="DIR", help="write steps.md and pictures of all lines in that file")
     run.add_argument("--plot", type=Path, nargs="+", metavar="JSONL", help="run nothing: draw these results into --out")
@@ -273,7 +274,7 @@ def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, docume
     facts = (recipe, bench.plan, world, bench.dtype)
     try:
         bench.use(MemorySource(*facts))
-        lines, measured = [{"source": "memory"}], [bench.run(steps)]
+        lines, measured = [{"source": "memory"}], [bench.run(steps, options.warmup)]
         if options.from_store:
             source = StoreSource(open_store(options, bench, document, fraction), *facts)
             bench.use(source)

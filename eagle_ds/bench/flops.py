@@ -5,7 +5,7 @@ from __future__ import annotations
 from eagle_ds import ranges as rg
 from eagle_ds.config import Recipe
 from eagle_ds.layout import SequencePlan
-from eagle_ds.planner import draft_parameters
+from eagle_ds.planner import draft_parameters, projection_macs
 
 
 def model_flops(recipe: Recipe, plan: SequencePlan) -> float:
@@ -16,11 +16,9 @@ def model_flops(recipe: Recipe, plan: SequencePlan) -> float:
     a row once.
     """
     draft, steps, parts = recipe.draft, plan.ttt_steps, draft_parameters(recipe)
-    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-    kv = 2 * draft.hidden_size * 2 * keys
-    per_query_step = parts["attention"] - kv + parts["mlp"] + parts["lm_head"]
-    context, rows = plan.num_tokens, plan.num_queries
-    macs = context * (parts["fc"] + kv) + rows * (steps * per_query_step + (steps - 1) * kv)
-    pairs = steps * sum(plan.attention_work(r) for r in range(plan.ring)) + rows * steps * (steps - 1) // 2
+    queries, context, rows = draft.num_attention_heads * draft.head_dim, plan.num_tokens, plan.num_queries
     labels = rg.count(rg.normalize(r for rank in range(plan.world) for r in plan.target_rows(rank)))
+    macs = context * parts["fc"] + projection_macs(recipe, context, rows, labels)
+    macs += rows * steps * (queries * draft.hidden_size + parts["mlp"] + parts["lm_head"])
+    pairs = steps * sum(plan.attention_work(r) for r in range(plan.ring)) + rows * steps * (steps - 1) // 2
     return 6.0 * macs + 12.0 * pairs * queries + 2.0 * labels * draft.vocab_size * recipe.target.hidden_size

@@ -31,9 +31,12 @@ from eagle_ds.model.ttt import PrefixAttention
 HeadLoss = Callable[[list[Tensor], Tensor, Tensor, float], Any]
 """(T states [N, D], norm weight [D], head weight [Vd, D], eps) -> a differentiable loss and what goes with it."""
 
+Lent = tuple[Tensor, Tensor | None]
+"""(weight, bias or None) of projections, one below the other: copies that outlive their modules' calls."""
+
 Recompute = Literal["none", "selective", "mlp", "full"]
 """What is computed again in the backward: nothing; everything but matmuls, whose results are kept; the MLP and output
-projection; also embedding, norms and q, k, v."""
+projection; also K_0 and V_0 of the context rows. Of the steps' q, k and v nothing is ever computed again but a norm."""
 
 
 class RMSNorm(nn.Module):
@@ -86,8 +89,8 @@ class DraftAttention(nn.Module):
         self.frequencies = self.frequencies.to(positions.device)
         return rotation(positions, self.frequencies, self.rope_factor, torch.promote_types(dtype, torch.float32))
 
-    def lend(self) -> tuple[Tensor, Tensor | None]:
-        """(weight [(Hq + 2 Hkv) d, 2D], bias or None) of q, k and v, one below the other."""
+    def lend(self) -> Lent:
+        """Weight [(Hq + 2 Hkv) d, 2D] and bias of q, k and v, one below the other."""
         weights, biases = zip(*(projection() for projection in (self.q_proj, self.k_proj, self.v_proj)), strict=True)
         return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
@@ -95,14 +98,9 @@ class DraftAttention(nn.Module):
         """z [M, 2D] -> rotated queries [M, Hq, d]."""
         return rope(self.q_proj(z).unflatten(-1, (self.heads, self.head_dim)), *self.rotation(positions, z.dtype))
 
-    def project_kv(self, z: Tensor, positions: Tensor, weights: ProjectionWeights | None = None) -> tuple[Tensor, Tensor]:
-        """z [M, 2D] -> rotated keys and plain values, each [M, Hkv, d]; in one matmul where the ``weights`` are lent already."""
-        if weights is None:
-            k, v = self.k_proj(z), self.v_proj(z)
-        else:
-            at = self.heads * self.head_dim
-            bias = None if weights.bias is None else weights.bias[at:]
-            k, v = F.linear(z, weights.weight[at:], bias).chunk(2, dim=-1)
+    def project_kv(self, z: Tensor, positions: Tensor, lent: Lent | None = None) -> tuple[Tensor, Tensor]:
+        """z [M, 2D] -> rotated keys and plain values, each [M, Hkv, d]; in one matmul where weights of both are ``lent`` already."""
+        k, v = (self.k_proj(z), self.v_proj(z)) if lent is None else F.linear(z, *lent).chunk(2, dim=-1)
         heads = (self.kv_heads, self.head_dim)
         return rope(k.unflatten(-1, heads), *self.rotation(positions, z.dtype)), v.unflatten(-1, heads)
 
@@ -236,11 +234,15 @@ class Eagle3Draft(nn.Module):
     def _unroll(
         self, batch: Batch, prefix: PrefixAttention, fused: Tensor, recompute: Recompute, stay: Callable[..., None] | None = None
     ) -> list[Tensor]:
-        """``stay`` is told of the diagonal keys and values, all of which the last step's backward reads first of all."""
+        """``stay`` is told of the weights lent, and of the diagonal keys and values, all of which the last step's backward reads first."""
         again = "none" if recompute == "mlp" else recompute
         weights = self.midlayer.lend()
+        if stay:
+            stay(weights.weight)
+        keys_at = self.arch.num_attention_heads * self.arch.head_dim
+        lent = weights.weight[keys_at:], None if weights.bias is None else weights.bias[keys_at:]
         rows = (_pick(fused, batch.context_index), batch.context_ids, batch.context_positions)
-        anchor = prefix.exchange(*self._in_tiles(again, partial(self.context_kv, weights), *rows))
+        anchor = prefix.exchange(*self._in_tiles(again, partial(self.context_kv, lent), *rows))
         project = self._step_projections(batch)
         begun = project.begin(*self._tokens(batch.token_ids), weights)
         state, states, diagonals = _pick(fused, batch.query_index), [], []
@@ -308,9 +310,9 @@ class Eagle3Draft(nn.Module):
         tokens, rows = self._tokens(ids)
         return self.midlayer.qkv_input(tokens, state, rows)
 
-    def context_kv(self, weights: ProjectionWeights, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def context_kv(self, lent: Lent, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """K_0, V_0 [M, Hkv, d] of rows with fused states [M, D] and next tokens ``ids`` [M]."""
-        return self.midlayer.self_attn.project_kv(self.qkv_input(ids, state), positions, weights)
+        return self.midlayer.self_attn.project_kv(self.qkv_input(ids, state), positions, lent)
 
 
 def _pick(rows: Tensor, index: Tensor | None) -> Tensor:

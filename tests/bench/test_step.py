@@ -96,8 +96,10 @@ def test_the_models_work_counted_by_hand(tiny: Tiny) -> None:
     plan = plan_for(recipe, [Document(100, ((0, 100),))])
     rows = plan.num_queries
     parts = draft_parameters(recipe)
-    kv = 2 * H * 2 * 2 * 4  # two KV heads of 4, keys and values, over a 2D-wide input
+    kv, q = 2 * H * 2 * 2 * 4, 2 * H * 8 * 4  # two KV heads of 4, keys and values, and eight query heads, over a 2D-wide input
     weights = 100 * (parts["fc"] + kv) + rows * (parts["attention"] - kv + parts["mlp"] + parts["lm_head"])
+    assert plan.target_rows(0) == ((1, 99),) and rows == 98, "as many tokens as rows: one step makes each token's half once"
+    assert parts["attention"] == q + kv + H * 8 * 4
     pairs = sum(p + 1 for p in range(rows))
     assert model_flops(recipe, plan) == 6 * weights + 12 * pairs * 8 * 4 + 2 * rows * parts["lm_head"]
 
