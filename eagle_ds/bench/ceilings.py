@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,9 @@ def data_sheet_tflops(gpu: str) -> float | None:
     return next((tflops for name, tflops in DATA_SHEETS if name in gpu), None)
 
 
+@cache
 def measure_ceilings(device: torch.device) -> Device:
-    """This GPU's rates, TFLOP/s: matmul 8192^3, and causal attention of 32K tokens, 32 heads over 8, d = 128."""
+    """This GPU's rates, TFLOP/s: matmul 8192^3, and causal attention of 32K tokens, 32 heads over 8, d = 128. Once a process."""
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     matmul = 2 * 8192**3 / _seconds(lambda: a @ b, 20)
     rows = 32768

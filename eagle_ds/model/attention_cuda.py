@@ -64,8 +64,9 @@ class CudnnBackend(TritonBackend):
         if part.square is None:
             out, lse = self.triton_forward(q, k, v, _behind_blocks(bounds, part), scale)
         else:
-            keys = slice(part.square, part.square + part.size)
-            out, lse = _cudnn_forward(q, k[keys], v[keys], True, scale)
+            q = _padded(q, part.size + part.padding)
+            out, lse = _cudnn_forward(q, *(_padded(x[part.square : part.square + len(q)], len(q)) for x in (k, v)), True, scale)
+            out, lse = out[: part.size], lse[: part.size]
         out = out.to(_type_of_sums(part, q))
         for block in part.blocks:
             rows, keys = slice(block.start, block.stop), slice(block.first_key, block.last_key)
@@ -81,9 +82,12 @@ class CudnnBackend(TritonBackend):
         if part.square is None:
             dq = self.triton_backward(dout, q, k, v, out, lse, _behind_blocks(bounds, part), scale, dk, dv)
         else:
-            keys = slice(part.square, part.square + part.size)
-            dq, *gradients = _cudnn_backward(dout, q, k[keys], v[keys], out, lse, True, scale)
-            self.add_into(dk[keys], dv[keys], *gradients)
+            dout, q, out = (_padded(x, part.size + part.padding) for x in (dout, q, out))
+            lse = _padded(lse, len(q), torch.inf)  # p = exp(s - inf) = 0: padding gives no gradient to keys
+            keys = slice(part.square, part.square + len(q))
+            dq, *gradients = _cudnn_backward(dout, q, *(_padded(x[keys], len(q)) for x in (k, v)), out, lse, True, scale)
+            self.add_into(dk[keys], dv[keys], *(g[: len(dk[keys])] for g in gradients))
+            dq = dq[: part.size]
         dq = dq.to(_type_of_sums(part, q))
         for block in part.blocks:
             rows, keys = slice(block.outer_start, block.outer_stop), slice(block.first_key, block.last_key)
@@ -109,6 +113,11 @@ def _behind_blocks(bounds: KeyBounds, part: Part) -> KeyBounds:
             own = KeyBounds.make(keys_behind(bounds, part), own.hi, own.lo_device.device)
         bounds.memo[part] = own
     return bounds.memo[part]
+
+
+def _padded(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
+    """[n, ...] -> [rows, ...], with rows of ``value`` behind."""
+    return x if len(x) == rows else torch.cat([x, x.new_full((rows - len(x), *x.shape[1:]), value)])
 
 
 def _lse_of_inner(lse: Tensor, inner: slice) -> Tensor:

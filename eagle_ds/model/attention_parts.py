@@ -6,7 +6,7 @@ cuDNN's kernels are the fastest, but they know only rectangles and causal square
     run      rows p = a .. b-1 that see keys lo .. p: a causal square, a multiple of ``square`` rows that begins such a multiple
              behind lo, and in front of it rectangles whose sides are that times a power of two. Very long runs come in
              pieces of ``long_run`` rows: 128K of them take 236 ms forward on an H200 instead of 260 in one square
-             (docs/benchmarks/h200.md)
+             (docs/benchmarks/h200.md). Rows that are left over at the end, if more than half a square, are padded to one
     stairs   any other rows of one document, however scattered: the largest rectangle below the line of their last keys is a full
              block, then the largest one before it and the largest one behind it, and so on. Keys come in multiples of ``keys``;
              rows as they do, but the kernel is given a few more, so that their number is a round one. What is left of each row's
@@ -55,6 +55,7 @@ class Part(NamedTuple):
     stop: int
     blocks: tuple[Block, ...] = ()  # those of one row follow each other, from its document's first key on
     square: int | None = None  # row i of the part also sees the keys [square, square + i], and has none left then
+    padding: int = 0  # rows that kernels are given behind the part's own, where its square needs them
 
     @property
     def size(self) -> int:
@@ -88,10 +89,15 @@ class Cut:
                 continue
             lo, own = int(bounds.lo[a]), int(bounds.hi[a]) - 1
             a += -(own - lo) % self.square
-            b -= (b - a) % self.square
-            if b > a:
+            rest = (b - a) % self.square
+            whole = b - rest
+            if whole > a:
                 yield from self._stairs(bounds, start, a)
-                yield from self._run(a, b, lo, int(bounds.hi[a]) - 1)
+                yield from self._run(a, whole, lo, int(bounds.hi[a]) - 1)
+                start = whole
+            if 2 * rest >= self.square:
+                yield from self._stairs(bounds, start, whole)
+                yield self._rest(whole, b, lo, int(bounds.hi[whole]) - 1)
                 start = b
         yield from self._stairs(bounds, start, len(bounds.lo))
 
@@ -103,6 +109,11 @@ class Cut:
             rows, keys = list(self._sides(0, end - start)), list(self._sides(lo, own))
             yield Part(start, end, tuple(Block(*r, *k, *r) for r in rows for k in keys), own)
             start, own = end, own + end - start
+
+    def _rest(self, start: int, stop: int, lo: int, own: int) -> Part:
+        """The rows [start, stop), the first of which stands at the key ``own``, padded to one square."""
+        blocks = tuple(Block(0, stop - start, *keys, 0, self.square) for keys in self._sides(lo, own))
+        return Part(start, stop, blocks, own, self.square - (stop - start))
 
     def _sides(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """[start, stop) in powers of two times ``square``, the largest first."""

@@ -141,7 +141,8 @@ def test_long_causal_runs_come_in_pieces() -> None:
     first, second, rest = Cut(square=4, long_run=16)(bounds)
     assert first == Part(0, 16, (), 0)
     assert second == Part(16, 36, (Block(0, 16, 0, 16, 0, 16), Block(16, 20, 0, 16, 16, 20)), 16)  # a piece of 4 rows would not pay
-    assert rest == Part(36, 38)
+    assert rest == Part(36, 38, (Block(0, 2, 0, 16, 0, 4), Block(0, 2, 16, 32, 0, 4), Block(0, 2, 32, 36, 0, 4)), 36, 2)
+    assert list(Cut(square=4, long_run=16)(bounds.rows(0, 37)))[-1] == Part(36, 37)  # less than half a square is left over
 
 
 def test_shapes_are_few() -> None:
@@ -154,7 +155,7 @@ def test_shapes_are_few() -> None:
         rows = np.concatenate([np.arange(a, b) for a, b in zip(ends[::2], ends[1::2], strict=True)])
         bounds = KeyBounds.make(np.zeros_like(rows), rows + 1, torch.device("cpu"))
         for part in Cut()(bounds):
-            squares |= {part.size} if part.square is not None else set()
+            squares |= {part.size + part.padding} if part.square is not None else set()
             blocks |= {(block.outer_stop - block.outer_start, block.last_key - block.first_key) for block in part.blocks}
     assert len(squares) <= 24 and len(blocks) <= 110, (len(squares), len(blocks))
     assert len({rows for rows, _ in blocks}) <= 14 and len({keys for _, keys in blocks}) <= 10
@@ -199,7 +200,7 @@ def test_other_cuts_may_share_bounds() -> None:
     lo, hi, _ = causal(40)
     bounds = KeyBounds.make(lo, hi + 60, torch.device("cpu"))
     coarse, fine = (_parts(bounds, Cut(20, 10, square, long_block=30, unit=20)) for square in (100, 20))
-    assert [part.square for part in coarse] == [None] and [part.square for part in fine] == [60]
+    assert [part.square for part in coarse] == [None] and [(part.square, part.padding) for part in fine] == [(60, 0)]
     assert _behind_blocks(bounds, coarse[0]).lo.tolist() == [60] * 20 + [80] * 20
     assert _behind_blocks(bounds, Part(0, 40)).lo.tolist() == [0] * 40
 
@@ -223,7 +224,7 @@ def check_part(part: Part, lo: np.ndarray, hi: np.ndarray, cut: Cut) -> None:
     seen = lo.copy()
     for start, stop, first_key, last_key, outer_start, outer_stop in part.blocks:
         assert (seen[start:stop] == first_key).all() and first_key < last_key <= hi[start:stop].min()
-        assert 0 <= outer_start <= start < stop <= outer_stop <= part.size
+        assert 0 <= outer_start <= start < stop <= outer_stop <= part.size + part.padding
         sides = (outer_stop - outer_start, last_key - first_key)
         if part.square is None:
             assert sides[0] % cut.unit == 0 and sides[1] % cut.keys == 0 and sides[1] <= cut.long_block
@@ -231,7 +232,7 @@ def check_part(part: Part, lo: np.ndarray, hi: np.ndarray, cut: Cut) -> None:
             assert all(side % cut.square == 0 and (side // cut.square).bit_count() == 1 for side in sides)
         seen[start:stop] = last_key
     if part.square is not None:
-        assert part.size % cut.square == 0 and (seen == part.square).all()
+        assert (part.size + part.padding) % cut.square == 0 and 2 * part.padding <= cut.square and (seen == part.square).all()
         assert (hi == part.square + 1 + np.arange(part.size)).all()
         return
     behind = keys_behind(KeyBounds.make(lo, hi, torch.device("cpu")), part._replace(start=0, stop=part.size))
