@@ -2,11 +2,11 @@
 
 The letters are the legend of ``eagle_ds/__init__.py``, ``e`` is bytes per element. Of one query row every TTT step k keeps
 for the backward: g_k, which its projections and its MLP start from; q, the attention's output and its log-sum-exp (under
-Ulysses the head-sharded copy of q too); K_k and V_k. What projections make of the tokens lies there during the forward, its
-gradient from the first backward of projections on. The last step's backward comes first, while everything is still kept, so
-the stages that can be the peak are the loss over all T steps, the three parts of the last step's backward (MLP, attention,
-projections), and, where few rows are trained, the backward of the tokens, the way home of dK_0/dV_0 and the backward of the
-context rows.
+Ulysses the head-sharded copy of q too, unless everything is recomputed); K_k and V_k. What projections make of the tokens
+lies there during the forward, its gradient from the first backward of projections on. The last step's backward comes first,
+while everything is still kept, so the stages that can be the peak are the loss over all T steps, the three parts of the last
+step's backward (MLP, attention, projections), and, where few rows are trained, the backward of the tokens, the way home of
+dK_0/dV_0 and the backward of the context rows.
 
 Measured against torch.cuda.max_memory_allocated on H200s in ``tests/test_memory.py``.
 """
@@ -168,7 +168,7 @@ def kept_per_query_row(recipe: Recipe, element: int, ulysses: int, *, eager: boo
     draft, recompute = recipe.draft, recipe.training.recompute
     hidden, inner = draft.hidden_size, draft.intermediate_size
     queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-    copies = 3 if ulysses > 1 else 2  # q, out, and q with its heads sharded
+    copies = 3 if ulysses > 1 and recompute != "full" else 2  # q, out, and q with its heads sharded
     kept = {
         "states": hidden * element,
         "attention": copies * queries * element + 4 * draft.num_attention_heads,
@@ -340,12 +340,12 @@ class _Unrolled:
     def _attention(self) -> int:
         """The largest of: the kernel with its float32 dq; the way back through Ulysses; the diagonals' pass."""
         rows, wide = self.rows.query, self.query // self.element * 4
-        copies = 2 * self.query if self.plan.ulysses > 1 else 0  # dout and out with their heads sharded
+        copies = (3 if self.recompute == "full" else 2) * self.query if self.plan.ulysses > 1 else 0  # dout, out, q with heads sharded
         if _rotates(self.plan):  # dq in float32 over all blocks; a block's K/V and dK/dV here, arriving and leaving
             kernel = rows * (2 * self.query + copies + 2 * wide) + self.dkv // 4 * self.element * 2 + 3 * self.dkv
         else:
             kernel = rows * (2 * self.query + copies + wide) + self.dkv // 4 * self.element
-        home = rows * (6 if self.plan.ulysses > 1 else 2) * self.query
+        home = rows * (2 + 2 * (copies > 0)) * self.query + rows * copies
         return max(kernel, home, rows * (3 * self.query + (self.steps - 1) * self.diagonal))
 
     def _projections(self) -> int:

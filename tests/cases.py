@@ -47,6 +47,7 @@ class Case:
     seed: int = 0
     dtype: str = "float64"
     device: str = "cpu"
+    recompute: str = "none"
 
     @property
     def world(self) -> int:

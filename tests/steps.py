@@ -35,7 +35,7 @@ def rank_batch(plan: SequencePlan, rank: int, whole: WholeSequence, alignment: s
 
 
 def prefix_for(
-    model: Eagle3Draft, plan: SequencePlan, groups: ProcessGroups = SOLO, kernel: BlockAttention | None = None
+    model: Eagle3Draft, plan: SequencePlan, groups: ProcessGroups = SOLO, kernel: BlockAttention | None = None, recompute: str = "none"
 ) -> PrefixAttention:
     arch = model.arch
     return PrefixAttention(
@@ -46,6 +46,7 @@ def prefix_for(
         kv_heads=arch.num_key_value_heads,
         head_dim=arch.head_dim,
         sliding_window=arch.sliding_window,
+        resend_queries=recompute == "full",
         device=model.fc.weight.device,
     )
 
@@ -64,12 +65,14 @@ def run_step(
     *,
     groups: ProcessGroups = SOLO,
     kernel: BlockAttention | None = None,
+    recompute: str = "none",
     **settings: object,
 ) -> tuple[Tensor, StepSums]:
     """Forward and backward; gradients are left on the model."""
     targets = make_targets(batch, head)
     spec = LossSettings(weights, **settings)
-    loss, sums = model(batch, prefix_for(model, batch.plan, groups, kernel), lambda *head_inputs: head_loss(*head_inputs, targets, spec))
+    prefix = prefix_for(model, batch.plan, groups, kernel, recompute)
+    loss, sums = model(batch, prefix, lambda *head_inputs: head_loss(*head_inputs, targets, spec), recompute)
     loss.backward()
     return loss.detach(), sums
 

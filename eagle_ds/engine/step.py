@@ -53,6 +53,7 @@ class MicroBatchRunner:
             kv_heads=arch.num_key_value_heads,
             head_dim=arch.head_dim,
             sliding_window=arch.sliding_window,
+            resend_queries=training.recompute == "full",
             device=self.world.device,
         )
         targets = self._targets(batch)

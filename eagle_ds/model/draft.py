@@ -36,7 +36,8 @@ Lent = tuple[Tensor, Tensor | None]
 
 Recompute = Literal["none", "selective", "mlp", "full"]
 """What is computed again in the backward: nothing; everything but matmuls, whose results are kept; the MLP and output
-projection; also K_0 and V_0 of the context rows. Of the steps' q, k and v nothing is ever computed again but a norm."""
+projection; also K_0 and V_0 of the context rows, and queries are exchanged again. Of the steps' own q, k and v nothing is ever
+computed again but a norm."""
 
 
 class RMSNorm(nn.Module):

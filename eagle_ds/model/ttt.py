@@ -26,6 +26,8 @@ class PrefixAttention:
 
     Holds K_0/V_0 of this rank's head slots (all rows in ``gather`` mode, the ring rank's block in ``p2p`` mode) and the
     gradients that the steps add up. Methods marked collective are called by all ranks of the sequence-parallel group.
+
+    ``resend_queries``: a step's head-sharded queries are not kept for its backward, which exchanges them again.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class PrefixAttention:
         kv_heads: int,
         head_dim: int,
         sliding_window: int | None = None,
+        resend_queries: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         from eagle_ds.parallel.ring import RingExchange  # these import DeepSpeed, which tools that only load a draft do without
@@ -49,6 +52,7 @@ class PrefixAttention:
         self.ring = RingExchange(groups.ring, [plan.ring_context(r) for r in range(plan.ring)])
         self.scale = head_dim**-0.5
         self.window = sliding_window
+        self.resend_queries = resend_queries
         self.device = torch.device(device)
         self.rotates = plan.ring > 1 and plan.ring_mode == "p2p"
         own = slice(groups.ring.rank * plan.ulysses, (groups.ring.rank + 1) * plan.ulysses)
@@ -92,17 +96,21 @@ class PrefixAttention:
 
     def forward(self, q_local: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """(out [own rows, Hq, d], lse [own rows, Hq], q head-sharded) over the prefix alone. Collective."""
-        q = self.ulysses.to_heads(q_local, self.query_counts)
+        q = self.head_sharded(q_local)
         out, lse = self._rotate_forward(q, step) if self.rotates else self._block_forward(q, self.kv, 0, step)
         out = self.ulysses.to_rows(out.to(q.dtype), self.query_counts)
         lse = self.ulysses.to_rows(lse.unsqueeze(-1), self.query_counts).squeeze(-1)
         return out, lse, q
 
+    def head_sharded(self, rows: Tensor) -> Tensor:
+        """[own rows, Hq, w] -> [rows of the Ulysses group, Hq / U, w]. Collective."""
+        return self.ulysses.to_heads(rows, self.query_counts)
+
     def backward(self, dout_local: Tensor, q: Tensor, out_local: Tensor, lse_local: Tensor, step: int) -> Tensor:
         """dq [own rows, Hq, d] from the prefix keys; dK_0 and dV_0 are added to the buffer. ``out`` and ``lse`` are the
         final ones, after the merge with the diagonals. Collective."""
-        dout, out = (self.ulysses.to_heads(x, self.query_counts) for x in (dout_local, out_local))
-        lse = self.ulysses.to_heads(lse_local.unsqueeze(-1), self.query_counts).squeeze(-1)
+        dout, out = (self.head_sharded(x) for x in (dout_local, out_local))
+        lse = self.head_sharded(lse_local.unsqueeze(-1)).squeeze(-1)
         if self.rotates:
             dq = self._rotate_backward(dout, q, out, lse, step).to(q.dtype)
         else:
@@ -174,7 +182,7 @@ class _JointAttention(torch.autograd.Function):
     def forward(ctx: Any, prefix: PrefixAttention, step: int, anchor: Tensor, q: Tensor, *diagonals: Tensor) -> Tensor:
         out, lse, q_heads = prefix.forward(q, step)
         out, lse = prefix.kernel.diagonal_forward(q, out, lse, diagonals, prefix.scale)
-        ctx.save_for_backward(q, q_heads, out, lse, *diagonals)
+        ctx.save_for_backward(q, None if prefix.resend_queries else q_heads, out, lse, *diagonals)
         ctx.prefix, ctx.step = prefix, step
         return out
 
@@ -183,6 +191,7 @@ class _JointAttention(torch.autograd.Function):
         q, q_heads, out, lse, *diagonals = ctx.saved_tensors
         prefix: PrefixAttention = ctx.prefix
         dout = dout.contiguous()
+        q_heads = prefix.head_sharded(q) if q_heads is None else q_heads
         dq = prefix.backward(dout, q_heads, out, lse, ctx.step)
         dq, gradients = prefix.kernel.diagonal_backward(dout, q, out, lse, diagonals, prefix.scale, dq)
         return None, None, dq.new_zeros(()), dq, *gradients

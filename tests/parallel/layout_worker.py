@@ -29,7 +29,8 @@ def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, StepSums, di
         return (total / number.clamp(min=1)).to(loss_dtype)
 
     loss_dtype = wide(case.torch_dtype)
-    loss, sums = run_step(model, batch, head, weights.to(loss_dtype), groups=groups, kernel=kernel, kind=case.kind, alpha_mean=alpha_mean)
+    options = {"kind": case.kind, "alpha_mean": alpha_mean, "recompute": case.recompute}
+    loss, sums = run_step(model, batch, head, weights.to(loss_dtype), groups=groups, kernel=kernel, **options)
     grads = {name: _summed(g.to(loss_dtype), world).cpu() for name, g in gradients(model).items()}
     return _summed(loss, world).cpu(), StepSums.from_flat(_summed(sums.flat(), world).cpu()), grads
 

@@ -56,6 +56,12 @@ def test_every_layout_gives_the_reference(
     check(pool, Case((masks,), ulysses=ulysses, ring=ring, ring_mode=mode, trained_rows_only=trained_rows_only))
 
 
+@pytest.mark.parametrize(("ulysses", "ring", "mode"), LAYOUTS)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_changes_no_layout(pool: GlooPool, ulysses: int, ring: int, mode: str, recompute: str) -> None:
+    check(pool, Case((PACK,), ulysses=ulysses, ring=ring, ring_mode=mode, recompute=recompute))
+
+
 @pytest.mark.parametrize(("ulysses", "ring", "mode"), [(1, 1, "gather"), (2, 1, "gather"), (1, 2, "p2p"), (1, 2, "gather")])
 def test_data_parallel_composes_with_every_layout(pool: GlooPool, ulysses: int, ring: int, mode: str) -> None:
     check(pool, Case(((ONE,), PACK), ulysses=ulysses, ring=ring, ring_mode=mode))
