@@ -63,10 +63,11 @@ class StepBench:
         self.dtype = torch.bfloat16 if bf16_enabled(config) else torch.float32
         torch.manual_seed(recipe.training.seed)
         arch = DraftArch.from_recipe(recipe)
-        model = Eagle3Draft(arch)
-        if not arch.trains_embedding:
-            model.embed_tokens.weight.normal_()
-            model.embed_tokens.to(self.dtype)
+        with world.device:  # a GPU draws a billion random numbers at once, a CPU in ten seconds
+            model = Eagle3Draft(arch)
+            if not arch.trains_embedding:
+                model.embed_tokens.weight.normal_()
+                model.embed_tokens.to(self.dtype)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
         mode = choose_ring_mode(recipe, sum(d.num_tokens for d in documents), self.dtype.itemsize, world.memory_bytes)
         self.plan = plan_for(recipe, documents, mode)

@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""Time the attention of one TTT step by itself, forward and backward, on one GPU.
+
+    tools/bench_attention.py                                                    a few shapes of a Llama-3.1-8B draft
+    tools/bench_attention.py --seq 131072 --trained-fraction 0.1 --turn 512     one shape
+    tools/bench_attention.py --seq 131072 --heads 8 --kv-heads 2                what a rank of U4 does of it
+    tools/bench_attention.py --seq 4096 --documents 32                          a pack
+
+Prints a line for each shape and backend: cuDNN with Triton for what is left (what training uses on Hopper GPUs), and Triton alone.
+TFLOP/s count 4 d a query-key pair and head forward, 10 d backward. Diagonal keys are not among them: they cost a pass over the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eagle_ds.outputs import check_output_file
+from eagle_ds.planner import in_turns
+
+SHAPES = ((32768, 1.0, 512, 1), (131072, 1.0, 512, 1), (131072, 0.5, 2048, 1), (131072, 0.1, 512, 1), (4096, 1.0, 512, 32))
+TTT_STEPS = 7
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq", type=int, help="tokens of each document; default: several shapes")
+    parser.add_argument("--trained-fraction", type=float, default=1.0, help="fraction of tokens trained, in turns")
+    parser.add_argument("--turn", type=int, default=512, help="trained tokens in a row")
+    parser.add_argument("--documents", type=int, default=1, help="documents packed into the sequence")
+    parser.add_argument("--heads", type=int, default=32, help="query heads of a rank")
+    parser.add_argument("--kv-heads", type=int, default=8, help="key and value heads of a rank")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5, help="the fastest of these is told")
+    parser.add_argument("--json", type=Path, help="append the lines to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    try:
+        if options.json:
+            check_output_file(options.json, "--json")
+        measure(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def measure(options: argparse.Namespace) -> None:
+    import torch
+
+    from eagle_ds.bench.attention import Heads, time_attention
+
+    if options.heads % options.kv_heads:
+        raise ValueError(f"{options.kv_heads} key/value heads do not divide {options.heads} query heads")
+    if not torch.cuda.is_available():
+        raise ValueError("no GPU found: these are GPU kernels; the plain reference has nothing to time")
+    heads = Heads(options.heads, options.kv_heads, options.head_dim)
+    one = (options.seq, options.trained_fraction, options.turn, options.documents)
+    for tokens, fraction, turn, count in [one] if options.seq else SHAPES:
+        shape = {"tokens": tokens, "fraction": fraction, "turn": turn}
+        for line in time_attention([in_turns(tokens, fraction, turn)] * count, heads, TTT_STEPS, options.repeats):
+            text = json.dumps(shape | line)
+            print(text, flush=True)
+            if options.json:
+                with options.json.open("a", encoding="utf-8") as stream:
+                    stream.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    main()
