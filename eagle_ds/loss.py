@@ -29,6 +29,7 @@ from eagle_ds.loss_kernels import LossKernels, LossKind, PlainKernels
 from eagle_ds.model.attention import wide
 from eagle_ds.model.linear import add_product
 from eagle_ds.model.norm import rms_norm
+from eagle_ds.parallel.words import copy_rows
 
 CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}  # a GPU's matmuls want rows, a CPU's caches want few
 COLUMNS = ("loss", "cross_entropy", "entropy", "counted", "trained", "correct", "alpha")
@@ -249,7 +250,7 @@ class _Pass:
         self.d_norm += d_norm
         d_states = d_x if every else torch.zeros_like(states).index_copy_(0, local, d_x)
         for gradient, part in zip(self.d_states, d_states.unflatten(0, (-1, len(self.states))).unbind(1), strict=True):
-            gradient[chunk.start : chunk.stop] = part
+            copy_rows(gradient[chunk.start : chunk.stop], part)
 
     def _normed(self, x: Tensor, norm_weight: Tensor) -> Tensor:
         return rms_norm(x, norm_weight, self.eps)

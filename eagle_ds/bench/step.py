@@ -91,9 +91,10 @@ class StepBench:
         """Time ``steps`` optimizer steps after ``warmup``. Collective."""
         for _ in range(warmup):
             self.step()
-        self._resident = self._between_steps() if self._resident is None else self._resident
-        self._reset_peak()
+        if warmup:
+            self._reset_peak()
         times = np.array([self.step() for _ in range(steps)])
+        self._resident = self._between_steps() if self._resident is None else self._resident
         kept = max(self._held - self._resident - self._head_gradient, 0)
         seconds, memory = self._fullest([*times.mean(0)], [self._peak(), self._resident, kept])
         data, forward, backward, optimizer = (1e3 * s for s in seconds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,18 +39,22 @@ class KeyBounds:
         a causal run) or all the same last key (False). Rows that see nothing are runs of their own."""
         if not len(self.lo):
             return []
-        grows = np.diff(self.hi)
-        sees = self.hi > self.lo
+        grows, sees = np.diff(self.hi), self.hi > self.lo
         regular = (np.diff(self.lo) == 0) & ((grows == 1) | (grows == 0)) & (sees[1:] == sees[:-1])
         kind = np.where(regular, grows, -1)  # of the step from each row to the next
-        ends = np.append(np.flatnonzero(np.diff(kind)) + 1, len(kind))  # of stretches of one kind
-        stops = np.where(regular, np.repeat(ends, np.diff(ends, prepend=0)), np.arange(len(kind))) + 1
-        stops, causal = np.append(stops, len(self.lo)).tolist(), np.append(grows == 1, True).tolist()
+        edges = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(kind)]  # of stretches of one kind
         runs, start = [], 0
-        while start < len(stops):
-            runs.append((start, stops[start], causal[start]))
-            start = stops[start]
-        return runs
+        for first, last in pairwise(edges):
+            start = max(start, first)
+            if start >= last:
+                continue  # its only step leads from a run's last row
+            if kind[first] < 0:
+                runs += [(row, row + 1, True) for row in range(start, last)]
+                start = last
+            else:
+                runs.append((start, last + 1, bool(kind[first])))
+                start = last + 1
+        return [*runs, (start, start + 1, True)] if start < len(self.lo) else runs
 
     def rows(self, start: int, stop: int) -> KeyBounds:
         """Bounds of the rows [start, stop)."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention
 from eagle_ds.model.attention_parts import BACKWARD, FORWARD, Cut, Part, keys_behind
+from eagle_ds.parallel.words import copy_rows
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +46,17 @@ class CudnnBackend(TritonBackend):
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
         cut = self.forward_cut.of_heads(q.shape[1])
         done = [self._part_forward(q[p.start : p.stop], k, v, bounds, p, scale) for p in _parts(bounds, cut)]
-        if len(done) == 1:
-            return done[0]
-        return torch.cat([out for out, _ in done]), torch.cat([lse for _, lse in done])
+        return _joined([out for out, _ in done]), _joined([lse for _, lse in done])
 
     def _backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
         dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
         done = []
-        for part in _parts(bounds, self.backward_cut):
+        for part in _parts(bounds, self.backward_cut.of_heads(q.shape[1])):
             rows = slice(part.start, part.stop)
             done.append(self._part_backward(dout[rows], q[rows], k, v, out[rows], lse[rows], bounds, part, scale, dk, dv))
-        return done[0] if len(done) == 1 else torch.cat(done)
+        return _joined(done)
 
     def _part_forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, part: Part, scale: float) -> tuple[Tensor, Tensor]:
         """(out, lse) of the part's rows."""
@@ -66,13 +65,11 @@ class CudnnBackend(TritonBackend):
         else:
             q = _padded(q, part.size + part.padding)
             out, lse = _cudnn_forward(q, *(_padded(x[part.square : part.square + len(q)], len(q)) for x in (k, v)), True, scale)
-            out, lse = out[: part.size], lse[: part.size]
         out = out.to(_type_of_sums(part, q))
         for block in part.blocks:
             rows, keys = slice(block.start, block.stop), slice(block.first_key, block.last_key)
-            block_out, block_lse = _cudnn_forward(q[block.outer_start : block.outer_stop], k[keys], v[keys], False, scale)
-            self.merge_into(out[rows], lse[rows], block_out[block.inner], block_lse[block.inner])
-        return out.to(q.dtype), lse
+            self.merge_into(out[rows], lse[rows], *_cudnn_forward(q[rows], k[keys], v[keys], False, scale))
+        return out[: part.size].to(q.dtype), lse[: part.size]
 
     def _part_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, part: Part, scale: float,
@@ -87,15 +84,13 @@ class CudnnBackend(TritonBackend):
             keys = slice(part.square, part.square + len(q))
             dq, *gradients = _cudnn_backward(dout, q, *(_padded(x[keys], len(q)) for x in (k, v)), out, lse, True, scale)
             self.add_into(dk[keys], dv[keys], *(g[: len(dk[keys])] for g in gradients))
-            dq = dq[: part.size]
         dq = dq.to(_type_of_sums(part, q))
         for block in part.blocks:
-            rows, keys = slice(block.outer_start, block.outer_stop), slice(block.first_key, block.last_key)
-            block_lse = _lse_of_inner(lse[rows], block.inner) if block.is_padded else lse[rows]
-            block_dq, *gradients = _cudnn_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], block_lse, False, scale)
+            rows, keys = slice(block.start, block.stop), slice(block.first_key, block.last_key)
+            block_dq, *gradients = _cudnn_backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], False, scale)
             self.add_into(dk[keys], dv[keys], *gradients)
-            dq[block.start : block.stop] += block_dq[block.inner]
-        return dq.to(q.dtype)
+            dq[rows] += block_dq
+        return dq[: part.size].to(q.dtype)
 
 
 def _parts(bounds: KeyBounds, cut: Cut) -> list[Part]:
@@ -117,14 +112,17 @@ def _behind_blocks(bounds: KeyBounds, part: Part) -> KeyBounds:
 
 def _padded(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
     """[n, ...] -> [rows, ...], with rows of ``value`` behind."""
-    return x if len(x) == rows else torch.cat([x, x.new_full((rows - len(x), *x.shape[1:]), value)])
+    return x if len(x) == rows else _joined([x, x.new_full((rows - len(x), *x.shape[1:]), value)])
 
 
-def _lse_of_inner(lse: Tensor, inner: slice) -> Tensor:
-    """``lse`` [rows, Hq] with inf outside of ``inner``: p = exp(s - inf) = 0, so those rows give no gradient to keys."""
-    only = torch.full_like(lse, torch.inf)
-    only[inner] = lse[inner]
-    return only
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Rows one after another, whatever the order of rows and heads in memory."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for to, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
+        copy_rows(to, part)
+    return joined
 
 
 def _type_of_sums(part: Part, q: Tensor) -> torch.dtype:

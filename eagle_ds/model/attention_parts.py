@@ -6,17 +6,18 @@ cuDNN's kernels are the fastest, but they know only rectangles and causal square
     run      rows p = a .. b-1 that see keys lo .. p: a causal square, a multiple of ``square`` rows that begins such a multiple
              behind lo, and in front of it rectangles whose sides are that times a power of two. Very long runs come in
              pieces of ``long_run`` rows: 128K of them take 236 ms forward on an H200 instead of 260 in one square
-             (docs/benchmarks/h200.md). Rows that are left over at the end, if more than half a square, are padded to one
-    stairs   any other rows of one document, however scattered: the largest rectangle below the line of their last keys is a full
-             block, then the largest one before it and the largest one behind it, and so on. Keys come in multiples of ``keys``;
-             rows as they do, but the kernel is given a few more, so that their number is a round one. What is left of each row's
-             keys is left to Triton, which compiles no shape in
+             (docs/benchmarks/h200.md). At the end they are padded, if that is by less than half of ``square``, or left to stairs
+    stairs   any other rows of one document, however scattered: of the rectangles below the line of their last keys, the one that
+             saves most is a full block, then the best one before it and the best one behind it, and so on. Keys come in
+             multiples of ``keys``, rows in numbers that fill a GPU evenly. What is left of each row's keys is left to Triton, which
+             compiles no shape in
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -24,28 +25,16 @@ import numpy as np
 from eagle_ds.model.attention import KeyBounds
 
 WIDE = 32  # heads that the sizes below were chosen with
-UNIT, COARSE = 256, 2048  # rows that a kernel is given of stairs: a multiple, and beyond this many powers of two
+EVEN = 8  # so many multiples of a least number of rows are sizes of blocks; beyond them there are two sizes an octave
 
 
 class Block(NamedTuple):
-    """Query rows [start, stop) of a part, all of which see the keys [first_key, last_key)."""
+    """Query rows [start, stop) of a part, padding included, all of which see the keys [first_key, last_key)."""
 
     start: int
     stop: int
     first_key: int
     last_key: int
-    outer_start: int  # rows [outer_start, outer_stop) are what a kernel is given; what it makes of the others does not count
-    outer_stop: int
-
-    @property
-    def inner(self) -> slice:
-        """Those that count among those that a kernel is given."""
-        return slice(self.start - self.outer_start, self.stop - self.outer_start)
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether there are others."""
-        return (self.start, self.stop) != (self.outer_start, self.outer_stop)
 
 
 class Part(NamedTuple):
@@ -67,19 +56,31 @@ class Part(NamedTuple):
 class Cut:
     """Sizes that decide."""
 
-    least_rows: int = 384  # of a block of stairs: fewer do not fill a GPU
-    keys: int = 4096  # that such a block is a multiple of
+    rows: int = 512  # least of a block of stairs: with 32 heads, 128 blocks of threads for a Hopper GPU's 132 multiprocessors
+    by_heads: bool = True  # more of them for fewer heads: both together are all that can fill a GPU in a forward; a backward has keys
+    beside: int = 0  # so many more rows would take as long as what a block costs beside its rows
+    call: int = 1 << 24  # so many pairs of row and key, over all heads, take as long as to start a block's kernels: 40 microseconds
+    triton: float = 1.4  # times as long as cuDNN does Triton take
+    keys: int = 4096  # that a block of stairs is a multiple of
     square: int = 4096  # below it cuDNN's plan building and extra passes over dK/dV cost more than its kernels save
     long_run: int = 65536  # rows, and keys of a run's rectangle
     long_block: int = 32768  # keys of a block of stairs: beside it cuDNN's backward needs 512 bytes a query head and key
-    unit: int = UNIT
 
     def __post_init__(self) -> None:
-        assert self.least_rows >= self.unit and self.long_block % self.keys == 0, self
+        assert self.long_block % self.keys == 0 and self.triton > 1, self
 
     def of_heads(self, heads: int) -> Cut:
-        """More rows for fewer heads: both together are all that can fill a GPU in a forward; a backward has keys."""
-        return replace(self, least_rows=self.least_rows * max(WIDE // heads, 1))
+        """For a rank that holds so many query heads; numbers are then those of one head."""
+        rows = self.rows * max(WIDE // heads, 1) if self.by_heads else self.rows
+        return replace(self, rows=rows, call=self.call // heads)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Rows of blocks of stairs, ascending: few, because every shape costs a plan."""
+        sizes = [self.rows * i for i in range(1, EVEN + 1)]
+        while sizes[-1] < self.long_run:
+            sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
+        return np.array(sizes)
 
     def __call__(self, bounds: KeyBounds) -> Iterator[Part]:
         """Runs, and between them other rows: all rows once, in order."""
@@ -90,14 +91,10 @@ class Cut:
             lo, own = int(bounds.lo[a]), int(bounds.hi[a]) - 1
             a += -(own - lo) % self.square
             rest = (b - a) % self.square
-            whole = b - rest
-            if whole > a:
+            b -= rest if 2 * rest < self.square else 0
+            if b > a:
                 yield from self._stairs(bounds, start, a)
-                yield from self._run(a, whole, lo, int(bounds.hi[a]) - 1)
-                start = whole
-            if 2 * rest >= self.square:
-                yield from self._stairs(bounds, start, whole)
-                yield self._rest(whole, b, lo, int(bounds.hi[whole]) - 1)
+                yield from self._run(a, b, lo, int(bounds.hi[a]) - 1)
                 start = b
         yield from self._stairs(bounds, start, len(bounds.lo))
 
@@ -106,14 +103,10 @@ class Cut:
         as a short one would not pay for its shapes."""
         while start < stop:
             end = stop if stop - start <= self.long_run * 3 // 2 else start + self.long_run
-            rows, keys = list(self._sides(0, end - start)), list(self._sides(lo, own))
-            yield Part(start, end, tuple(Block(*r, *k, *r) for r in rows for k in keys), own)
+            padding = -(end - start) % self.square
+            rows, keys = list(self._sides(0, end - start + padding)), list(self._sides(lo, own))
+            yield Part(start, end, tuple(Block(*r, *k) for r in rows for k in keys), own, padding)
             start, own = end, own + end - start
-
-    def _rest(self, start: int, stop: int, lo: int, own: int) -> Part:
-        """The rows [start, stop), the first of which stands at the key ``own``, padded to one square."""
-        blocks = tuple(Block(0, stop - start, *keys, 0, self.square) for keys in self._sides(lo, own))
-        return Part(start, stop, blocks, own, self.square - (stop - start))
 
     def _sides(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """[start, stop) in powers of two times ``square``, the largest first."""
@@ -128,12 +121,11 @@ class Cut:
         """The rows [start, stop), with the full blocks of each document in them; in one part, unless windows overlap."""
         blocks: list[Block] = []
         edges = np.concatenate([[start], start + 1 + np.flatnonzero(np.diff(bounds.lo[start:stop])), [stop]])
-        for i in np.flatnonzero(np.diff(edges) >= self.least_rows).tolist():  # a window has as many edges as rows
+        for i in np.flatnonzero(np.diff(edges) >= self.rows).tolist():  # a window has as many edges as rows
             a, b = int(edges[i]), int(edges[i + 1])
             for first, last, seen, shared in self._rectangles(bounds.hi, int(bounds.lo[a]), a, b):
-                keys = [(key, min(key + self.long_block, shared)) for key in range(seen, shared, self.long_block)]
-                rows = list(self._rows(first - start, last - start, stop - start))
-                blocks += [Block(*inner, *k, *outer) for inner, outer in rows for k in keys]
+                for key in range(seen, shared, self.long_block):
+                    blocks.append(Block(first - start, last - start, key, min(key + self.long_block, shared)))
             if blocks and b < stop and bounds.lo[b] < blocks[-1].last_key:  # keys behind blocks must not begin earlier from row to row
                 yield Part(start, b, tuple(blocks))
                 start, blocks = b, []
@@ -141,37 +133,27 @@ class Cut:
             yield Part(start, stop, tuple(blocks))
 
     def _rectangles(self, hi: np.ndarray, lo: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """(first row, last row, first key, last key) of the largest rectangle that the rows [start, stop) see beyond the key ``lo``, of
-        the largest one among the rows before it, of the largest one behind it, and so on. All end with the rows that they are cut
-        from, so no row has fewer keys left to see from an earlier key on than the row before it."""
+        """(first row, last row, first key, last key) of the rectangle that saves most among those that the rows [start, stop) see beyond
+        the key ``lo``, of the best one among the rows before it, of the best one behind it, and so on. All end with the rows that
+        they are cut from, so no row has fewer keys left to see from an earlier key on than the row before it."""
         todo = [(start, stop, lo)]
         while todo:
             start, stop, seen = todo.pop()
-            candidates = np.arange(start, stop - self.least_rows + 1)
-            if not len(candidates):
+            rows = self.sizes[self.sizes <= stop - start]
+            if not len(rows):
                 continue
-            shared = np.maximum(hi[candidates] - seen, 0) // self.keys * self.keys
-            rows = stop - candidates
-            best = int(((rows - -rows % self.unit) * shared).argmax())  # what a kernel works on in vain counts against a rectangle
-            first, last_key = start + best, seen + int(shared[best])
-            if last_key > seen:
+            shared = np.maximum(hi[stop - rows] - seen, 0) // self.keys * self.keys
+            saved = ((self.triton - 1) * rows - self.beside) * shared - self.call * -(-shared // self.long_block)
+            best = int(saved.argmax())
+            if saved[best] > 0:
+                first, last_key = stop - int(rows[best]), seen + int(shared[best])
                 yield first, stop, seen, last_key
                 todo += [(start, first, seen), (first, stop, last_key)]
 
-    def _rows(self, start: int, stop: int, rows: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        """[start, stop) of ``rows`` rows in pieces: those that count, and round numbers of rows around them."""
-        while start < stop:
-            left, size = stop - start, COARSE
-            while 2 * size <= min(left, self.long_run):
-                size *= 2
-            if left < COARSE:
-                size = min(-(-left // self.unit) * self.unit, rows // self.unit * self.unit)
-            first = min(start, rows - size)
-            yield (start, min(first + size, stop)), (first, first + size)
-            start = first + size
 
-
-FORWARD = BACKWARD = Cut()
+FORWARD = Cut()
+BACKWARD = Cut(by_heads=False, beside=192, triton=1.5)
+"""In a backward, 56 bytes a key and KV head are moved beside the matmuls of a block, to sum what its query heads give to dK and dV."""
 
 
 def keys_behind(bounds: KeyBounds, part: Part) -> np.ndarray:

@@ -24,6 +24,7 @@ from eagle_ds.model.elementwise import rotate_into
 from eagle_ds.model.linear import add_product
 from eagle_ds.model.norm import norm_into, rms_norm, rms_norm_gradients
 from eagle_ds.model.rows import add_rows, take_rows
+from eagle_ds.parallel.words import copy_rows
 
 
 class ProjectionWeights(NamedTuple):
@@ -80,7 +81,7 @@ class StepProjections:
         for y, x in zip(to[:2], parts[:2], strict=True):
             rotate_into(y, x, *angles, back=back)
         for y, x in zip(to[2:], parts[2:], strict=True):
-            y.copy_(x)
+            copy_rows(y, x)
 
     @property
     def weights(self) -> ProjectionWeights:

@@ -15,6 +15,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from eagle_ds.parallel.topology import Group
+from eagle_ds.parallel.words import dense
 
 
 class UlyssesExchange:
@@ -47,7 +48,7 @@ class UlyssesExchange:
         if u == 1:
             return rows
         own, heads, width = rows.shape
-        sent = rows.view(own, u, heads // u, width).transpose(0, 1).contiguous()
+        sent = dense(dense(rows).view(own, u, heads // u * width).transpose(0, 1))
         received = rows.new_empty(sum(counts), heads // u, width)
         unit = heads // u * width
         self._all_to_all(received, sent, [c * unit for c in counts], [own * unit] * u)
@@ -61,8 +62,8 @@ class UlyssesExchange:
         _, heads, width = rows.shape
         own, unit = counts[self.group.rank], heads * width
         received = rows.new_empty(u, own, heads, width)
-        self._all_to_all(received, rows.contiguous(), [own * unit] * u, [c * unit for c in counts])
-        return received.transpose(0, 1).reshape(own, u * heads, width)
+        self._all_to_all(received, dense(rows), [own * unit] * u, [c * unit for c in counts])
+        return dense(received.view(u, own, unit).transpose(0, 1)).view(own, u * heads, width)
 
     def kv_to_slots(self, kv: Tensor, counts: Sequence[int]) -> Tensor:
         """[own rows, Hkv, w] -> [all rows of the group, slots, w]. Collective."""

@@ -152,7 +152,8 @@ def backend() -> TritonBackend:
 
 def backend_in_parts() -> CudnnBackend:
     """Every kind of part, at the size of these problems."""
-    cuts = (Cut(4, 8, 4, 8, 16, unit=4), Cut(12, 8, 6, 12, 8, unit=8))
+    forward = Cut(4, False, call=0, keys=8, square=4, long_run=8, long_block=16)
+    cuts = (forward, Cut(6, False, beside=1, call=0, keys=8, square=6, long_run=12, long_block=8))
     made, plain = CudnnBackend(WIDTH, *cuts), ReferenceAttention()
     set_blocks(made.triton_forward.__self__)
 
