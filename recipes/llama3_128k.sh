@@ -8,12 +8,12 @@
 #   draft.rope_*                  the target's own: trained to 131072, and a missing base means 10000 to a server
 #   parallel.ulysses 8, ring 1    8 KV heads on 8 GPUs: one each, nothing replicated, K_0/V_0 sent once per sequence
 #   data.pack_tokens 131072       a batch is a number of tokens: one long sample, or many short ones side by side
-#   training.recompute none       27 GiB of a GPU's 80 as it is (--plan); selective 22 or full 14 on smaller GPUs, or for longer samples
+#   training.recompute none       25 GiB of a GPU's 80 as it is (--plan); selective 21 or full 13 on smaller GPUs, or for longer samples
 #   training.gradient_clipping 0.5, betas (0.9, 0.95)   as EAGLE's own training code has them
 #   deepspeed zero1               425 million trained parameters: optimizer state is worth spreading, weights are not
 #
-# Ran on: its true shapes with synthetic features on one H200 (9.8 s and 114 GiB a step with recompute selective, 10.4 s and 53 GiB
-# with full) and on two (5.1 s and 66 GiB, 5.3 s and 35 GiB); never yet on eight GPUs: docs/benchmarks/h200.md
+# Ran on: its true shapes with synthetic features on one H200 (9.6 s and 105 GiB a step with recompute selective, 10.0 s and 53 GiB
+# with full) and on four (2.54 s and 41 GiB with none, 2.65 s and 18 GiB with full); never yet on eight GPUs: docs/benchmarks/h200.md
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3

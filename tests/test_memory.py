@@ -39,10 +39,15 @@ MEASURED = (  # 2026-11-26, by the code as it is
     Measured(24.25, 131072, 0.1, recompute="selective"),
     Measured(19.00, 131072, 0.1, recompute="full"),
     Measured(104.70, 131072, recompute="selective"),
+    Measured(53.34, 131072, recompute="full"),
     Measured(104.70, 4096, documents=32, recompute="selective"),
     Measured(15.38, 32768, ulysses=4),
     Measured(11.76, 131072, 0.1, ulysses=4),
     Measured(40.55, 131072, ulysses=4),
+    Measured(9.30, 32768, ulysses=4, recompute="full"),  # this and the next two: one rank alone
+    Measured(8.93, 131072, 0.1, ulysses=4, recompute="full"),
+    Measured(17.43, 131072, ulysses=4, recompute="full"),
+    Measured(94.12, 1 << 20, ulysses=4, recompute="full"),
     Measured(39.17, 131072, ring=4),
     Measured(40.67, 131072, ulysses=2, ring=2),
 )

@@ -71,6 +71,7 @@ def fraction_figure(results: Sequence[Result]) -> bytes | None:
     for axes in (time, memory):
         axes.set_xlabel("trained rows, % of all")
         axes.set_xlim(left=0)
+    time.set_yscale("log")  # a million tokens beside 128K
     _finish(time, memory)
     return png(figure)
 
