@@ -59,7 +59,7 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
         places = tl.where(higher, start + columns, places)
         peaks = tl.maximum(peaks, z)
     peak = tl.max(peaks, 0)
-    best = tl.min(tl.where(peaks == peak, places, vocab), 0)
+    best = tl.min(tl.where(peaks == peak, places, vocab - 1), 0)  # a row of NaN has none: any column that is there
     lse = peak + tl.log(tl.sum(totals * tl.exp(peaks - peak), 0))
 
     mix, weight = tl.load(Mix + row), tl.load(Weight + row)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, reduce
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,27 +33,12 @@ class KeyBounds:
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what a backend worked out for these rows
 
     @cached_property
-    def runs(self) -> list[tuple[int, int, bool]]:
-        """Maximal runs of rows [start, stop) that see the same first key, and either one key more from row to row (True:
-        a causal run) or all the same last key (False). Rows that see nothing are runs of their own."""
-        if not len(self.lo):
-            return []
-        grows, sees = np.diff(self.hi), self.hi > self.lo
-        regular = (np.diff(self.lo) == 0) & ((grows == 1) | (grows == 0)) & (sees[1:] == sees[:-1])
-        kind = np.where(regular, grows, -1)  # of the step from each row to the next
-        edges = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(kind)]  # of stretches of one kind
-        runs, start = [], 0
-        for first, last in pairwise(edges):
-            start = max(start, first)
-            if start >= last:
-                continue  # its only step leads from a run's last row
-            if kind[first] < 0:
-                runs += [(row, row + 1, True) for row in range(start, last)]
-                start = last
-            else:
-                runs.append((start, last + 1, bool(kind[first])))
-                start = last + 1
-        return [*runs, (start, start + 1, True)] if start < len(self.lo) else runs
+    def causal_runs(self) -> list[tuple[int, int]]:
+        """Maximal runs of two or more rows [start, stop) that see the same first key, and one key more from row to row."""
+        sees = self.hi > self.lo
+        grows = (np.diff(self.lo) == 0) & (np.diff(self.hi) == 1) & (sees[1:] == sees[:-1])
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], grows, [False]])))
+        return [(start, last + 1) for start, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)]
 
     def rows(self, start: int, stop: int) -> KeyBounds:
         """Bounds of the rows [start, stop)."""
@@ -100,13 +84,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint key sets; out [N, Hq, d], lse [N, Hq]. Either set may be empty (lse = -inf)."""
-    lse = torch.logaddexp(lse_a, lse_b)
+def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint key sets, from (out [N, Hq, d], lse [N, Hq]) of each, which may be empty (lse = -inf)."""
+    lse = torch.logsumexp(torch.stack([lse for _, lse in parts]), 0)
     finite = torch.where(lse == -torch.inf, 0.0, lse)
-    weight_a = torch.exp(lse_a - finite).unsqueeze(-1)
-    weight_b = torch.exp(lse_b - finite).unsqueeze(-1)
-    return out_a * weight_a + out_b * weight_b, lse
+    weighted = (out * torch.exp(part_lse - finite).unsqueeze(-1) for out, part_lse in parts)
+    return reduce(torch.add, weighted), lse
 
 
 class ReferenceAttention:
@@ -147,7 +130,8 @@ class ReferenceAttention:
     def diagonal_forward(self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
         """See ``BlockAttention``."""
         for k, v in zip(diagonals[::2], diagonals[1::2], strict=True):
-            out, lse = merge(out.to(lse.dtype), lse, _per_query_head(v, q).to(lse.dtype), _diagonal_score(q, k, scale))
+            own = _per_query_head(v, q).to(lse.dtype), _diagonal_score(q, k, scale)
+            out, lse = merge((out.to(lse.dtype), lse), own)
         return out.to(q.dtype), lse
 
     def diagonal_backward(

@@ -6,7 +6,7 @@ cuDNN's kernels are the fastest, but they know only rectangles and causal square
     run      rows p = a .. b-1 that see keys lo .. p: a causal square, a multiple of ``square`` rows that begins such a multiple
              behind lo, and in front of it rectangles whose sides are that times a power of two. Very long runs come in
              pieces of ``long_run`` rows: 128K of them take 236 ms forward on an H200 instead of 260 in one square
-             (docs/benchmarks/h200.md). At the end they are padded, if that is by less than half of ``square``, or left to stairs
+             (docs/benchmarks/h200.md). At the end they are padded, if by no more than half of ``square``, or left to stairs
     stairs   any other rows of one document, however scattered: of the rectangles below the line of their last keys, the one that
              saves most is a full block, then the best one before it and the best one behind it, and so on. Keys come in
              multiples of ``keys``, rows in numbers that fill a GPU evenly. What is left of each row's keys is left to Triton, which
@@ -85,8 +85,8 @@ class Cut:
     def __call__(self, bounds: KeyBounds) -> Iterator[Part]:
         """Runs, and between them other rows: all rows once, in order."""
         start = 0
-        for a, b, causal in bounds.runs:
-            if not causal or b - a < self.square:
+        for a, b in bounds.causal_runs:
+            if b - a < self.square:
                 continue
             lo, own = int(bounds.lo[a]), int(bounds.hi[a]) - 1
             a += -(own - lo) % self.square
@@ -126,7 +126,8 @@ class Cut:
             for first, last, seen, shared in self._rectangles(bounds.hi, int(bounds.lo[a]), a, b):
                 for key in range(seen, shared, self.long_block):
                     blocks.append(Block(first - start, last - start, key, min(key + self.long_block, shared)))
-            if blocks and b < stop and bounds.lo[b] < blocks[-1].last_key:  # keys behind blocks must not begin earlier from row to row
+            behind = max((block.last_key for block in blocks), default=0)
+            if b < stop and bounds.lo[b] < behind:  # keys behind blocks must not begin earlier from row to row
                 yield Part(start, b, tuple(blocks))
                 start, blocks = b, []
         if start < stop:

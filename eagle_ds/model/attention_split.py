@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds.model.attention import KeyBounds, wide
+from eagle_ds.model.attention import KeyBounds, merge, wide
 
 LEAST_KEYS = 4096  # of a piece: work enough beside the rows' copies
 MOST_PIECES = 32
@@ -47,10 +47,8 @@ class Split:
 
     def merged(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of the copies, [pieces * padded, Hq, d] and [pieces * padded, Hq], -> of the rows."""
-        out, lse = self._by_piece(out), self._by_piece(lse)
-        total = torch.logsumexp(lse, 0)
-        weight = torch.exp(lse - torch.where(total == -torch.inf, 0.0, total))
-        return (out * weight.unsqueeze(-1)).sum(0).to(out.dtype), total
+        merged, total = merge(*zip(self._by_piece(out), self._by_piece(lse), strict=True))
+        return merged.to(out.dtype), total
 
     def summed(self, x: Tensor) -> Tensor:
         """[pieces * padded, ...] -> [rows, ...], added up in float32 at least."""

@@ -134,7 +134,7 @@ class PrefixAttention:
             block = (self.ring.group.rank - i) % size
             coming = self.ring.rotate(kv, self.ring.counts[block - 1]) if i + 1 < size else None
             block_out, block_lse = self._block_forward(q, kv, block, step)
-            out, lse = (block_out.to(block_lse.dtype), block_lse) if out is None else merge(out, lse, block_out, block_lse)
+            out, lse = (block_out.to(block_lse.dtype), block_lse) if out is None else merge((out, lse), (block_out, block_lse))
             kv = coming.wait() if coming else kv
         return out, lse
 

@@ -19,6 +19,7 @@ from triton.runtime.errors import OutOfResources
 
 from eagle_ds import loss_triton
 from eagle_ds.loss_kernels import LossKernels, PlainKernels
+from eagle_ds.loss_triton import TritonKernels
 from eagle_ds.model import attention_cuda, attention_split, diagonal_triton, elementwise_triton, norm_triton, rows_triton, sums_triton
 from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
 from eagle_ds.model.attention_cuda import CudnnBackend, TritonBackend
@@ -42,10 +43,17 @@ def row_sets() -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
         "scattered": (np.zeros(37, dtype=np.int64), rows + 1, 90),
         "packed": (documents[np.searchsorted(documents, rows, side="right") - 1], rows + 1, 90),
         "window": (np.maximum(rows - 20, 0), rows + 1, 90),
+        "window with turns": window_with_turns(),
         "ring block": (np.zeros(37, dtype=np.int64), block, 20),
         "keys that no row sees": (np.full(3, 40), np.full(3, 60), 90),
         "one row": (np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64), 1),
     }
+
+
+def window_with_turns() -> tuple[np.ndarray, np.ndarray, int]:
+    """Early rows see from key 0 on, and a block of late rows among them reaches further than a later row's window begins."""
+    rows = np.concatenate([np.arange(10, 14), np.arange(30, 38), np.arange(52, 60)])
+    return np.maximum(rows - 39, 0), rows + 1, 60
 
 
 def attention(lo: np.ndarray, hi: np.ndarray, keys: int, heads_first: bool = False, in_parts: bool = False) -> Errors:
@@ -126,8 +134,11 @@ def losses(kind: str) -> Errors:
         return [lse, entropy, *silent, *kernels.row_losses(*arguments, weight.to(dtype), gradient), gradient]
 
     row_names = ("cross-entropy", "alpha", "best")
+    nan, zeros = torch.full((1, 200), torch.nan), torch.zeros(3)
+    cross_entropy, _, best = TritonKernels.row_losses(nan, target, row[:1], zeros, zeros, kind, None, weight[:1], None)
+    assert cross_entropy.isnan() and 0 <= best < 200, "a column that is there: what follows looks it up"
     names = ("lse", "entropy", *(f"{name}, no gradient" for name in row_names), *row_names, "gradient")
-    found, expected = run(loss_triton.TritonKernels, torch.float32), run(PlainKernels, torch.float64)
+    found, expected = run(TritonKernels, torch.float32), run(PlainKernels, torch.float64)
     return {name: relative_error(f, e.to(torch.float64)) for name, f, e in zip(names, found, expected, strict=True)}
 
 
@@ -152,7 +163,7 @@ def backend() -> TritonBackend:
 
 def backend_in_parts() -> CudnnBackend:
     """Every kind of part, at the size of these problems."""
-    forward = Cut(4, False, call=0, keys=8, square=4, long_run=8, long_block=16)
+    forward = Cut(4, False, call=0, triton=2, keys=4, square=4, long_run=8, long_block=16)
     cuts = (forward, Cut(6, False, beside=1, call=0, keys=8, square=6, long_run=12, long_block=8))
     made, plain = CudnnBackend(WIDTH, *cuts), ReferenceAttention()
     set_blocks(made.triton_forward.__self__)
@@ -181,7 +192,7 @@ def sums() -> Errors:
     outs = [torch.randn(37, HEADS, WIDTH, generator=generator).half() for _ in range(2)]
     lses = [torch.randn(HEADS, 37, generator=generator).t() for _ in range(2)]
     lses[0][:5], lses[1][3:9] = -torch.inf, -torch.inf
-    out, lse = merge(outs[0].double(), lses[0].double(), outs[1].double(), lses[1].double())
+    out, lse = merge(*((o.double(), s.double()) for o, s in zip(outs, lses, strict=True)))
     sums_triton.merge_into(outs[0], lses[0], outs[1].transpose(0, 1).contiguous().transpose(0, 1), lses[1])
     total = torch.randn(37, KV_HEADS, 2 * WIDTH, generator=generator)
     blocks = [torch.randn(KV_HEADS, 37, WIDTH, generator=generator).half().transpose(0, 1) for _ in range(2)]
@@ -243,7 +254,7 @@ def cases() -> Iterator[tuple[str, Errors]]:
     attention_split.LEAST_KEYS = 4
     for name, (lo, hi, keys) in sets.items():
         yield f"attention, {name}", attention(lo, hi, keys)
-    for name in ("causal", "scattered", "packed", "window", "ring block"):
+    for name in ("causal", "scattered", "packed", "window", "window with turns", "ring block"):
         yield f"attention in parts, {name}", attention(*sets[name], in_parts=True)
     yield "smaller tiles", smaller_tiles()
     yield "sums", sums()

@@ -86,45 +86,31 @@ def test_reference_is_the_dense_softmax(problem: tuple[np.ndarray, np.ndarray, i
 
 
 def test_merge_with_an_empty_set_changes_nothing() -> None:
-    out, lse = torch.randn(3, 2, 4), torch.randn(3, 2)
-    empty, nothing = torch.zeros(3, 2, 4), torch.full((3, 2), -math.inf)
-    for pair in (merge(out, lse, empty, nothing), merge(empty, nothing, out, lse)):
-        assert torch.equal(pair[0], out) and torch.equal(pair[1], lse)
-    both = merge(empty, nothing, empty, nothing)
+    some, nothing = (torch.randn(3, 2, 4), torch.randn(3, 2)), (torch.zeros(3, 2, 4), torch.full((3, 2), -math.inf))
+    for pair in (merge(some, nothing), merge(nothing, some), merge(nothing, some, nothing)):
+        assert torch.equal(pair[0], some[0]) and torch.equal(pair[1], some[1])
+    both = merge(nothing, nothing)
     assert not both[0].any() and torch.isneginf(both[1]).all()
 
 
-def test_runs_cover_the_rows_once_and_hold_what_they_promise() -> None:
+def test_causal_runs_hold_what_they_promise() -> None:
     lo = np.array([0, 0, 0, 0, 5, 5, 5, 5, 5, 9])
     hi = np.array([1, 2, 3, 7, 8, 9, 9, 9, 10, 11])
-    runs = KeyBounds.make(lo, hi, torch.device("cpu")).runs
-    assert [r[:2] for r in runs] == list(zip([0, *[r[1] for r in runs][:-1]], [r[1] for r in runs], strict=True)) and runs[-1][1] == 10
-    for start, stop, grows in runs:
-        assert (np.diff(lo[start:stop]) == 0).all() and (np.diff(hi[start:stop]) == int(grows)).all()
-
-
-def runs_row_by_row(lo: list[int], hi: list[int]) -> list[tuple[int, int]]:
-    """Each run taken as far as its first two rows promise."""
-    runs, start = [], 0
-    while start < len(lo):
-        stop, promise = start + 1, None
-        while stop < len(lo):
-            grows = hi[stop] - hi[stop - 1]
-            like = lo[stop] == lo[start] and grows in (0, 1) and (hi[stop] > lo[stop]) == (hi[start] > lo[start])
-            if not like or grows != (grows if promise is None else promise):
-                break
-            stop, promise = stop + 1, grows
-        runs.append((start, stop))
-        start = stop
-    return runs
+    assert KeyBounds.make(lo, hi, torch.device("cpu")).causal_runs == [(0, 3), (4, 6), (7, 9)]
+    assert KeyBounds.make(lo[:0], hi[:0], torch.device("cpu")).causal_runs == []
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(monotone_bounds())
-def test_runs_are_as_long_as_they_can_be(problem: tuple[np.ndarray, np.ndarray, int]) -> None:
+def test_causal_runs_are_as_long_as_they_can_be(problem: tuple[np.ndarray, np.ndarray, int]) -> None:
     lo, hi, _ = problem
-    found = [run[:2] for run in KeyBounds.make(lo, hi, torch.device("cpu")).runs]
-    assert found == runs_row_by_row(lo.tolist(), hi.tolist())
+    runs = KeyBounds.make(lo, hi, torch.device("cpu")).causal_runs
+    inside = np.zeros(len(lo), dtype=bool)  # of the step from each row to the next
+    for start, stop in runs:
+        inside[start : stop - 1] = True
+    for row in range(len(lo) - 1):
+        both_see = (hi[row] > lo[row]) == (hi[row + 1] > lo[row + 1])
+        assert inside[row] == (lo[row] == lo[row + 1] and hi[row] + 1 == hi[row + 1] and both_see)
 
 
 def test_a_long_window_is_cut_at_once() -> None:
@@ -215,6 +201,21 @@ def test_parts_for_cudnn_cover_the_rows_once_and_hold_what_they_promise(
         check_part(part, bounds.lo[part.start : part.stop], bounds.hi[part.start : part.stop], cut)
 
 
+def test_a_window_over_turns_is_cut_where_blocks_reach_beyond_a_later_row() -> None:
+    """The block with the last key stands at none of the ends of the list."""
+    lo, hi, _ = window_with_turns()
+    cut = Cut(rows=4, by_heads=False, call=0, triton=2.0, keys=4, square=100, long_block=40)
+    parts = list(cut(KeyBounds.make(lo, hi, torch.device("cpu"))))
+    assert len(parts) > 1
+    for part in parts:
+        check_part(part, lo[part.start : part.stop], hi[part.start : part.stop], cut)
+
+
+def window_with_turns() -> tuple[np.ndarray, np.ndarray, int]:
+    rows = np.concatenate([np.arange(10, 14), np.arange(30, 38), np.arange(52, 60)])
+    return np.maximum(rows - 39, 0), rows + 1, 60
+
+
 def check_part(part: Part, lo: np.ndarray, hi: np.ndarray, cut: Cut) -> None:
     """Every key that a row sees is in one of its blocks, or in the square or the interval behind them, once; no interval begins
     before that of the row before."""
@@ -269,6 +270,7 @@ def gpu_problems() -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     turns = np.concatenate([np.arange(a, a + 100) for a in (300, 700, 1500)])
     documents = np.repeat([0, 500, 513], [500, 13, 800])
     window = np.arange(1000)
+    scattered = np.concatenate([np.arange(a, a + 130) for a in (100, 700, 1100, 1500)])
     block = np.clip(np.arange(1200) - 600, 0, 300)
     return {
         "causal": causal(1021),
@@ -277,6 +279,7 @@ def gpu_problems() -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
         "stairs": (np.zeros(600, dtype=np.int64), np.arange(0, 3000, 5) + 1, 3000),
         "packed": (documents, np.arange(1, 1314), 1313),
         "window": (np.maximum(window - 99, 0), window + 1, 1000),
+        "window with turns": (np.maximum(scattered - 899, 0), scattered + 1, 2000),
         "ring block": (np.zeros(1200, dtype=np.int64), block, 300),
         "few rows, many keys": (np.zeros(200, dtype=np.int64), np.arange(29_800, 30_000) + 1, 30_000),
         "one row": (np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64), 1),
