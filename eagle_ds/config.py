@@ -183,7 +183,7 @@ class TrainingConfig(Section):
     max_steps: PositiveInt | None = Field(None, description="stop after this many optimizer steps; null: epochs decide")
     seed: int = Field(0, description="of initialisation and sampling order")
     recompute: Literal["none", "selective", "mlp", "full"] = Field(
-        "none", description="what the backward computes again to save memory: nothing, all but matmuls, the MLP, that and K_0/V_0"
+        "none", description="what is computed again to save memory: nothing, all but matmuls, MLP and output projection, also K_0/V_0"
     )
     offload_activations: bool = Field(False, description="keep what the TTT steps leave for the backward in pinned host memory")
     check_memory: bool = Field(True, description="refuse, before training, what is predicted not to fit the GPU; false: try it")

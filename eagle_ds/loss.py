@@ -27,6 +27,7 @@ from torch import Tensor
 
 from eagle_ds.loss_kernels import LossKernels, LossKind, PlainKernels
 from eagle_ds.model.attention import wide
+from eagle_ds.model.fused import is_half_on_gpu
 from eagle_ds.model.linear import add_product
 from eagle_ds.model.norm import rms_norm
 from eagle_ds.parallel.words import copy_rows
@@ -310,7 +311,7 @@ class _Labels:
 
 def _kernels_for(weight: Tensor) -> type[LossKernels]:
     """The Triton twin for half precision on a GPU, else the plain one."""
-    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+    if is_half_on_gpu(weight):
         from eagle_ds.loss_triton import TritonKernels
 
         return TritonKernels
@@ -319,7 +320,7 @@ def _kernels_for(weight: Tensor) -> type[LossKernels]:
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
     """x [n, D] @ weight [V, D].T with float32 results (float64 for float64)."""
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+    if is_half_on_gpu(x):
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return F.linear(x, weight.to(x.dtype)).to(wide(x.dtype))
 

@@ -168,7 +168,7 @@ def kept_per_query_row(recipe: Recipe, element: int, ulysses: int, *, eager: boo
     draft, recompute = recipe.draft, recipe.training.recompute
     hidden, inner = draft.hidden_size, draft.intermediate_size
     queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-    copies = 3 if ulysses > 1 and recompute != "full" else 2  # q, out, and q with its heads sharded
+    copies = 3 if ulysses > 1 and recompute != "full" else 2  # q, out, and unless it is sent again q with its heads sharded
     kept = {
         "states": hidden * element,
         "attention": copies * queries * element + 4 * draft.num_attention_heads,

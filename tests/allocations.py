@@ -171,9 +171,9 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 
 def _norm_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *, wants_dx: bool = True
-) -> tuple[Tensor | None, Tensor]:
-    return torch.empty_like(grad) if wants_dx else None, torch.zeros_like(weight)
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *, dx: Tensor | None = None
+) -> Tensor:
+    return torch.zeros_like(weight)
 
 
 class _Norm(torch.autograd.Function):

@@ -107,7 +107,7 @@ def parse() -> argparse.Namespace:
     store.add_argument("--prefetch", type=int, help="sequences read ahead; default: the recipe's")
     run = parser.add_argument_group("run and results")
     run.add_argument("--steps", type=int, help=f"timed steps; default: {STEPS}, with --from-store {STEPS_FROM_STORE}")
-    run.add_argument("--warmup", type=int, default=1, help="steps before the timed ones; 0 where a step takes minutes; default: 1")
+    run.add_argument("--warmup", type=int, default=1, help="steps before the timed ones; default: 1; with 0 their time holds compilation")
     run.add_argument("--json", type=Path, help="append the lines to this file (default with --out: DIR/steps.jsonl)")
     run.add_argument("--out", type=Path, metavar="DIR", help="write steps.md and pictures of all lines in that file")
     run.add_argument("--plot", type=Path, nargs="+", metavar="JSONL", help="run nothing: draw these results into --out")
@@ -115,6 +115,8 @@ def parse() -> argparse.Namespace:
     run.add_argument("--sample-memory", action="store_true", help="one more step: add the peak memory of each phase")
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.warmup < 0:
+        parser.error(f"--warmup {options.warmup}: give 0 or more steps")
     if options.plot and not options.out:
         parser.error("--plot needs --out DIR to write to")
     if options.alone_of and (options.share_gpu or options.from_store or int(os.environ.get("WORLD_SIZE", 1)) > 1):
@@ -274,7 +276,7 @@ def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, docume
     facts = (recipe, bench.plan, world, bench.dtype)
     try:
         bench.use(MemorySource(*facts))
-        lines, measured = [{"source": "memory"}], [bench.run(steps, options.warmup)]
+        lines, measured = [{"source": "memory", "warmup": options.warmup}], [bench.run(steps, options.warmup)]
         if options.from_store:
             source = StoreSource(open_store(options, bench, document, fraction), *facts)
             bench.use(source)

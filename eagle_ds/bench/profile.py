@@ -24,8 +24,8 @@ CATEGORIES = (
     (LOSS, r"^_(label|row)_kernel|[Ss]oft[Mm]ax|logsumexp|nll_loss"),
     ("matmul", r"gemm|nvjet|cutlass|cublas|splitK|gemv|matmul|triton_tem_fused_.*mm"),
     (COPIES, r"^Mem(cpy|set)|copy_kernel|CatArray|FillFunctor|[Gg]ather|[Ss]catter|index_(select|copy|put|add|elementwise)|indexSelect"),
-    ("norm", r"(?i)rms_?norm|layer_?norm|rsqrt"),
-    ("elementwise", r"elementwise|rotate|swiglu|silu|merge|reduce_kernel|^triton_(poi|red|per|for)_"),
+    ("norm", r"(?i)rms_?norm|layer_?norm|rsqrt|^_norm_(forward|backward)_kernel"),
+    ("elementwise", r"elementwise|rotate|swiglu|silu|merge|^_(add|add_rows|take_rows)_kernel|reduce_kernel|^triton_(poi|red|per|for)_"),
     (OTHER, r""),
 )
 """(category, part of a kernel's name as a regular expression), the first that matches. A kernel of this repository is found

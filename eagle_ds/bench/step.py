@@ -91,8 +91,7 @@ class StepBench:
         """Time ``steps`` optimizer steps after ``warmup``. Collective."""
         for _ in range(warmup):
             self.step()
-        if warmup:
-            self._reset_peak()
+        self._reset_peak()
         times = np.array([self.step() for _ in range(steps)])
         self._resident = self._between_steps() if self._resident is None else self._resident
         kept = max(self._held - self._resident - self._head_gradient, 0)

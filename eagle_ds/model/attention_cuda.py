@@ -16,17 +16,18 @@ from eagle_ds.parallel.words import copy_rows
 
 logger = logging.getLogger(__name__)
 
+HOPPER = 132  # multiprocessors
 FEW_BLOCKS = 2  # of a part: their sums are rounded as they come, which saves passes over float32
 
 
 class TritonBackend:
-    """Interval attention and diagonals in Triton."""
+    """Interval attention and diagonals in Triton. ``programs``: multiprocessors of the GPU."""
 
-    def __init__(self, head_dim: int = 128) -> None:
+    def __init__(self, head_dim: int = 128, programs: int = HOPPER) -> None:
         from eagle_ds.model import diagonal_triton
         from eagle_ds.model.attention_triton import TritonAttention
 
-        intervals = TritonAttention(head_dim)
+        intervals = TritonAttention(head_dim, programs)
         self.forward, self.backward = intervals.forward, intervals.backward
         self.diagonal_forward, self.diagonal_backward = diagonal_triton.diagonal_forward, diagonal_triton.diagonal_backward
 
@@ -34,10 +35,12 @@ class TritonBackend:
 class CudnnBackend(TritonBackend):
     """cuDNN for causal squares and full blocks, Triton for what is left of each row's keys and for the diagonals."""
 
-    def __init__(self, head_dim: int = 128, forward_cut: Cut = FORWARD, backward_cut: Cut = BACKWARD) -> None:
+    def __init__(
+        self, head_dim: int = 128, programs: int = HOPPER, forward_cut: Cut = FORWARD, backward_cut: Cut = BACKWARD
+    ) -> None:
         from eagle_ds.model import sums_triton
 
-        super().__init__(head_dim)
+        super().__init__(head_dim, programs)
         self.triton_forward, self.triton_backward = self.forward, self.backward
         self.forward, self.backward = self._forward, self._backward
         self.merge_into, self.add_into = sums_triton.merge_into, sums_triton.add_into
@@ -169,6 +172,7 @@ def _choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Bl
         return ReferenceAttention(), f"plain PyTorch: the GPU kernels take bfloat16 and float16, not {dtype}"
     if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
         return ReferenceAttention(), f"plain PyTorch: head_dim {head_dim} is not a power of two from 16 to 256"
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
     if head_dim > 128 or torch.cuda.get_device_capability(device) < (9, 0) or not torch.backends.cudnn.is_available():
-        return TritonBackend(head_dim), "cuDNN's attention with lse wants head_dim up to 128 and compute capability 9.0 or newer"
-    return CudnnBackend(head_dim), f"cuDNN {torch.backends.cudnn.version()} for large blocks, Triton for the rest"
+        return TritonBackend(head_dim, programs), "cuDNN's attention with lse wants head_dim up to 128 and compute capability 9.0 or newer"
+    return CudnnBackend(head_dim, programs), f"cuDNN {torch.backends.cudnn.version()} for large blocks, Triton for the rest"

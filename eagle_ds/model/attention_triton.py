@@ -222,7 +222,7 @@ class TritonAttention:
     ``programs``: blocks that the GPU has room for at a time; where rows and heads make less than half of them, keys are split.
     """
 
-    def __init__(self, head_dim: int = 128, programs: int | None = None) -> None:
+    def __init__(self, head_dim: int, programs: int) -> None:
         self.programs = programs
         self.tiles = {kernel: list(tiles) for kernel, tiles in (TILES if head_dim <= 128 else TILES_OF_WIDE_HEADS).items()}
 
@@ -242,8 +242,6 @@ class TritonAttention:
         block = self.tiles["forward"][0][0]
         key = ("split", heads, block)
         if key not in bounds.memo:
-            if self.programs is None:
-                self.programs = torch.cuda.get_device_properties(bounds.lo_device.device).multi_processor_count
             pieces = pieces_for(bounds, heads, block, self.programs)
             bounds.memo[key] = Split.make(bounds, pieces, block) if pieces > 1 else None
         return bounds.memo[key]

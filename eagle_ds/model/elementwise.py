@@ -1,6 +1,6 @@
 """The draft's elementwise work: plain PyTorch, and one Triton kernel each way where a GPU would otherwise move float32 copies.
 
-``rope`` and ``swiglu`` pick by device and type; both versions compute in float32 (float64 for float64) and round once.
+All pick by device and type; both versions compute in float32 (float64 for float64) and round once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from eagle_ds.model.fused import is_half_on_gpu
 
 
 def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -25,12 +27,12 @@ def swiglu_plain(gate: Tensor, up: Tensor) -> Tensor:
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate [M, heads, d] by float32 angles given as cos and sin [M, 1, d/2], pairs (i, i + d/2)."""
-    return _Rope.apply(x, cos, sin) if _fused(x) else rotate_plain(x, cos, sin)
+    return _Rope.apply(x, cos, sin) if is_half_on_gpu(x) else rotate_plain(x, cos, sin)
 
 
 def rotate_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
     """y overwritten by ``rope`` of x, or by the rotation back; both [M, heads, d], and their rows may lie apart. No autograd."""
-    if _fused(x):
+    if is_half_on_gpu(x):
         from eagle_ds.model.elementwise_triton import rotate
 
         rotate(x, cos, sin, back=back, y=y)
@@ -43,11 +45,7 @@ def swiglu(gate: Tensor, up: Tensor, *, spent: bool = False) -> Tensor:
 
     ``spent``: nothing but this backward reads gate and up, so it writes their gradients over them; a second backward through
     the same graph raises RuntimeError."""
-    return _SwiGLU.apply(gate, up, spent) if _fused(gate) else swiglu_plain(gate, up)
-
-
-def _fused(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return _SwiGLU.apply(gate, up, spent) if is_half_on_gpu(gate) else swiglu_plain(gate, up)
 
 
 class _Rope(torch.autograd.Function):

@@ -51,7 +51,7 @@ def _swiglu_backward_kernel(Grad, Gate, Up, DGate, DUp, size, BLOCK: tl.constexp
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool, y: Tensor | None = None) -> Tensor:
-    """[M, heads, d] rotated by (or back from) float32 angles, cos and sin [M, 1, d/2]; written to ``y``, whose rows may lie apart."""
+    """[M, heads, d] rotated by (or back from) float32 angles, cos and sin [M, 1, d/2]; into ``y`` if given, whose rows may lie apart."""
     rows, heads, d = x.shape
     if x.stride()[1:] != (d, 1):
         x = x.contiguous()

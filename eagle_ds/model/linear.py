@@ -1,6 +1,7 @@
-"""Linear layers whose matmuls also do the additions around them: a pass over memory less each, and one rounding less.
+"""Linear layers and products that do more than y = W x: add what stands beside them in the same matmul, which saves a pass over memory
+and a rounding each, or lend their weights.
 
-Both layers are ``torch.nn.Linear`` with one more tensor in or out; ``y = linear(x)`` and plain ``+`` are their reference.
+The layers are ``torch.nn.Linear`` with other inputs and outputs; ``y = linear(x)`` and plain ``+`` are their reference.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eagle_ds.model.fused import is_half_on_gpu
+
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b; on a GPU in one kernel, which rounds nothing on the way to a float32 ``total``."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if is_half_on_gpu(a):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
@@ -31,7 +34,8 @@ class LendingLinear(nn.Linear):
 
 
 class ResidualLinear(nn.Linear):
-    """The result is added to what it changes."""
+    """The result is added to what it changes. By autograd's own addmm, because recomputation ends in front of it and not behind, as it
+    would with a Function; under ZeRO-3 its view of the weight keeps the gathered numbers until the backward."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         """x [M, in], residual [M, out] -> [M, out]."""

@@ -13,33 +13,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eagle_ds.model.fused import is_half_on_gpu
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32 at least, returned in the type of x [M, W]."""
-    return _Norm.apply(x, weight, eps) if _fused(x) else rms_norm_plain(x, weight, eps)
+    return _Norm.apply(x, weight, eps) if is_half_on_gpu(x) else rms_norm_plain(x, weight, eps)
 
 
 def norm_into(z: Tensor, column: int, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
     """``z`` [M, *] with its columns from ``column`` on overwritten by ``rms_norm`` of x [M, W], or of the ``rows`` (int64 [M]) of
     a table x that learns nothing. Whatever stood in those columns must learn nothing either: its gradient is not cut off."""
-    if _fused(z):
+    if is_half_on_gpu(z):
         return _NormInto.apply(z, x.detach() if rows is not None else x, weight, rows, column, eps)
     return norm_into_plain(z, column, x, weight, eps, rows)
 
 
 def rms_norm_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *, wants_dx: bool = True
-) -> tuple[Tensor | None, Tensor]:
-    """(dx [M, W] if asked for, dw [W]) of ``rms_norm``, or of ``norm_into``, for grad [M, W]; no autograd."""
-    if _fused(grad):
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *, dx: Tensor | None = None
+) -> Tensor:
+    """dw [W] of ``rms_norm``, or of ``norm_into``, for grad [M, W], not rounded to half precision; ``dx`` [M, W], if given, is
+    overwritten. No autograd."""
+    if is_half_on_gpu(grad):
         from eagle_ds.model.norm_triton import norm_backward
 
-        return norm_backward(grad, x, rows, weight, eps, wants_dx=wants_dx)
+        return norm_backward(grad, x, rows, weight, eps, wants_dx=dx is not None, dx=dx)[1]
     leaves = [t.detach().requires_grad_() for t in (x if rows is None else x[rows], weight)]
     with torch.enable_grad():
         y = rms_norm_plain(*leaves, eps)
-    dx, dw = torch.autograd.grad(y, leaves, grad)
-    return dx if wants_dx else None, dw
+    d_x, d_weight = torch.autograd.grad(y, leaves, grad)
+    if dx is not None:
+        dx.copy_(d_x)
+    return d_weight
 
 
 def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -52,10 +57,6 @@ def norm_into_plain(z: Tensor, column: int, x: Tensor, weight: Tensor, eps: floa
     x = x if rows is None else F.embedding(rows, x.detach())
     z[:, column : column + len(weight)] = rms_norm_plain(x, weight, eps)
     return z
-
-
-def _fused(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 class _Norm(torch.autograd.Function):
@@ -72,7 +73,8 @@ class _Norm(torch.autograd.Function):
         from eagle_ds.model.norm_triton import norm_backward
 
         x, weight = ctx.saved_tensors
-        return *norm_backward(grad, x, None, weight, ctx.eps, wants_dx=ctx.needs_input_grad[0]), None
+        dx, d_weight = norm_backward(grad, x, None, weight, ctx.eps, wants_dx=ctx.needs_input_grad[0])
+        return dx, d_weight.to(weight.dtype), None
 
 
 class _NormInto(torch.autograd.Function):
@@ -95,4 +97,4 @@ class _NormInto(torch.autograd.Function):
         x, rows = (other, None) if ctx.table is None else (ctx.table, other)
         grad = dz[:, ctx.column : ctx.column + len(weight)]
         dx, d_weight = norm_backward(grad, x, rows, weight, ctx.eps, wants_dx=ctx.needs_input_grad[1])
-        return (dz if ctx.needs_input_grad[0] else None), dx, d_weight, None, None, None
+        return (dz if ctx.needs_input_grad[0] else None), dx, d_weight.to(weight.dtype), None, None, None

@@ -60,18 +60,20 @@ def norm_forward(x: Tensor, rows: Tensor | None, weight: Tensor, eps: float, y: 
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, rows: Tensor | None, weight: Tensor, eps: float, *, wants_dx: bool
+    dy: Tensor, x: Tensor, rows: Tensor | None, weight: Tensor, eps: float, *, wants_dx: bool, dx: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor]:
-    """(dx [M, W] if asked for, dw [W]) for dy [M, W], whose rows may lie apart."""
+    """(dx [M, W] if asked for, written to the dense ``dx`` if given; dw float32 [W]) for dy [M, W], whose rows may lie apart."""
     dy, x = _rows_dense(dy), _rows_dense(x)
-    dx = torch.empty(dy.shape, dtype=x.dtype, device=x.device) if wants_dx else None
+    if dx is None and wants_dx:
+        dx = torch.empty(dy.shape, dtype=x.dtype, device=x.device)
+    assert dx is None or (wants_dx and dx.is_contiguous() and dx.shape == dy.shape)
     parts = torch.zeros(min(PROGRAMS, max(len(dy), 1)), len(weight), dtype=torch.float32, device=x.device)
     if len(dy):
         _norm_backward_kernel[(len(parts),)](
             dy, x, x if rows is None else rows.contiguous(), weight, x if dx is None else dx, parts, len(dy), dy.stride(0), x.stride(0),
             eps, **_sizes(weight), TABLE=rows is not None, WANTS_DX=wants_dx,
         )  # fmt: skip
-    return dx, parts.sum(0).to(weight.dtype)
+    return dx, parts.sum(0)
 
 
 def _rows_dense(x: Tensor) -> Tensor:

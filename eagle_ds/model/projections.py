@@ -131,13 +131,9 @@ class _Begin(torch.autograd.Function):
         for tile in _tiles(len(d_table)):
             d = d_table[tile].to(weight.dtype)
             add_product(d_first, d.t(), _normed(tokens, rows, tile, norm, ctx.steps.eps))
-            source = (tokens[tile], None) if rows is None else (tokens, rows[tile])
-            d_part, d_norm_part = rms_norm_gradients(
-                d @ weight[:, : len(norm)], source[0], norm, ctx.steps.eps, source[1], wants_dx=d_tokens is not None
-            )
-            d_norm += d_norm_part
-            if d_tokens is not None:
-                d_tokens[tile] = d_part
+            source, ids = (tokens[tile], None) if rows is None else (tokens, rows[tile])
+            d_normed, d_part = d @ weight[:, : len(norm)], None if d_tokens is None else d_tokens[tile]
+            d_norm += rms_norm_gradients(d_normed, source, norm, ctx.steps.eps, ids, dx=d_part)
         ctx.steps.end()
         d_bias = None if bias is None else d_table.sum(0)
         gradients = (torch.cat([d_first, d_second], 1), d_bias, d_norm, d_state_norm)
@@ -179,8 +175,7 @@ class _Step(torch.autograd.Function):
             steps.rotate(steps.split(d), [g[tile] for g in gradients], ctx.step, tile, back=True)
             add_rows(d_table, index[tile], d)
             add_product(d_second[:columns], d.t(), rms_norm(x, norm, steps.eps))
-            d_state[tile], d_norm_part = rms_norm_gradients(d @ second, x, norm, steps.eps)
-            d_norm += d_norm_part
+            d_norm += rms_norm_gradients(d @ second, x, norm, steps.eps, dx=d_state[tile])
         return None, None, d_state.new_zeros(()), d_state
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from eagle_ds.model.fused import is_half_on_gpu
 
 
 def take_rows(table: Tensor, index: Tensor, columns: int) -> Tensor:
     """The first ``columns`` numbers of the rows ``index`` (int64 [n]) of ``table`` [M, W] -> [n, columns]."""
-    if _fused(table):
+    if is_half_on_gpu(table):
         from eagle_ds.model.rows_triton import take
 
         return take(table, index, columns)
@@ -20,13 +21,9 @@ def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
 
     Rows that share an index must be zero, as those past a document's end are: what is added at the same place at the same time
     is lost on a GPU."""
-    if _fused(rows):
+    if is_half_on_gpu(rows):
         from eagle_ds.model.rows_triton import add
 
         add(total, index, rows)
     else:
         total[:, : rows.shape[1]].index_add_(0, index, rows.to(total.dtype))
-
-
-def _fused(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ BLOCK = 2048
 
 
 @triton.jit
-def _take_kernel(Table, Index, Y, table_row, columns, BLOCK: tl.constexpr):
+def _take_rows_kernel(Table, Index, Y, table_row, columns, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = at < columns
     source = tl.load(Index + row)
@@ -19,7 +19,7 @@ def _take_kernel(Table, Index, Y, table_row, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_kernel(Total, Index, X, total_row, columns, BLOCK: tl.constexpr):
+def _add_rows_kernel(Total, Index, X, total_row, columns, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = at < columns
     to = Total + tl.load(Index + row) * total_row + at
@@ -31,7 +31,7 @@ def take(table: Tensor, index: Tensor, columns: int) -> Tensor:
     """See ``take_rows``."""
     y = torch.empty(len(index), columns, dtype=table.dtype, device=table.device)
     if y.numel():
-        _take_kernel[_grid(y)](table, index.contiguous(), y, table.stride(0), columns, BLOCK)
+        _take_rows_kernel[_grid(y)](table, index.contiguous(), y, table.stride(0), columns, BLOCK)
     return y
 
 
@@ -39,7 +39,7 @@ def add(total: Tensor, index: Tensor, rows: Tensor) -> None:
     """See ``add_rows``."""
     assert total.dtype == torch.float32 and rows.is_contiguous()
     if rows.numel():
-        _add_kernel[_grid(rows)](total, index.contiguous(), rows, total.stride(0), rows.shape[1], BLOCK)
+        _add_rows_kernel[_grid(rows)](total, index.contiguous(), rows, total.stride(0), rows.shape[1], BLOCK)
 
 
 def _grid(x: Tensor) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def split_keys(lo: np.ndarray, hi: np.ndarray, keys: int) -> Errors:
     generator = torch.Generator().manual_seed(0)
     q, dout = (torch.randn(len(lo), HEADS, WIDTH, generator=generator).half() for _ in range(2))
     kv = torch.randn(keys, KV_HEADS, 2 * WIDTH, generator=generator).half()
-    kernel, plain, bounds = TritonAttention(WIDTH), ReferenceAttention(), KeyBounds.make(lo, hi, CPU)
+    kernel, plain, bounds = TritonAttention(WIDTH, 1), ReferenceAttention(), KeyBounds.make(lo, hi, CPU)
     set_blocks(kernel, programs=48)
     assert kernel._split(bounds, HEADS) is not None
     found, expected = [], []
@@ -102,7 +102,7 @@ def split_keys(lo: np.ndarray, hi: np.ndarray, keys: int) -> Errors:
 
 def smaller_tiles() -> Errors:
     """A GPU that has no room for the first tiles gets the ones behind them, once and for all; without any left it hears why."""
-    kernel, tried = TritonAttention(WIDTH), []
+    kernel, tried = TritonAttention(WIDTH, 1), []
 
     def launch(*tile: int) -> None:
         tried.append(tile)
@@ -165,7 +165,7 @@ def backend_in_parts() -> CudnnBackend:
     """Every kind of part, at the size of these problems."""
     forward = Cut(4, False, call=0, triton=2, keys=4, square=4, long_run=8, long_block=16)
     cuts = (forward, Cut(6, False, beside=1, call=0, keys=8, square=6, long_run=12, long_block=8))
-    made, plain = CudnnBackend(WIDTH, *cuts), ReferenceAttention()
+    made, plain = CudnnBackend(WIDTH, 1, *cuts), ReferenceAttention()
     set_blocks(made.triton_forward.__self__)
 
     def bounds(q: torch.Tensor, k: torch.Tensor, causal: bool) -> KeyBounds:

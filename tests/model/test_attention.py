@@ -299,7 +299,7 @@ def test_gpu_backends_agree_with_the_dense_softmax(problem: str, heads: int, kv_
         forward = Cut(64, call=0, triton=2, keys=128, square=64, long_run=512, long_block=512)
         backward = Cut(32, beside=8, call=0, triton=2, keys=256, square=128, long_run=256, long_block=256)
         cuts = (forward, backward)
-        kernel: BlockAttention = attention_cuda.CudnnBackend(d, *cuts)
+        kernel: BlockAttention = attention_cuda.CudnnBackend(d, 132, *cuts)
     else:
         kernel = attention_cuda.TritonBackend(d)
     lo, hi, keys = gpu_problems()[problem]
