@@ -214,6 +214,7 @@ class _Unrolled:
         self.prefix = _prefix_rows(plan)
         self.dkv = prefix_bytes(recipe, self.prefix, 0)
         self.tokens = rows.target + 1
+        self.embedding = self.state if draft.hidden_size != recipe.target.hidden_size else 0  # one that is trained is kept
         self.weights = (self.query + self.diagonal) * 2 * draft.hidden_size  # of q, k and v, lent for the micro-batch
 
     def stages(self) -> list[_Stage]:
@@ -279,11 +280,13 @@ class _Unrolled:
         }
 
     def _weight_gradients(self, stage: _Stage) -> int:
-        """Numbers in the gradients that autograd sums up over tiles and steps: not fc's and those of q, k and v, which come last;
-        and the largest of those under way, beside its sum."""
+        """Numbers in the gradients that autograd sums up over tiles and steps: not those of fc and of q, k and v, which come last,
+        nor those of embeddings before the tokens' own; and the largest of those under way, beside its sum."""
         parts, draft = draft_parameters(self.recipe), self.recipe.draft
         projections = parts["attention"] - draft.num_attention_heads * draft.head_dim * draft.hidden_size
-        made = sum(parts.values()) - parts["fc"]
+        made = sum(parts.values()) - parts["fc"] - parts["embed_tokens"]
+        if stage.name.startswith(("exchange", "backward of the context rows")):
+            made += parts["embed_tokens"]
         if stage.name.startswith(("forward", "loss")):
             return 0
         return made - projections + (parts["mlp"] // 3 if "MLP" in stage.name else 0)
@@ -296,10 +299,12 @@ class _Unrolled:
         return self._context_rows() + self._first_states() + self.rows.query * of_steps
 
     def _context_rows(self) -> int:
-        """Fused states, and what their projections keep: nothing; K_0 and V_0; or as much as query rows do."""
+        """Fused states, and what their projections keep: nothing; K_0 and V_0; or z, and the embedding that is trained. Trained
+        embeddings of the steps' tokens too."""
         angles = 2 * 2 * self.recipe.draft.head_dim  # cos and sin in float32
         z = {"full": 0, "selective": self.diagonal}.get(self.recompute, (4 if self.cpu else 2) * self.state + angles)
-        return self.rows.context * (self.state + z)
+        embedded = self.embedding if self.recompute in ("none", "mlp") else 0
+        return self.rows.context * (self.state + z + embedded) + self.tokens * self.embedding
 
     def _largest_kept(self) -> int:
         """The largest single tensor that a query row leaves: a state, q, or the inside of the MLP."""

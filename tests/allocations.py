@@ -43,15 +43,17 @@ class AllocationCase:
     recompute: str
     fraction: float
     offload: bool = False
+    target_width: int = 0  # H where it is not D: the draft then trains an embedding of its own
 
     def __str__(self) -> str:
-        return f"{self.recompute}-{self.fraction}{'-offload' if self.offload else ''}"
+        wide = f"-H{self.target_width}" if self.target_width else ""
+        return f"{self.recompute}-{self.fraction}{'-offload' if self.offload else ''}{wide}"
 
     def recipe(self) -> Recipe:
         return Recipe.model_validate(
             {
                 "name": "allocations",
-                "target": {"model": "none", "hidden_size": D, "num_layers": 8, "vocab_size": 1000},
+                "target": {"model": "none", "hidden_size": self.target_width or D, "num_layers": 8, "vocab_size": 1000},
                 "draft": {**UNITS, "vocab_size": 500, "rope_theta": 100.0},
                 "data": {"store": "none", "max_length": ROWS},
                 "training": {"recompute": self.recompute, "offload_activations": self.offload},
@@ -66,7 +68,7 @@ CASES = tuple(
     for fraction in (1.0, 0.1)
     for offload in (False, True)
     if not (offload and mode == "selective")
-)
+) + tuple(AllocationCase(mode, 0.1, offload, 2 * D) for mode in ("full", "mlp") for offload in (False, True))
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,16 @@ class _Step:
     """A draft, one random sequence, and the step over it."""
 
     def __init__(self, recipe: Recipe, fraction: float) -> None:
-        self.recipe, arch = recipe, DraftArch.from_recipe(recipe)
+        self.recipe, arch, wide = recipe, DraftArch.from_recipe(recipe), recipe.target.hidden_size
         self.plan = plan_for(recipe, [in_turns(ROWS, fraction, TURN)])
         self.model = Eagle3Draft(arch)
         mask = np.zeros(ROWS, dtype=np.uint8)
         mask[rg.rows(self.plan.documents[0].trained_spans)] = 1
         facts = TokenFacts(np.zeros(ROWS, dtype=np.int32), mask, np.zeros(ROWS, dtype=np.int32), np.zeros(ROWS, dtype=np.float32))
-        self.batch = rank_batch(self.plan, 0, WholeSequence([facts], torch.zeros(ROWS, 3 * D), torch.zeros(ROWS, D)), "serving")
+        self.batch = rank_batch(self.plan, 0, WholeSequence([facts], torch.zeros(ROWS, 3 * wide), torch.zeros(ROWS, wide)), "serving")
         offloads = recipe.training.offload_activations
         self.offload = ActivationOffload(torch.device("cpu"), min_bytes=ROWS, slab_bytes=1 << 14) if offloads else None
-        self.head = TargetHead(None, torch.zeros(500, D), torch.ones(1000, dtype=torch.bool), torch.zeros(500, dtype=torch.int64))
+        self.head = TargetHead(None, torch.zeros(500, wide), torch.ones(1000, dtype=torch.bool), torch.zeros(500, dtype=torch.int64))
 
     def forward(self) -> Tensor:
         batch = self.batch

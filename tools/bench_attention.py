@@ -55,13 +55,16 @@ def measure(options: argparse.Namespace) -> None:
 
     from eagle_ds.bench.attention import Heads, time_attention
 
+    for name in ("seq", "documents", "heads", "kv_heads", "head_dim", "repeats"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     if options.heads % options.kv_heads:
         raise ValueError(f"{options.kv_heads} key/value heads do not divide {options.heads} query heads")
     if not torch.cuda.is_available():
         raise ValueError("no GPU found: these are GPU kernels; the plain reference has nothing to time")
     heads = Heads(options.heads, options.kv_heads, options.head_dim)
     one = (options.seq, options.trained_fraction, options.turn, options.documents)
-    for tokens, fraction, turn, count in [one] if options.seq else SHAPES:
+    for tokens, fraction, turn, count in [one] if options.seq is not None else SHAPES:
         shape = {"tokens": tokens, "fraction": fraction, "turn": turn}
         for line in time_attention([in_turns(tokens, fraction, turn)] * count, heads, TTT_STEPS, options.repeats):
             text = json.dumps(shape | line)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from eagle_ds import ranges as rg
 from eagle_ds.layout import Document
-from eagle_ds.model.attention import BlockAttention, KeyBounds
-from eagle_ds.model.attention_cuda import CudnnBackend, TritonBackend
+from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention
+from eagle_ds.model.attention_cuda import TritonBackend, choose_attention
 
 BACKWARD_WORK = 2.5  # of the forward's: five matmuls, not two
 
@@ -29,8 +29,10 @@ class Heads:
 
 def time_attention(documents: list[Document], heads: Heads, ttt_steps: int, repeats: int) -> Iterator[dict[str, Any]]:
     """One line a backend: ms and TFLOP/s of forward and backward, the fastest of ``repeats``, for the trained rows of ``documents``
-    packed end to end. Of random bf16 numbers; rows that are trained are those of ``serving`` alignment."""
-    lo, hi, keys = _intervals(documents, ttt_steps)
+    packed end to end. Of random bf16 numbers; rows that are trained are those of ``serving`` alignment.
+
+    Raises ValueError for a head width that no GPU kernel takes."""
+    lo, hi, keys = intervals(documents, ttt_steps)
     bounds = KeyBounds.make(lo, hi, torch.device("cuda"))
     q, dout = (_random(len(lo), heads.query, heads.width) for _ in range(2))
     k, v = (_random(keys, heads.kv, heads.width) for _ in range(2))
@@ -53,7 +55,7 @@ def time_attention(documents: list[Document], heads: Heads, ttt_steps: int, repe
         }
 
 
-def _intervals(documents: Iterable[Document], ttt_steps: int) -> tuple[np.ndarray, np.ndarray, int]:
+def intervals(documents: Iterable[Document], ttt_steps: int) -> tuple[np.ndarray, np.ndarray, int]:
     """(first key, key behind the last, number of keys) of every trained row."""
     lo, hi, start = [], [], 0
     for document in documents:
@@ -65,7 +67,11 @@ def _intervals(documents: Iterable[Document], ttt_steps: int) -> tuple[np.ndarra
 
 
 def _backends(width: int) -> list[BlockAttention]:
-    return [CudnnBackend(width), TritonBackend(width)]
+    """What training picks on this GPU, and Triton alone."""
+    chosen = choose_attention("cuda", torch.bfloat16, width)
+    if isinstance(chosen, ReferenceAttention):
+        raise ValueError(f"no GPU kernel takes heads of {width} numbers; give a power of two from 16 to 256")
+    return [chosen] if type(chosen) is TritonBackend else [chosen, TritonBackend(width, chosen.programs)]
 
 
 def _random(*shape: int) -> Tensor:

@@ -27,6 +27,7 @@ class TritonBackend:
         from eagle_ds.model import diagonal_triton
         from eagle_ds.model.attention_triton import TritonAttention
 
+        self.programs = programs
         intervals = TritonAttention(head_dim, programs)
         self.forward, self.backward = intervals.forward, intervals.backward
         self.diagonal_forward, self.diagonal_backward = diagonal_triton.diagonal_forward, diagonal_triton.diagonal_backward

@@ -91,17 +91,19 @@ def test_the_models_work_is_that_of_the_shape_and_not_of_the_layout(tiny: Tiny) 
     assert flops[0] == pytest.approx(flops[1], rel=1e-12)
 
 
-def test_the_models_work_counted_by_hand(tiny: Tiny) -> None:
-    recipe = tiny.recipe(training__ttt_steps=1)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_models_work_counted_by_hand(tiny: Tiny, steps: int) -> None:
+    """98 query rows, which read the tokens 1 .. 98 at step 0, and at two more steps one more each, of which 99 is the last there is."""
+    recipe = tiny.recipe(training__ttt_steps=steps)
     plan = plan_for(recipe, [Document(100, ((0, 100),))])
-    rows = plan.num_queries
-    parts = draft_parameters(recipe)
-    kv, q = 2 * H * 2 * 2 * 4, 2 * H * 8 * 4  # two KV heads of 4, keys and values, and eight query heads, over a 2D-wide input
-    weights = 100 * (parts["fc"] + kv) + rows * (parts["attention"] - kv + parts["mlp"] + parts["lm_head"])
-    assert plan.target_rows(0) == ((1, 99),) and rows == 98, "as many tokens as rows: one step makes each token's half once"
-    assert parts["attention"] == q + kv + H * 8 * 4
-    pairs = sum(p + 1 for p in range(rows))
-    assert model_flops(recipe, plan) == 6 * weights + 12 * pairs * 8 * 4 + 2 * rows * parts["lm_head"]
+    parts, rows, tokens = draft_parameters(recipe), 98, 98 if steps == 1 else 99
+    assert plan.num_queries == rows and plan.target_rows(0) == ((1, 1 + tokens),)
+    q, kv = H * 8 * 4, H * 2 * 2 * 4  # one half of the input; eight query heads of 4, two KV heads of 4, keys and values
+    first = 100 * (parts["fc"] + 2 * kv)  # K_0 and V_0 from both halves
+    projected = tokens * (q + kv * (steps > 1)) + rows * (steps * q + (steps - 1) * kv)
+    weights = first + projected + rows * steps * (H * 8 * 4 + parts["mlp"] + parts["lm_head"])
+    pairs = steps * sum(p + 1 for p in range(rows)) + rows * sum(range(steps))
+    assert model_flops(recipe, plan) == 6 * weights + 12 * pairs * 8 * 4 + 2 * tokens * parts["lm_head"]
 
 
 def test_a_flash_kernel_does_more_than_the_models_work(tiny: Tiny) -> None:

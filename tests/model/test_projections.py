@@ -81,20 +81,25 @@ def test_rows_are_taken_and_added_where_the_index_says() -> None:
 
 
 @pytest.mark.gpu
-def test_the_gpus_steps_agree_with_float64() -> None:
-    """Sizes of a small Llama draft, bf16: q, k, v and every gradient."""
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gpus_steps_agree_with_float64(table: bool, bias: bool, monkeypatch: pytest.MonkeyPatch, device: str = "cuda") -> None:
+    """Sizes of a small Llama draft, bf16, several tiles: q, k, v and every gradient. Rows past a document's end share the last
+    token and have no gradient."""
+    monkeypatch.setattr(memory, "TILE_ROWS", 700)
     torch.manual_seed(0)
-    tokens, rows, steps, width, heads, kv_heads, d = 3000, 2500, 3, 512, 8, 2, 64
+    tokens, rows, past, steps, width, heads, kv_heads, d = 3000, 2500, 40, 3, 512, 8, 2, 64
     columns = (heads + 2 * kv_heads) * d
-    shapes = [(columns, 2 * width), (width,), (width,), (4000, width), *[(rows, width)] * steps]
-    values = [torch.randn(*shape, device="cuda") * (width**-0.5 if shape[0] == columns else 1) for shape in shapes]
-    ids, positions = torch.randint(4000, (tokens,), device="cuda"), torch.arange(rows, device="cuda")
-    index = torch.stack([torch.randperm(tokens, device="cuda")[:rows] for _ in range(steps)])
-    frequencies = 1e4 ** -(torch.arange(d // 2, device="cuda") / (d // 2))
+    shapes = [(columns, 2 * width), (columns,), (width,), (width,), (4000 if table else tokens, width), *[(rows, width)] * steps]
+    values = [torch.randn(*shape, device=device) * (width**-0.5 if shape == shapes[0] else 1) for shape in shapes]
+    ids, positions = torch.randint(4000, (tokens,), device=device) if table else None, torch.arange(rows, device=device)
+    index = torch.stack([torch.randperm(tokens - 1, device=device)[:rows] for _ in range(steps)])
+    index[:, -past:] = tokens - 1
+    frequencies = 1e4 ** -(torch.arange(d // 2, device=device) / (d // 2))
     seeds: list[Tensor] = []
 
     def run(dtype: torch.dtype) -> list[Tensor]:
-        weight, token_norm, state_norm, table, *states = (x.bfloat16().to(dtype).requires_grad_() for x in values)
+        weight, shift, token_norm, state_norm, embeddings, *states = (x.bfloat16().to(dtype).requires_grad_() for x in values)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 
         def angles(at: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,10 +107,15 @@ def test_the_gpus_steps_agree_with_float64() -> None:
             return turned.cos(), turned.sin()
 
         project = StepProjections(index, positions, angles, query_heads=heads, kv_heads=kv_heads, head_dim=d, eps=EPS)
-        begun = project.begin(table.detach(), ids, ProjectionWeights(weight, None, token_norm, state_norm))
+        parameters = ProjectionWeights(weight, shift if bias else None, token_norm, state_norm)
+        begun = project.begin(embeddings.detach() if table else embeddings, ids, parameters)
         made = [x for step, state in enumerate(states) for x in project(begun, step, state)]
-        seeds.extend([] if seeds else [torch.randn_like(x) for x in made])
-        return made + list(torch.autograd.grad(made, [weight, token_norm, state_norm, *states], [s.to(dtype) for s in seeds]))
+        if not seeds:
+            seeds.extend(torch.randn_like(x) for x in made)
+            for seed in seeds:
+                seed[-past:] = 0
+        leaves = [weight, token_norm, state_norm, *states, *([shift] if bias else []), *([] if table else [embeddings])]
+        return made + list(torch.autograd.grad(made, leaves, [s.to(dtype) for s in seeds]))
 
     for found, expected in zip(run(torch.bfloat16), run(torch.float64), strict=True):
         assert (found.double() - expected).norm() < 6e-3 * expected.norm()

@@ -27,6 +27,7 @@ NO_SITE_PACKAGES = "-S"
         ["plot_plan.py", "recipes/smollm2_cpu.json", "plan.png"],
         ["fetch_embedded_target.py"],
         ["bench_step.py"],
+        ["bench_attention.py"],
         ["bench_layouts.py", "--out", "layouts"],
     ],
     ids=lambda command: command[0],

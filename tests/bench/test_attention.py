@@ -1,0 +1,39 @@
+"""The timed attention is that of a training step, and mistakes are said before a GPU is looked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eagle_ds.bench.attention import intervals
+from eagle_ds.layout import Document, plan_sequence
+from eagle_ds.model.attention import ReferenceAttention
+from eagle_ds.model.ttt import PrefixAttention
+from eagle_ds.parallel.topology import SOLO
+
+TOOL = Path(__file__).resolve().parents[2] / "tools/bench_attention.py"
+
+
+def test_rows_see_what_they_see_in_training() -> None:
+    documents = [Document(40, ((3, 20), (31, 40))), Document(9, ()), Document(25, ((0, 25),))]
+    plan = plan_sequence(documents, ttt_steps=7)
+    prefix = PrefixAttention(plan, SOLO, ReferenceAttention(), query_heads=4, kv_heads=2, head_dim=8)
+    lo, hi, keys = intervals(documents, 7)
+    assert np.array_equal(lo, prefix.bounds(0, 0).lo) and np.array_equal(hi, prefix.bounds(0, 0).hi) and keys == plan.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--kv-heads", "0"), "--kv-heads 0: give 1 or more"),
+        (("--seq", "0"), "--seq 0: give 1 or more"),
+        (("--heads", "6", "--kv-heads", "4"), "4 key/value heads do not divide 6 query heads"),
+    ],
+)
+def test_a_mistake_is_said_in_a_sentence(arguments: tuple[str, ...], said: str) -> None:
+    done = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1 and done.stderr == f"error: {said}\n"
