@@ -31,6 +31,8 @@ class Curve:
     @classmethod
     def read(cls, path: Path, label: str | None = None) -> Curve:
         """From a run folder or a JSONL file. Raises ValueError if it holds no losses, or one that is not finite."""
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; give run folders (runs/NAME) or their {STEP_LOG}")
         file = path / STEP_LOG if path.is_dir() else path
         lines = read_lines(file)
         if not lines:

@@ -13,7 +13,7 @@
 #   data.pack_tokens 512          many small steps: a draft that starts from nothing learns by their number
 #   training.learning_rate 2e-3   a draft of 8 million weights takes a larger step than the 1e-4 of the 8B recipe
 #
-# Ran on: 2 CPU cores, 264 steps on 120 conversations in 239 s, 1.0 GiB a process: docs/benchmarks/demo.md
+# Ran on: 2 CPU cores, 264 steps on 120 conversations in 238 s, 1.1 GiB a process: docs/benchmarks/demo.md
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3

@@ -74,8 +74,10 @@ def test_runs_of_other_length_are_refused(tmp_path: Path, falling: list[float]) 
 
 def test_what_cannot_be_compared_is_said_in_a_sentence(tmp_path: Path, falling: list[float]) -> None:
     good = run_folder(tmp_path, "good", falling)
-    with pytest.raises(ValueError, match="holds no steps"):
-        read_all([good, tmp_path / "absent"])
+    (tmp_path / "empty").mkdir()
+    for name, said in (("absent", "does not exist"), ("empty", "holds no steps")):
+        with pytest.raises(ValueError, match=said):
+            read_all([good, tmp_path / name])
     with pytest.raises(ValueError, match="the loss of step 1 is nan"):
         Curve.read(run_folder(tmp_path, "bad", [float("nan")]))
     with pytest.raises(ValueError, match="tell them apart with --labels"):

@@ -115,6 +115,8 @@ def parse() -> argparse.Namespace:
     run.add_argument("--sample-memory", action="store_true", help="one more step: add the peak memory of each phase")
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps {options.steps}: give 1 or more")
     if options.warmup < 0:
         parser.error(f"--warmup {options.warmup}: give 0 or more steps")
     if options.plot and not options.out:

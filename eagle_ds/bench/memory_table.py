@@ -18,7 +18,7 @@ def memory_markdown(results: Sequence[Result]) -> str | None:
     """A table with a row for each layout of shapes that were measured on one GPU and on several; None if none was."""
     groups: dict[tuple[object, ...], dict[str, Result]] = {}
     for result in results:
-        if result.kept_gib and result.data_parallel == 1:
+        if result.kept_gib and result.resident_gib and result.data_parallel == 1:
             key = (result.model, result.shape, result.ttt_steps, result.settings, result.source)
             groups.setdefault(key, {})[result.layout] = result  # of equal ones the last measured counts
     rows = [row for group in groups.values() for row in _rows(sorted(group.values(), key=lambda r: r.gpus))]

@@ -115,6 +115,8 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
     """Every line of the files. Raises ValueError for one that is no result of tools/bench_step.py."""
     results = []
     for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; give files written by tools/bench_step.py --json")
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 results.append(Result.from_line(json.loads(text)))

@@ -133,11 +133,12 @@ class Trainer:
 
     def _run(self, start: int, stop: StopRequest) -> bool:
         self.done = self.saved = start
+        if start >= self.total_steps:  # its recipe.json stays that of the steps that were made
+            text = "nothing left to do: %s already stands at step %d, and %d were asked for"
+            logger.info(text, self.recipe.run_dir, start, self.total_steps)
+            return True
         if self.log:
             self.log.start(self.recipe, start)
-        if start >= self.total_steps:
-            logger.info("nothing left to do: %s already stands at step %d of %d", self.recipe.run_dir, start, self.total_steps)
-            return True
         if not start:
             self._evaluate(0)
         pace = Pace()
@@ -208,7 +209,7 @@ class Trainer:
     def _resume(self, state: RunState) -> int:
         self.checkpoints.load(state)
         self.best, self.skipped_steps = state.best, state.skipped_steps
-        logger.info("resuming %s at step %d of %d", self.recipe.run_dir, state.step, self.total_steps)
+        logger.info("resuming %s at step %d; %d steps in all", self.recipe.run_dir, state.step, self.total_steps)
         return state.step
 
     def _evaluate(self, done: int, *, decodes: bool = False) -> None:

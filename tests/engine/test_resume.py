@@ -70,8 +70,8 @@ def finished(pool: GlooPool, tiny: Tiny) -> Tiny:
 
 
 def test_a_finished_run_says_so_and_does_nothing(pool: GlooPool, finished: Tiny) -> None:
-    recipe = finished.recipe("done", **settings(1, finished))
-    saved = [*(recipe.run_dir / "checkpoints").rglob("*"), *(recipe.run_dir / "best").rglob("*")]
+    recipe = finished.recipe("done", **settings(1, finished) | {"training__learning_rate": 0.5})
+    saved = [*(recipe.run_dir / "checkpoints").rglob("*"), *(recipe.run_dir / "best").rglob("*"), recipe.run_dir / "recipe.json"]
     before = {path: path.stat().st_mtime_ns for path in saved}
     pool.run(run_training, 1, recipe)
     assert {path: path.stat().st_mtime_ns for path in saved} == before

@@ -213,7 +213,9 @@ def norms() -> Errors:
         leaves = [t.double().requires_grad_() for t in (x[:, 12:], weight)]
         expected = torch.nn.functional.rms_norm(leaves[0] if ids is None else leaves[0][ids], (12,), leaves[1], 1e-5)
         y = norm_triton.norm_forward(x[:, 12:], ids, weight, 1e-5, torch.empty(37, 24).half()[:, :12])
-        dx, dw = norm_triton.norm_backward(dy[:, 12:], x[:, 12:], ids, weight, 1e-5, wants_dx=ids is None)
+        place = torch.empty(50, 12).half()[13:] if ids is None else None
+        dx, dw = norm_triton.norm_backward(dy[:, 12:], x[:, 12:], ids, weight, 1e-5, wants_dx=ids is None, dx=place)
+        assert dx is place
         expected_dx, expected_dw = torch.autograd.grad(expected, leaves, dy[:, 12:].double())
         errors |= {f"{name}, y": relative_error(y, expected.detach()), f"{name}, dw": relative_error(dw, expected_dw)}
         errors |= {"dx": relative_error(dx, expected_dx)} if dx is not None else {}
