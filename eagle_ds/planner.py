@@ -81,6 +81,17 @@ def in_turns(num_tokens: int, fraction: float, turn: int = 512) -> Document:
     return Document(num_tokens, tuple((max(end - turn, 0), end) for end in ends))
 
 
+def exactly_in_turns(num_tokens: int, fraction: float, turn: int) -> Document:
+    """``in_turns``, or ValueError where the tokens do not suffice for one turn and what is untrained beside it: another fraction would
+    be measured than was asked for."""
+    document = in_turns(num_tokens, fraction, turn)
+    if fraction < 1 and turn / fraction > num_tokens:
+        raise ValueError(
+            f"a turn of {turn} tokens is more than {fraction:g} of {num_tokens}; give --turn {max(int(num_tokens * fraction), 1)} or less"
+        )
+    return document
+
+
 def choose_ring_mode(recipe: Recipe, num_tokens: int, element: int, memory_bytes: float) -> Literal["gather", "p2p"]:
     """``parallel.ring_mode``, with ``auto`` decided by memory: K_0/V_0 of all ranks are kept (sent once) where they fit."""
     if recipe.parallel.ring_mode != "auto":

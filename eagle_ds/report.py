@@ -199,7 +199,7 @@ def _largest_gaps(found: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 def _speed_table(train: Sequence[Mapping[str, Any]]) -> str:
     waits, seconds = sum(line["data_wait_s"] for line in train), sum(line["step_s"] for line in train)
-    rows = [["tokens/s, median", "seconds per step, median", "waiting for data", "peak memory", "last training loss"]]
+    rows = [["tokens/s, median", "seconds per step, median", "waiting for data", "peak memory", "last training loss, smoothed"]]
     rows.append(
         [
             f"{median(train, 'tokens_per_s'):,.0f}",
@@ -214,9 +214,10 @@ def _speed_table(train: Sequence[Mapping[str, Any]]) -> str:
 
 def _serving_section(run: Run) -> str:
     commands = ServeCommands(run.recipe.target.model, run.exported, run.num_steps, run.recipe.draft.sliding_window)
-    why = f"{run.num_steps} draft tokens a pass: those that stand in at least {100 * WORTH_DRAFTING:.0f}% of the passes measured here."
+    tokens = f"{run.num_steps} draft token{'s' if run.num_steps > 1 else ''} a pass"
+    why = f"{tokens}: those that stand in at least {100 * WORTH_DRAFTING:.0f}% of the passes measured here."
     if not run.acceptance:
-        why = f"{run.num_steps} draft tokens a pass until acceptance is measured."
+        why = f"{tokens} until acceptance is measured."
     vllm = ServeCommands(run.recipe.target.model, f"{run.exported}-vllm", run.num_steps, run.recipe.draft.sliding_window).vllm
     lines = [
         f"<p class=note>{_text(why)}</p><h3>Export</h3>",

@@ -18,6 +18,7 @@ from eagle_ds.planner import (
     advice,
     check_fits,
     choose_ring_mode,
+    exactly_in_turns,
     faster_recompute,
     floor_seconds,
     in_turns,
@@ -66,6 +67,12 @@ def test_turns_have_the_fraction_that_was_asked_for() -> None:
 def test_turns_that_cannot_be_are_refused(fraction: float, turn: int, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         in_turns(1024, fraction, turn)
+
+
+def test_a_turn_longer_than_its_share_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a turn of 512 tokens is more than 0.5 of 256; give --turn 128 or less"):
+        exactly_in_turns(256, 0.5, 512)
+    assert exactly_in_turns(256, 0.5, 128) == in_turns(256, 0.5, 128) and exactly_in_turns(256, 1, 512) == in_turns(256, 1, 512)
 
 
 def test_what_is_sharded_falls_as_one_over_the_ranks() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eagle_ds.outputs import check_output_file
-from eagle_ds.planner import in_turns
+from eagle_ds.planner import exactly_in_turns
 
 SHAPES = ((32768, 1.0, 512, 1), (131072, 1.0, 512, 1), (131072, 0.5, 2048, 1), (131072, 0.1, 512, 1), (4096, 1.0, 512, 32))
 TTT_STEPS = 7
@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace) -> None:
     one = (options.seq, options.trained_fraction, options.turn, options.documents)
     for tokens, fraction, turn, count in [one] if options.seq is not None else SHAPES:
         shape = {"tokens": tokens, "fraction": fraction, "turn": turn}
-        for line in time_attention([in_turns(tokens, fraction, turn)] * count, heads, TTT_STEPS, options.repeats):
+        for line in time_attention([exactly_in_turns(tokens, fraction, turn)] * count, heads, TTT_STEPS, options.repeats):
             text = json.dumps(shape | line)
             print(text, flush=True)
             if options.json:

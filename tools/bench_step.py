@@ -54,7 +54,7 @@ from eagle_ds.bench.plots import write_results
 from eagle_ds.bench.results import read_results
 from eagle_ds.config import Recipe, load_recipe
 from eagle_ds.outputs import check_output_file, check_output_folder
-from eagle_ds.planner import in_turns
+from eagle_ds.planner import exactly_in_turns
 
 if TYPE_CHECKING:
     from eagle_ds.bench.step import StepBench
@@ -211,7 +211,7 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
     from eagle_ds.engine.sizing import is_out_of_memory
     from eagle_ds.engine.stopping import leave_at_once
 
-    recipe, document = make_recipe(options, tokens), in_turns(tokens, fraction, options.turn)
+    recipe, document = make_recipe(options, tokens), exactly_in_turns(tokens, fraction, options.turn)
     world = join(options, recipe, [document] * options.documents)
     shape = {
         "model": options.recipe.stem if options.recipe else options.model,
