@@ -363,9 +363,9 @@ class _Unrolled:
         weights = self.weights // self.element
         return weights // 2 * 4 + weights * (4 + self.element) + tile_rows(self.tokens) * (self.query + self.diagonal + 2 * self.state)
 
-    def _through_z(self, rows: int, projected: int) -> int:
-        """z and two of its gradients, or what is projected from it (bytes a row); in tiles where z is computed again."""
-        inside = max(2 * self.state + self.diagonal, projected, 3 * self.state)
+    def _through_z(self, rows: int) -> int:
+        """z and one or two of its gradients beside K and V; in tiles where z is computed again."""
+        inside = max(2 * self.state + self.diagonal, 3 * self.state)
         if self.recompute in ("none", "mlp"):
             return rows * inside
         return rows * (self.state + self.diagonal // 2) + tile_rows(rows) * (3 * self.state + inside)
@@ -382,4 +382,4 @@ class _Unrolled:
 
     def _context(self) -> int:
         """dK_0/dV_0 on their way through z, beside the gradient of the weights lent."""
-        return self.weights + self.rows.context * self.diagonal + self._through_z(self.rows.context, 0)
+        return self.weights + self.rows.context * self.diagonal + self._through_z(self.rows.context)

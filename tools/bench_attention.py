@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -65,13 +66,20 @@ def measure(options: argparse.Namespace) -> None:
     heads = Heads(options.heads, options.kv_heads, options.head_dim)
     one = (options.seq, options.trained_fraction, options.turn, options.documents)
     for tokens, fraction, turn, count in [one] if options.seq is not None else SHAPES:
-        shape = {"tokens": tokens, "fraction": fraction, "turn": turn}
-        for line in time_attention([exactly_in_turns(tokens, fraction, turn)] * count, heads, TTT_STEPS, options.repeats):
-            text = json.dumps(shape | line)
-            print(text, flush=True)
-            if options.json:
-                with options.json.open("a", encoding="utf-8") as stream:
-                    stream.write(f"{text}\n")
+        shape, documents = {"tokens": tokens, "fraction": fraction, "turn": turn}, [exactly_in_turns(tokens, fraction, turn)] * count
+        try:
+            for line in time_attention(documents, heads, TTT_STEPS, options.repeats):
+                record(shape | line, options.json)
+        except torch.cuda.OutOfMemoryError as error:
+            raise ValueError(f"{count} x {tokens} tokens with {heads.query} heads do not fit this GPU; give fewer of either") from error
+
+
+def record(line: dict[str, Any], file: Path | None) -> None:
+    text = json.dumps(line)
+    print(text, flush=True)
+    if file:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
     tools/bench_layouts.py --out results/layouts                                   (all GPUs here: every layout that they carry)
     tools/bench_layouts.py --out results/layouts --share-gpu                       (one GPU: four processes share it)
-    tools/bench_layouts.py --out /tmp/layouts --device cpu --max-relative 1e-4     (CPU, float32: four processes over gloo)
+    tools/bench_layouts.py --out results/layouts --device cpu --max-relative 1e-4  (CPU, float32: four processes over gloo)
     tools/bench_layouts.py --out results/layouts --layouts 1 U2 R2:p2p
 
 A layout is U and R with their degrees, and with R how K_0/V_0 travel: U2R2 (by memory), R2:gather, R2:p2p; 1 is one process.

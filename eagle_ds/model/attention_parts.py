@@ -59,7 +59,7 @@ class Cut:
     rows: int = 512  # least of a block of stairs: with 32 heads, 128 blocks of threads for a Hopper GPU's 132 multiprocessors
     by_heads: bool = True  # more of them for fewer heads: both together are all that can fill a GPU in a forward; a backward has keys
     beside: int = 0  # so many more rows would take as long as what a block costs beside its rows
-    call: int = 1 << 24  # so many pairs of row and key, over all heads, take as long as to start a block's kernels: 40 microseconds
+    call: int = 1 << 24  # so many pairs of row and key, over all heads, are taken to cost what starting a block's kernels does
     triton: float = 1.4  # times as long as cuDNN does Triton take
     keys: int = 4096  # that a block of stairs is a multiple of
     square: int = 4096  # below it cuDNN's plan building and extra passes over dK/dV cost more than its kernels save
@@ -154,7 +154,8 @@ class Cut:
 
 FORWARD = Cut()
 BACKWARD = Cut(by_heads=False, beside=192, triton=1.5)
-"""In a backward, 56 bytes a key and KV head are moved beside the matmuls of a block, to sum what its query heads give to dK and dV."""
+"""In a backward, 56 bytes for each number of a key are moved beside the matmuls of a block, where four query heads share it: what they
+give to dK and dV is written, read and summed, and added in float32 (docs/benchmarks/h200.md)."""
 
 
 def keys_behind(bounds: KeyBounds, part: Part) -> np.ndarray:

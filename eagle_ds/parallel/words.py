@@ -1,6 +1,6 @@
 """Strided copies of half-precision numbers, four at a time.
 
-PyTorch copies what is not dense a number at a time; with 2 bytes each that is 1 TB/s on an H200, a quarter of what its memory moves.
+PyTorch copies what is not dense a number at a time; with 2 bytes each that is 1 TB/s on an H200, in words 2 (docs/benchmarks/h200.md).
 """
 
 from __future__ import annotations
