@@ -97,6 +97,7 @@ def deepspeed_config(recipe: Recipe, ds_json: dict[str, Any], world_size: int) -
     params.setdefault("torch_adam", True)  # DeepSpeed's own Adam would be compiled on first use
     config.setdefault("communication_data_type", "fp32")
     config.setdefault("steps_per_print", None)  # our log line says more
+    config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})  # it would wait for the device twice a step
     if bf16_enabled(config):
         config["bf16"].setdefault("check_grad_overflow", True)  # its default changed between releases
         if zero_stage(config) >= 1:

@@ -17,8 +17,8 @@ label teaches are neighbours and find it in the cache. Losses: DESIGN section 2;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from eagle_ds.model.attention import wide
 from eagle_ds.model.fused import is_half_on_gpu
 from eagle_ds.model.linear import add_product
 from eagle_ds.model.norm import rms_norm
+from eagle_ds.parallel.transfer import to_host
 from eagle_ds.parallel.words import copy_rows
 
 CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}  # a GPU's matmuls want rows, a CPU's caches want few
@@ -46,9 +47,13 @@ class TargetHead:
     d2t: Tensor  # int64 [Vd], offsets: target id = i + d2t[i]
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeadTargets:
-    """Labels of one micro-batch: row p of step k is taught by target row ``index[p, k]``."""
+    """Labels of one micro-batch: row p of step k is taught by target row ``index[p, k]``.
+
+    Make it before the draft's forward: what the host must know of the rows is on its way to it from here on, so that the loss need
+    not wait for the device.
+    """
 
     head: TargetHead
     hidden: Tensor  # [M, H], target hidden states
@@ -57,6 +62,11 @@ class HeadTargets:
     index: Tensor  # int64 [N, T]
     trained: Tensor  # bool [N, T], by mask alone
     counted: Tensor  # bool [N, T], trained and with the target's argmax in the draft vocabulary
+    on_host: Callable[[], Tensor] = field(init=False, repr=False)  # int64 [3, N]: counted pairs up to each row, its first and last label
+
+    def __post_init__(self) -> None:
+        pairs = self.counted.sum(1).cumsum(0)
+        self.on_host = to_host(torch.stack([pairs, self.index[:, 0], self.index[:, -1]]))
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,9 @@ class _Pass:
         rows, steps = targets.counted.shape
         blank = torch.zeros(rows, steps, dtype=wide(weight.dtype), device=weight.device)
         self.cross_entropy, self.entropy, self.alpha, self.correct = blank, blank.clone(), blank.clone(), blank.clone()
-        self.pairs = targets.counted.reshape(-1).nonzero().squeeze(1)  # row * T + step
+        self.pairs_to, self.first_label, self.last_label = targets.on_host()
+        size = int(self.pairs_to[-1]) if rows else 0
+        self.pairs = torch.nonzero_static(targets.counted.reshape(-1), size=size).squeeze(1)  # row * T + step
         self.d_norm: Tensor | None = None
         if gradients:
             self.d_norm = torch.zeros_like(norm_weight, dtype=wide(norm_weight.dtype))
@@ -207,16 +219,13 @@ class _Pass:
         lengths = torch.stack([self.alpha.to(torch.float64).cumprod(1).sum(), trained.any(1).sum().to(torch.float64)])
         return StepSums(sums, lengths)
 
-    def _chunks(self) -> list[_Chunk]:
-        """What Python must know of all chunks comes to the host at once: no waiting for the device between them."""
-        index, size = self.targets.index, self.targets.index.shape[0]
-        starts = list(range(0, size, self._chunk_rows()))
-        stops = [*starts[1:], size]
-        if not starts:
-            return []
-        before = F.pad(self.targets.counted.sum(1).cumsum(0), (1, 0))
-        found = torch.stack([before[starts], before[stops], index[starts, 0], index[[s - 1 for s in stops], -1] + 1]).tolist()
-        return [_Chunk(*numbers) for numbers in zip(starts, stops, *found, strict=True)]
+    def _chunks(self) -> Iterator[_Chunk]:
+        size, rows, done = len(self.pairs_to), self._chunk_rows(), 0
+        for start in range(0, size, rows):
+            stop = min(start + rows, size)
+            pairs, labels = int(self.pairs_to[stop - 1]), (int(self.first_label[start]), int(self.last_label[stop - 1]) + 1)
+            yield _Chunk(start, stop, done, pairs, *labels)
+            done = pairs
 
     def _chunk_rows(self) -> int:
         """Rows whose logits fit the budget (the head of this file has the sum), in whole tiles of a matmul where there are many."""

@@ -34,8 +34,8 @@ the one that the plan (of the first shape) loads most, in that rank's memory. Wh
 there is no communication, and the losses mean nothing. Tables and pictures say "one rank alone", and the scaling picture leaves it out:
     tools/bench_step.py --alone-of 4 --ulysses 4 --seq 131072 --out results
 
-Where the time goes: --profile trace.json writes a Chrome trace (chrome://tracing, ui.perfetto.dev) of one step, and a table of GPU
-time by category and phase with the share of communication that runs beside computing.
+Where the time goes: --profile trace.json writes a Chrome trace (chrome://tracing, ui.perfetto.dev) of two steps, and a table of the
+second's GPU time by category and phase with the share of communication that runs beside computing.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
     run.add_argument("--json", type=Path, help="append the lines to this file (default with --out: DIR/steps.jsonl)")
     run.add_argument("--out", type=Path, metavar="DIR", help="write steps.md and pictures of all lines in that file")
     run.add_argument("--plot", type=Path, nargs="+", metavar="JSONL", help="run nothing: draw these results into --out")
-    run.add_argument("--profile", type=Path, help="write a Chrome trace of one more step here (.json or .json.gz), its table beside it")
+    run.add_argument("--profile", type=Path, help="write a Chrome trace of two more steps here (.json or .json.gz), a table beside it")
     run.add_argument("--sample-memory", action="store_true", help="one more step: add the peak memory of each phase")
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -311,7 +311,8 @@ def open_store(options: argparse.Namespace, bench: StepBench, document: Document
 
 
 def profile(bench: StepBench, path: Path, writes: bool) -> None:
-    """One step under torch.profiler: a trace, and a table of it (on CPU only torch's own)."""
+    """Two steps under torch.profiler, so that the second follows another as in training: a trace, and a table of the second (on CPU
+    only torch's own)."""
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -321,6 +322,7 @@ def profile(bench: StepBench, path: Path, writes: bool) -> None:
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as recorded:
+        bench.step()
         bench.step()
     if not writes:
         return

@@ -135,7 +135,7 @@ def table(profile: Profile, phases: Sequence[str]) -> str:
 
 
 def read_trace(path: Path, phases: Sequence[str], loss_region: str) -> list[Kernel]:
-    """The GPU work in a Chrome trace that torch.profiler wrote, plain or gzipped.
+    """The GPU work of the last step in a Chrome trace that torch.profiler wrote, plain or gzipped.
 
     ``phases`` and ``loss_region`` are names of ``record_function`` ranges on the CPU; a kernel belongs to the range in which
     it was launched (its correlation number leads to the launch), on the very thread for the loss: autograd has its own.
@@ -143,6 +143,7 @@ def read_trace(path: Path, phases: Sequence[str], loss_region: str) -> list[Kern
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     marks = [event for event in events if event.get("cat") == "user_annotation"]
+    begin = max((mark["ts"] for mark in marks if mark["name"] == phases[0]), default=0)
     launches = {
         event["args"]["correlation"]: event
         for event in events
@@ -153,6 +154,8 @@ def read_trace(path: Path, phases: Sequence[str], loss_region: str) -> list[Kern
         if event.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
             continue
         launch = launches.get(event.get("args", {}).get("correlation"))
+        if launch and launch["ts"] < begin:
+            continue
         around = [mark for mark in marks if launch and mark["ts"] <= launch["ts"] <= mark["ts"] + mark["dur"]]
         phase = next((mark["name"] for mark in around if mark["name"] in phases), NO_PHASE)
         in_loss = any(mark["name"] == loss_region and mark["tid"] == launch["tid"] for mark in around)

@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import deepspeed
@@ -35,6 +36,9 @@ from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.planner import GIB, Device, choose_ring_mode, floor_seconds, plan_for
 
 PHASES = ("data", "forward", "backward", "optimizer")
+Moment = float | torch.cuda.Event
+"""On the host's clock, or in the order of a GPU's work."""
+
 LOSS_REGION = "head and loss"  # inside the forward; marked in traces
 
 
@@ -42,7 +46,9 @@ LOSS_REGION = "head and loss"  # inside the forward; marked in traces
 class StepTimes:
     """Milliseconds of the slowest rank, means over the timed steps, and the peak of the fullest rank.
 
-    ``step_ms`` is the sum of the phases, the wait for data included (0 for data that lies in memory). Memory is zero on CPU.
+    Steps follow each other as in training: the host launches ahead, and waits for a GPU only where DeepSpeed's optimizer does. A
+    phase lasts from when the GPU is through with the one before it until it is through with this one; ``step_ms`` holds all of
+    them, the wait for data included (0 for data that lies in memory). Memory is zero on CPU.
     """
 
     step_ms: float
@@ -92,22 +98,22 @@ class StepBench:
         for _ in range(warmup):
             self.step()
         self._reset_peak()
-        times = np.array([self.step() for _ in range(steps)])
+        marks = [self.step() for _ in range(steps)]
+        times = np.array([_seconds_between(moments) for moments in marks])
         self._resident = self._between_steps() if self._resident is None else self._resident
         kept = max(self._held - self._resident - self._head_gradient, 0)
-        seconds, memory = self._fullest([*times.mean(0)], [self._peak(), self._resident, kept])
-        data, forward, backward, optimizer = (1e3 * s for s in seconds)
-        return StepTimes(data + forward + backward + optimizer, data, forward, backward, optimizer, *(x / GIB for x in memory))
+        phases = times.mean(0)
+        seconds, memory = self._fullest([phases.sum(), *phases], [self._peak(), self._resident, kept])
+        return StepTimes(*(1e3 * s for s in seconds), *(x / GIB for x in memory))
 
-    def step(self) -> list[float]:
-        """Seconds of each of ``PHASES`` of one step."""
-        seconds = []
+    def step(self) -> list[Moment]:
+        """One step; when it began and when each of ``PHASES`` ended. Does not wait for the GPU to get there."""
+        moments = [self._now()]
         for name, work in self._phases():
-            started = self._now()
             with record_function(name):
                 work()
-            seconds.append(self._now() - started)
-        return seconds
+            moments.append(self._now())
+        return moments
 
     def memory_by_phase(self) -> dict[str, float]:
         """GiB of the fullest rank that one more step holds before it, and at most during each phase. Collective; zeros on CPU."""
@@ -115,7 +121,6 @@ class StepBench:
         for _, work in self._phases():
             self._reset_peak()
             work()
-            self._now()
             held.append(self._peak())
         fullest = self.world.agreement.gather(held).max(0)
         return {f"{name}_gib": round(int(value) / GIB, 2) for name, value in zip(("resting", *PHASES), fullest, strict=True)}
@@ -143,10 +148,12 @@ class StepBench:
     def _on_gpu(self) -> bool:
         return self.world.device.type == "cuda"
 
-    def _now(self) -> float:
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def _now(self) -> Moment:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _reset_peak(self) -> None:
         if self._on_gpu:
@@ -174,6 +181,14 @@ class StepBench:
         rows = torch.randn(arch.draft_vocab_size, arch.target_hidden_size, device=device, dtype=self.dtype) * arch.target_hidden_size**-0.5
         all_tokens = torch.ones(arch.target_vocab_size, dtype=torch.bool, device=device)
         return TargetHead(None, rows, all_tokens, torch.zeros(arch.draft_vocab_size, dtype=torch.int64, device=device))
+
+
+def _seconds_between(moments: list[Moment]) -> list[float]:
+    """From each moment to the next; waits for the last."""
+    if isinstance(moments[-1], float):
+        return np.diff(moments).tolist()
+    moments[-1].synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(moments)]
 
 
 class _LossMarked:

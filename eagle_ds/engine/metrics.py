@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eagle_ds.loss import StepSums
+from eagle_ds.parallel.transfer import to_host
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,13 @@ def metrics_of(sums: StepSums, decay: Tensor, positions: int | None) -> Metrics:
     )
 
 
-def sum_over_ranks(sums: StepSums, world_size: int) -> StepSums:
-    """``sums`` added over all ranks, on the CPU. Collective; waits for the device."""
+def sum_over_ranks(sums: StepSums, world_size: int) -> Callable[[], StepSums]:
+    """``sums`` added over all ranks, to be called for on the host, see ``transfer.to_host``. Collective."""
     flat = sums.flat()
     if world_size > 1:
         dist.all_reduce(flat)
-    return StepSums.from_flat(flat.cpu())
+    arrived = to_host(flat)
+    return lambda: StepSums.from_flat(arrived())
 
 
 def add(a: StepSums | None, b: StepSums) -> StepSums:

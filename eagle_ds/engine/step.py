@@ -8,6 +8,7 @@ step: then every stage and layout arrives at the gradient of the true global los
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.attention import BlockAttention
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.ttt import PrefixAttention
+from eagle_ds.parallel.transfer import to_device, to_host
 
 
 class MicroBatchRunner:
@@ -58,7 +60,7 @@ class MicroBatchRunner:
         )
         targets = self._targets(batch)
         settings = LossSettings(
-            weights.to(self.world.device), training.loss, training.kl_scale, training.kl_decay, alpha_mean=self._alpha_mean
+            to_device(weights, self.world.device), training.loss, training.kl_scale, training.kl_decay, alpha_mean=self._alpha_mean
         )
         return self.engine(batch, prefix, lambda *states: head_loss(*states, targets, settings), training.recompute, self.offload)
 
@@ -82,14 +84,19 @@ class StepOutcome:
 
     step: Step
     sums: StepSums
-    grad_norm: float
-    applied: bool
+    norm: Callable[[], Tensor]  # of the gradients of all ranks, before clipping: see ``transfer.to_host``
+    applied: bool  # whether that was finite and the weights were updated
     culprits: tuple[str, ...]  # samples of this rank's micro-batches whose loss was not finite
     tokens: int  # of all ranks
     positions: int | None
     stats: ReadStats
     wait_s: float
     read_s: float
+
+    @property
+    def grad_norm(self) -> float:
+        """Waits until the device is through with the step."""
+        return float(self.norm())
 
 
 class OptimizerStep:
@@ -100,10 +107,12 @@ class OptimizerStep:
         self.decay = uniform_decay(self.training.step_decay, self.training.ttt_steps)
         self._plain = self.engine.zero_optimization_stage() == 0 and not self.engine.bfloat16_enabled()
 
-    def run(self, feed: Feed, learning_rate: float) -> StepOutcome:
+    def run(self, feed: Feed, learning_rate: float, meanwhile: Callable[[], None] = lambda: None) -> StepOutcome:
         """Collective over the world. Raises RankFailure on all ranks if any could not read its data or reads other data.
 
-        With a loss or gradient that is not finite the weights are left alone (``applied`` False).
+        With a loss or gradient that is not finite the weights are left alone (``applied`` False). ``meanwhile`` is called while the
+        device has the step's work before it: the host waits for it only once, in DeepSpeed's optimizer, and leaves it with the
+        update to do.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -123,10 +132,11 @@ class OptimizerStep:
             if item.is_last:
                 break
             self.engine.step()  # counts the micro-batch; DeepSpeed updates at the last one
-        grad_norm, applied = self._update()
+        meanwhile()
+        norm, applied = self._update()
         culprits = () if applied else tuple(n for loss, ns in zip(losses, names, strict=True) if not torch.isfinite(loss) for n in ns)
         return StepOutcome(
-            item.step, sums, grad_norm, applied, culprits, item.global_tokens, self.positions(item.global_tokens), stats, wait_s, read_s
+            item.step, sums, norm, applied, culprits, item.global_tokens, self.positions(item.global_tokens), stats, wait_s, read_s
         )
 
     def positions(self, tokens: int) -> int | None:
@@ -137,15 +147,15 @@ class OptimizerStep:
         scale = self.world.topology.world_size * len(item.step.packs)
         return scale * step_weights(counted, self.decay, self.positions(item.global_tokens))
 
-    def _update(self) -> tuple[float, bool]:
-        """(global gradient norm before clipping, whether it was finite and the weights were updated)."""
+    def _update(self) -> tuple[Callable[[], Tensor], bool]:
+        """``norm`` and ``applied`` of the outcome."""
         if not self._plain:
             self.engine.step()  # every ZeRO stage, and bf16 without ZeRO, skips by itself where the norm is not finite
-            norm = float(self.engine.get_global_grad_norm())
+            norm = to_host(torch.as_tensor(self.engine.get_global_grad_norm()))
             return norm, bool(self.engine.was_step_applied())
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if norm < float("inf"):
+        norm = to_host(torch.nn.utils.get_total_norm(gradients))
+        if norm() < float("inf"):
             self.engine.step()
             return norm, True
         self.engine.zero_grad()

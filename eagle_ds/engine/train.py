@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +113,7 @@ class Trainer:
             recipe.run_dir, self.training.keep_checkpoints, trainable.engine, inputs.arch, inputs.vocab, world
         )
         self.log = RunLog(recipe.run_dir, trainable.engine, self.total_steps) if world.is_first else None
+        self._unwritten: Callable[[], dict[str, Any]] | None = None
         self.best: Best | None = None
         self.skipped_steps = 0
         self.done = self.saved = 0
@@ -142,10 +143,10 @@ class Trainer:
         if not start:
             self._evaluate(0)
         pace = Pace()
-        with Feed(self.dataset, self.sampler.steps(start, self.total_steps), **self._feed_settings) as feed:
+        with Feed(self.dataset, self.sampler.steps(start, self.total_steps), **self._feed_settings) as feed, self._all_lines():
             for number in range(start, self.total_steps):
                 rate = learning_rate(number, self.total_steps, self.training)
-                outcome = self.step.run(feed, rate)
+                outcome = self.step.run(feed, rate, meanwhile=self._write_line)
                 pace.add(outcome)
                 self.done = done = number + 1
                 if not outcome.applied:
@@ -168,7 +169,16 @@ class Trainer:
         logger.info("SIGTERM: step %d of %d is saved, and the same command resumes from it", self.done, self.total_steps)
         return True
 
+    @contextmanager
+    def _all_lines(self) -> Iterator[None]:
+        """However the steps end, the last one that came to its end gets its line."""
+        try:
+            yield
+        finally:
+            self._write_line()
+
     def _save(self) -> None:
+        self._write_line()  # a run that resumes from here has the lines up to here
         self.checkpoints.save(self._state(self.done))
         self.saved = self.done
 
@@ -214,6 +224,7 @@ class Trainer:
 
     def _evaluate(self, done: int, *, decodes: bool = False) -> None:
         """On held-out features where there are some, and by real decoding if ``decodes``; keeps the draft if it is the best."""
+        self._write_line()
         line: dict[str, Any] = {}
         if self.evaluator is not None:
             line |= self.evaluator.run().as_dict()
@@ -238,32 +249,39 @@ class Trainer:
         return self.world.agreement.gather_objects(found)[0]
 
     def _log(self, outcome: StepOutcome, done: int, rate: float, pace: Pace) -> None:
-        metrics = metrics_of(sum_over_ranks(outcome.sums, self.world.topology.world_size), self.step.decay, outcome.positions)
+        """Gather what the step's line says from all ranks. Collective. Written it is while the device works on the next step: its sums
+        and norm are there only once the device is through with this one."""
+        sums = sum_over_ranks(outcome.sums, self.world.topology.world_size)
         elapsed = (time.perf_counter() - pace.started) / pace.steps
         stats = outcome.stats
         own = (peak_bytes(self.world.device), int(pace.wait_s * 1e6), int(outcome.read_s * 1e6))
         table = self.world.agreement.gather((*own, stats.bytes_read, stats.bytes_inflated, stats.bytes_used))
-        if self.log is None:
-            return
         peak, wait, read = table[:, :3].max(0).tolist()
         totals = dict(zip(("bytes_read", "bytes_inflated", "bytes_used"), table[:, 3:].sum(0).tolist(), strict=True))
-        self.log.step(
-            {
-                "step": done,
-                **metrics.as_dict(),
-                "lr": rate,
-                "grad_norm": outcome.grad_norm,
-                "tokens_per_s": pace.tokens / pace.steps / elapsed,
-                "tokens": outcome.tokens,
-                "step_s": elapsed,
-                "data_wait_s": wait / 1e6 / pace.steps,
-                "read_s": read / 1e6,
-                "peak_gib": peak / GIB,
-                "epoch": outcome.step.epoch,
-                "skipped_steps": self.skipped_steps,
-                **totals,
-            }
-        )
+        known = {
+            "lr": rate,
+            "tokens_per_s": pace.tokens / pace.steps / elapsed,
+            "tokens": outcome.tokens,
+            "step_s": elapsed,
+            "data_wait_s": wait / 1e6 / pace.steps,
+            "read_s": read / 1e6,
+            "peak_gib": peak / GIB,
+            "epoch": outcome.step.epoch,
+            "skipped_steps": self.skipped_steps,
+            **totals,
+        }
+        self._unwritten = lambda: {
+            "step": done,
+            **metrics_of(sums(), self.step.decay, outcome.positions).as_dict(),
+            "grad_norm": outcome.grad_norm,
+            **known,
+        }
+
+    def _write_line(self) -> None:
+        """Write the line that was gathered last, if it has not been written yet."""
+        line, self._unwritten = self._unwritten, None
+        if line and self.log:
+            self.log.step(line())
 
     def _not_finite(self, outcome: StepOutcome, done: int) -> None:
         """All ranks know it from the gradient norm; together they find out whose samples did it, then stop or go on."""

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eagle_ds.parallel.transfer import to_device
+
 SCORE_BYTES = 64 << 20  # the reference works on score blocks of about this size
 
 
@@ -47,7 +49,7 @@ class KeyBounds:
     @classmethod
     def make(cls, lo: np.ndarray, hi: np.ndarray, device: torch.device) -> KeyBounds:
         """Bounds on host and device."""
-        return cls(lo, hi, torch.from_numpy(lo).to(device), torch.from_numpy(hi).to(device))
+        return cls(lo, hi, *(to_device(torch.from_numpy(rows), device) for rows in (lo, hi)))
 
 
 class BlockAttention(Protocol):

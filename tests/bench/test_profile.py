@@ -106,6 +106,10 @@ def event(cat: str, name: str, ts: float, dur: float, tid: int = 1, **args: Any)
 def test_a_trace_tells_what_launched_a_kernel(tmp_path: Path, name: str) -> None:
     events = [
         {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "python"}},
+        event("user_annotation", "forward", -300, 100),  # the step before, which left its last kernel for now
+        event("user_annotation", "optimizer", -100, 90),
+        event("cuda_runtime", "cudaLaunchKernel", -50, 2, correlation=5),
+        event("kernel", "nvjet_e", 5, 10, correlation=5),
         event("user_annotation", "forward", 0, 100),
         event("user_annotation", "head and loss", 50, 40),
         event("user_annotation", "backward", 100, 100),

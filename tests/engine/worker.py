@@ -63,7 +63,7 @@ def take_steps(rank: int, world: int, recipe: Recipe, optimizer: str = "SGD") ->
             outcome = trainer.step.run(feed, recipe.training.learning_rate)
             norms.append(outcome.grad_norm)
             applied.append(outcome.applied)
-            metrics.append(metrics_of(sum_over_ranks(outcome.sums, world), trainer.step.decay, outcome.positions))
+            metrics.append(metrics_of(sum_over_ranks(outcome.sums, world)(), trainer.step.decay, outcome.positions))
     return Steps(before, full_state(engine), norms, metrics, applied)
 
 
