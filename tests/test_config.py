@@ -166,13 +166,16 @@ def test_deepspeed_gets_what_the_recipe_decides() -> None:
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["communication_data_type"] == "fp32"
     assert config["tensorboard"] == {"enabled": True, "output_path": "runs/tiny", "job_name": "tensorboard"}
+    assert config["timers"] == {"throughput": {"enabled": False}}  # that waits for the device at both ends of a step
 
 
 def test_what_the_json_owns_is_left_alone() -> None:
     own = {"optimizer": {"params": {"torch_adam": False}}, "communication_data_type": "bf16", "zero_optimization": {"stage": 2}}
+    own["timers"] = {"throughput": {"enabled": True}}
     config = deepspeed_config(recipe(), own, 1)
     assert config["optimizer"]["params"]["torch_adam"] is False
     assert (config["communication_data_type"], config["zero_optimization"]) == ("bf16", {"stage": 2})
+    assert config["timers"] == {"throughput": {"enabled": True}}
     assert own["optimizer"] == {"params": {"torch_adam": False}}
 
 

@@ -15,6 +15,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from eagle_ds.parallel.topology import Group
+from eagle_ds.parallel.transfer import to_device
 from eagle_ds.parallel.words import dense
 
 
@@ -68,7 +69,7 @@ class UlyssesExchange:
     def kv_to_slots(self, kv: Tensor, counts: Sequence[int]) -> Tensor:
         """[own rows, Hkv, w] -> [all rows of the group, slots, w]. Collective."""
         if self._replicates:
-            kv = kv[:, self.slot_heads]
+            kv = kv.index_select(1, self._slot_heads(kv.device))
         return self.to_heads(kv, counts)
 
     def slots_to_kv(self, slots: Tensor, counts: Sequence[int]) -> Tensor:
@@ -77,7 +78,10 @@ class UlyssesExchange:
         if not self._replicates:
             return rows
         summed = rows.new_zeros(rows.shape[0], self.kv_heads, rows.shape[2])
-        return summed.index_add_(1, torch.tensor(self.slot_heads, device=rows.device), rows)
+        return summed.index_add_(1, self._slot_heads(rows.device), rows)
+
+    def _slot_heads(self, device: torch.device) -> Tensor:
+        return to_device(torch.tensor(self.slot_heads), device)
 
     def _all_to_all(self, received: Tensor, sent: Tensor, received_splits: list[int], sent_splits: list[int]) -> None:
         dist.all_to_all_single(received.view(-1), sent.view(-1), received_splits, sent_splits, group=self.group.handle)

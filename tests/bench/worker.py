@@ -83,6 +83,20 @@ def alone_steps(rank: int, world: int, recipe: Recipe, document: Document, alone
     )
 
 
+def step_without_waiting(recipe: Recipe, document: Document) -> None:
+    """Forward and backward of one rank of four on a GPU; raises where the host waits for it."""
+    joined = alone_world(recipe, [document], 0, 4, None)
+    bench = StepBench(recipe, deepspeed_config(recipe, read_ds_json(recipe.deepspeed), 4), [document], joined)
+    bench.use(MemorySource(recipe, bench.plan, joined, bench.dtype))
+    bench.run(1)  # kernels are compiled and loaded, memory is pinned
+    torch.cuda.set_sync_debug_mode("error")
+    bench._take()
+    bench._forward()
+    bench._backward()
+    torch.cuda.set_sync_debug_mode("default")
+    bench.use(None)
+
+
 def outlived(rank: int, world: int, recipe: Recipe, document: Document) -> list[str]:
     """Which weights, gradients and buffers of the optimizer are still there once the bench has been dropped."""
     as_if_new(world)

@@ -18,8 +18,11 @@ pytestmark = pytest.mark.gpu
 
 BF16_BOUND = 3e-2  # relative, of losses: bfloat16 carries 8 bits
 GPU_DRAFT = {"draft__head_dim": 16, "draft__num_attention_heads": 4}  # the kernels take powers of two from 16
-RUN_ONE = "import sys; from tests.engine.worker import run_training; from eagle_ds.config import Recipe; " + (
-    "run_training(0, 1, Recipe.model_validate_json(open(sys.argv[1]).read()))"
+READ = "import sys; from eagle_ds.config import Recipe; recipe = Recipe.model_validate_json(open(sys.argv[1]).read()); "
+TRAIN = READ + "from tests.engine.worker import run_training; run_training(0, 1, recipe)"
+STEP = READ + (
+    "from tests.bench.worker import step_without_waiting; from eagle_ds.layout import Document; "
+    "step_without_waiting(recipe, Document(4096, ((1024, 1536), (2048, 4096))))"
 )
 
 
@@ -28,14 +31,19 @@ def tiny(tmp_path: Path) -> Tiny:
     return make_tiny(tmp_path, labels=False, dtype="bfloat16")
 
 
-def train_alone(recipe: Recipe, accelerator: str) -> list[dict[str, Any]]:
-    """The recipe on one process of its own; the lines of its log."""
+def run_alone(code: str, recipe: Recipe, accelerator: str) -> None:
+    """``code``, given the recipe, in a process of its own."""
     path = recipe.run_dir.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(recipe.model_dump_json())
     environment = {**os.environ, "DS_ACCELERATOR": accelerator, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-    found = subprocess.run([sys.executable, "-c", RUN_ONE, str(path)], env=environment, capture_output=True, text=True, check=False)
+    found = subprocess.run([sys.executable, "-c", code, str(path)], env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-3000:]
+
+
+def train_alone(recipe: Recipe, accelerator: str) -> list[dict[str, Any]]:
+    """The lines of the log."""
+    run_alone(TRAIN, recipe, accelerator)
     return [json.loads(line) for line in (recipe.run_dir / "log.jsonl").read_text().splitlines()]
 
 
@@ -54,3 +62,10 @@ def test_a_gpu_run_goes_on_from_its_checkpoint(tiny: Tiny) -> None:
     train_alone(tiny.recipe("halves", **settings, training__max_steps=3), "cuda")
     halves = train_alone(tiny.recipe("halves", **settings, training__max_steps=6), "cuda")
     assert [line["loss"] for line in halves] == pytest.approx([line["loss"] for line in whole], rel=1e-3)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("layout", [{"parallel__ulysses": 4}, {"parallel__ring": 4, "parallel__ring_mode": "p2p"}], ids=["U4", "R4"])
+def test_forward_and_backward_do_not_wait_for_the_gpu(tiny: Tiny, layout: dict[str, Any], recompute: str) -> None:
+    settings = {**GPU_DRAFT, **layout, "training__recompute": recompute, "data__max_length": 4096}
+    run_alone(STEP, tiny.recipe("step", **settings, deepspeed=str(tiny.root / "ds_bf16_stage1.json")), "cuda")
