@@ -79,6 +79,8 @@ def read_ds_json(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} sets scheduler, but the recipe owns it (training.schedule, warmup_ratio); remove it from the JSON")
     if tree.get("fp16", {}).get("enabled"):
         raise ValueError(f"{path} enables fp16, which is not supported; use bf16, or neither for float32")
+    if tree.get("zero_optimization", {}).get("compute_grad_norm") is False:
+        raise ValueError(f"{path} sets zero_optimization.compute_grad_norm = false, but steps are logged and checked by it; remove it")
     if bf16_enabled(tree) and zero_stage(tree) == 0 and tree.get("data_types", {}).get("grad_accum_dtype") == "fp32":
         raise ValueError(f"{path}: bf16 with ZeRO stage 0 cannot accumulate gradients in fp32; use zero_optimization.stage 1")
     return tree
@@ -97,7 +99,7 @@ def deepspeed_config(recipe: Recipe, ds_json: dict[str, Any], world_size: int) -
     params.setdefault("torch_adam", True)  # DeepSpeed's own Adam would be compiled on first use
     config.setdefault("communication_data_type", "fp32")
     config.setdefault("steps_per_print", None)  # our log line says more
-    config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})  # it would wait for the device twice a step
+    config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})  # it would wait for the device twice a micro-batch
     if bf16_enabled(config):
         config["bf16"].setdefault("check_grad_overflow", True)  # its default changed between releases
         if zero_stage(config) >= 1:

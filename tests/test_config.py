@@ -166,7 +166,7 @@ def test_deepspeed_gets_what_the_recipe_decides() -> None:
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["communication_data_type"] == "fp32"
     assert config["tensorboard"] == {"enabled": True, "output_path": "runs/tiny", "job_name": "tensorboard"}
-    assert config["timers"] == {"throughput": {"enabled": False}}  # that waits for the device at both ends of a step
+    assert config["timers"] == {"throughput": {"enabled": False}}  # that waits for the device twice a micro-batch
 
 
 def test_what_the_json_owns_is_left_alone() -> None:
@@ -200,6 +200,7 @@ def test_a_contradiction_with_the_deepspeed_json_is_refused(own: dict[str, Any],
         ({"zero_optimisation": {}}, "zero_optimisation is not a key used here; did you mean zero_optimization?"),
         ({"scheduler": {"type": "WarmupLR"}}, r"training\.schedule"),
         ({"fp16": {"enabled": True}}, "use bf16"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "logged and checked by it"),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, r"use zero_optimization\.stage 1"),
     ],
 )

@@ -312,7 +312,7 @@ def open_store(options: argparse.Namespace, bench: StepBench, document: Document
 
 def profile(bench: StepBench, path: Path, writes: bool) -> None:
     """Two steps under torch.profiler, so that the second follows another as in training: a trace, and a table of the second (on CPU
-    only torch's own)."""
+    torch's own, of both)."""
     import torch
     from torch.profiler import ProfilerActivity
 

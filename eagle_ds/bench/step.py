@@ -36,19 +36,19 @@ from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.planner import GIB, Device, choose_ring_mode, floor_seconds, plan_for
 
 PHASES = ("data", "forward", "backward", "optimizer")
+LOSS_REGION = "head and loss"  # inside the forward; marked in traces
+
 Moment = float | torch.cuda.Event
 """On the host's clock, or in the order of a GPU's work."""
-
-LOSS_REGION = "head and loss"  # inside the forward; marked in traces
 
 
 @dataclass(frozen=True)
 class StepTimes:
     """Milliseconds of the slowest rank, means over the timed steps, and the peak of the fullest rank.
 
-    Steps follow each other as in training: the host launches ahead, and waits for a GPU only where DeepSpeed's optimizer does. A
-    phase lasts from when the GPU is through with the one before it until it is through with this one; ``step_ms`` holds all of
-    them, the wait for data included (0 for data that lies in memory). Memory is zero on CPU.
+    Steps follow each other as in training: the host launches ahead, and waits for a GPU only where DeepSpeed does. A phase lasts
+    from when the GPU is through with the one before it until it is through with this one; ``step_ms`` holds all of them, the wait
+    for data included (0 for data that lies in memory). Memory is zero on CPU.
     """
 
     step_ms: float
@@ -81,6 +81,7 @@ class StepBench:
         self.runner = MicroBatchRunner(_LossMarked(self.engine), arch, self._head(arch), kernel, recipe.training, world)
         self.source: Source | None = None
         self._batch: tuple[Batch, Tensor] | None = None
+        self._batch_bytes = 0
         self._loss: Tensor | None = None
         self._resident: int | None = None
         self._held = 0  # after the last forward
@@ -131,6 +132,7 @@ class StepBench:
     def _take(self) -> None:
         assert self.source is not None, "use a source first"
         self._batch = self.source.take()
+        self._batch_bytes = sum(x.nbytes for x in vars(self._batch[0]).values() if isinstance(x, Tensor))
 
     def _forward(self) -> None:
         assert self._batch is not None
@@ -142,7 +144,7 @@ class StepBench:
 
     def _backward(self) -> None:
         self.engine.backward(self._loss)
-        self._loss = None
+        self._loss = self._batch = None  # as in training: ``OptimizerStep``
 
     @property
     def _on_gpu(self) -> bool:
@@ -166,9 +168,8 @@ class StepBench:
         return torch.cuda.memory_allocated() if self._on_gpu else 0
 
     def _between_steps(self) -> int:
-        """Allocated now, after a step and so with all that the optimizer makes in its first; without the batch."""
-        assert self._batch is not None
-        return max(self._allocated() - sum(x.nbytes for x in vars(self._batch[0]).values() if isinstance(x, Tensor)), 0)
+        """Allocated now, after a step and so with all that the optimizer makes in its first; without the batch, which lies in memory."""
+        return max(self._allocated() - self._batch_bytes, 0)
 
     def _fullest(self, seconds: list[float], memory: list[int]) -> tuple[list[float], list[int]]:
         """The largest of all ranks, each for itself."""

@@ -55,7 +55,8 @@ class Evaluator:
         self.runner.engine.train()
         assert sums is not None
         positions = tokens if self.training.loss_normalization == "positions" else None
-        return metrics_of(sum_over_ranks(sums, self.world.topology.world_size)(), self.decay, positions)
+        arrived = sum_over_ranks(sums, self.world.topology.world_size)
+        return metrics_of(arrived(), self.decay, positions)
 
     def _is_repeat(self, item: MicroBatch) -> bool:
         packs = item.step.packs[0]

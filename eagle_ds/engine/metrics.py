@@ -54,7 +54,7 @@ def metrics_of(sums: StepSums, decay: Tensor, positions: int | None) -> Metrics:
 
 
 def sum_over_ranks(sums: StepSums, world_size: int) -> Callable[[], StepSums]:
-    """``sums`` added over all ranks, to be called for on the host, see ``transfer.to_host``. Collective."""
+    """``sums`` added over all ranks, on their way to the host: call the result for them, see ``transfer.to_host``. Collective."""
     flat = sums.flat()
     if world_size > 1:
         dist.all_reduce(flat)

@@ -110,9 +110,9 @@ class OptimizerStep:
     def run(self, feed: Feed, learning_rate: float, meanwhile: Callable[[], None] = lambda: None) -> StepOutcome:
         """Collective over the world. Raises RankFailure on all ranks if any could not read its data or reads other data.
 
-        With a loss or gradient that is not finite the weights are left alone (``applied`` False). ``meanwhile`` is called while the
-        device has the step's work before it: the host waits for it only once, in DeepSpeed's optimizer, and leaves it with the
-        update to do.
+        With a loss or gradient that is not finite the weights are left alone (``applied`` False). ``meanwhile`` is called behind the
+        first forward: the device is through with the step before and has this forward to do, and the host has yet to wait for it,
+        which ZeRO-1 does in its optimizer, ZeRO-2 and 3 in the backward too. Other ranks may wait for this one then: it must not raise.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -125,6 +125,8 @@ class OptimizerStep:
             if item.index == 0:
                 weights = self._weights(item, counted)
             loss, local = self.runner(item.batch, weights)
+            if item.index == 0:
+                meanwhile()
             losses.append(loss.detach())
             names.append(item.batch.names)
             self.engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
@@ -132,12 +134,11 @@ class OptimizerStep:
             if item.is_last:
                 break
             self.engine.step()  # counts the micro-batch; DeepSpeed updates at the last one
-        meanwhile()
+        step, tokens = item.step, item.global_tokens
+        del item, loss  # while the device still has the backward to do: once the optimizer has waited, the next sequence takes their place
         norm, applied = self._update()
         culprits = () if applied else tuple(n for loss, ns in zip(losses, names, strict=True) if not torch.isfinite(loss) for n in ns)
-        return StepOutcome(
-            item.step, sums, norm, applied, culprits, item.global_tokens, self.positions(item.global_tokens), stats, wait_s, read_s
-        )
+        return StepOutcome(step, sums, norm, applied, culprits, tokens, self.positions(tokens), stats, wait_s, read_s)
 
     def positions(self, tokens: int) -> int | None:
         """B * S where the loss is normalised by positions, else None."""

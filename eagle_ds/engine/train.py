@@ -16,6 +16,7 @@ from eagle_ds.data.dataset import RankDataset
 from eagle_ds.data.sampler import Sampler
 from eagle_ds.drafts import DraftOnDisk
 from eagle_ds.ds_config import deepspeed_config, read_ds_json
+from eagle_ds.engine.agreement import attempt
 from eagle_ds.engine.build import Trainable, build
 from eagle_ds.engine.checkpoint import Best, Checkpoints, RunState, full_state, latest
 from eagle_ds.engine.evaluate import Evaluator
@@ -114,6 +115,7 @@ class Trainer:
         )
         self.log = RunLog(recipe.run_dir, trainable.engine, self.total_steps) if world.is_first else None
         self._unwritten: Callable[[], dict[str, Any]] | None = None
+        self._write_error: BaseException | None = None
         self.best: Best | None = None
         self.skipped_steps = 0
         self.done = self.saved = 0
@@ -146,7 +148,8 @@ class Trainer:
         with Feed(self.dataset, self.sampler.steps(start, self.total_steps), **self._feed_settings) as feed, self._all_lines():
             for number in range(start, self.total_steps):
                 rate = learning_rate(number, self.total_steps, self.training)
-                outcome = self.step.run(feed, rate, meanwhile=self._write_line)
+                outcome = self.step.run(feed, rate, meanwhile=self._write_meanwhile)
+                self.world.agreement.raise_together(self._write_error)
                 pace.add(outcome)
                 self.done = done = number + 1
                 if not outcome.applied:
@@ -171,11 +174,15 @@ class Trainer:
 
     @contextmanager
     def _all_lines(self) -> Iterator[None]:
-        """However the steps end, the last one that came to its end gets its line."""
+        """However the steps end, unless the process is killed, the last one that came to its end gets its line."""
         try:
             yield
-        finally:
-            self._write_line()
+        except BaseException:
+            self._write_meanwhile()
+            if self._write_error:
+                logger.error("the line of the last step could not be written", exc_info=self._write_error)
+            raise
+        self._write_line()
 
     def _save(self) -> None:
         self._write_line()  # a run that resumes from here has the lines up to here
@@ -249,8 +256,8 @@ class Trainer:
         return self.world.agreement.gather_objects(found)[0]
 
     def _log(self, outcome: StepOutcome, done: int, rate: float, pace: Pace) -> None:
-        """Gather what the step's line says from all ranks. Collective. Written it is while the device works on the next step: its sums
-        and norm are there only once the device is through with this one."""
+        """Gather what the step's line says from all ranks. Collective. It is written while the device works on the next step: sums and
+        norm are there only once the device is through with this one, whose update is still to be done (and so is counted to the next)."""
         sums = sum_over_ranks(outcome.sums, self.world.topology.world_size)
         elapsed = (time.perf_counter() - pace.started) / pace.steps
         stats = outcome.stats
@@ -276,6 +283,10 @@ class Trainer:
             "grad_norm": outcome.grad_norm,
             **known,
         }
+
+    def _write_meanwhile(self) -> None:
+        """``_write_line`` while others may wait for this rank: what goes wrong is kept until they listen."""
+        _, self._write_error = attempt(self._write_line)
 
     def _write_line(self) -> None:
         """Write the line that was gathered last, if it has not been written yet."""

@@ -51,7 +51,7 @@ def test_memory_and_store_give_batches_of_the_same_rows(pool: GlooPool, tiny: Ti
         assert memory.step_ms > memory.forward_ms > 0 and memory.backward_ms > 0 and memory.optimizer_ms > 0
         assert memory.data_wait_ms < 0.1 * memory.step_ms and store.data_wait_ms > 0
         parts = store.data_wait_ms, store.forward_ms, store.backward_ms, store.optimizer_ms
-        assert sum(parts) / 2 < store.step_ms <= sum(parts)  # each part is the slower rank's, and so is the step
+        assert sum(parts) / 2 < store.step_ms <= sum(parts) * (1 + 1e-6)  # each part is the slower rank's, and so is the step
 
 
 def test_a_random_store_is_kept_topped_up_and_checked(tiny: Tiny, tmp_path: Path) -> None:

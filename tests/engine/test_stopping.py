@@ -43,6 +43,11 @@ def test_every_rank_stops_when_one_differs(pool: GlooPool, tiny: Tiny, mischief:
     assert expected in messages(pool, 2, tiny.recipe(parallel__ring=2), mischief, 1)[0]
 
 
+def test_a_line_that_cannot_be_written_stops_every_rank(pool: GlooPool, tiny: Tiny) -> None:
+    """It is written while the others may already wait for this rank."""
+    assert "rank 0: OSError: [Errno 28] No space left" in messages(pool, 2, tiny.recipe(parallel__ring=2), "full_disk", 0)[0]
+
+
 def test_a_rank_of_another_data_parallel_group_is_heard_too(pool: GlooPool, tiny: Tiny) -> None:
     assert messages(pool, 4, tiny.recipe(parallel__ulysses=2), "broken_read", 3)[0].startswith("rank 3: ")
 

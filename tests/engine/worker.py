@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -29,6 +31,7 @@ from eagle_ds.engine.checkpoint import Checkpoints, RunState, full_state
 from eagle_ds.engine.feed import Feed
 from eagle_ds.engine.inputs import open_inputs
 from eagle_ds.engine.metrics import Metrics, metrics_of, sum_over_ranks
+from eagle_ds.engine.runlog import RunLog
 from eagle_ds.engine.sizing import Sizes
 from eagle_ds.engine.train import Trainer, make_sampler, train
 from eagle_ds.engine.world import World, join_world
@@ -110,7 +113,8 @@ def message(rank: int, world: int, recipe: Recipe, mischief: str = "", victim: i
         recipe = MISCHIEF[mischief](recipe)
     started = time.perf_counter()
     try:
-        with mock.patch.multiple(RankDataset, **PATCHES.get(mischief if rank == victim else "", {"batches": RankDataset.batches})):
+        owner, replaced = PATCHES.get(mischief if rank == victim else "", (RankDataset, {"batches": RankDataset.batches}))
+        with mock.patch.multiple(owner, **replaced):
             train(recipe, rank)
     except ValueError as error:
         return str(error), time.perf_counter() - started
@@ -145,13 +149,22 @@ def _broken_read(self: RankDataset, steps: Iterator[Step]) -> Iterator[MicroBatc
         yield from self._step(step)
 
 
+def _full_disk(self: RunLog, line: dict[str, Any]) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 MISCHIEF: dict[str, Callable[[Recipe], Recipe]] = {
     "other_store": _other_store,
     "other_seed": _other_seed,
     "other_samples": lambda recipe: recipe,
     "broken_read": lambda recipe: recipe,
+    "full_disk": lambda recipe: recipe,
 }
-PATCHES = {"other_samples": {"batches": _other_samples}, "broken_read": {"batches": _broken_read}}
+PATCHES: dict[str, tuple[type, dict[str, Any]]] = {
+    "other_samples": (RankDataset, {"batches": _other_samples}),
+    "broken_read": (RankDataset, {"batches": _broken_read}),
+    "full_disk": (RunLog, {"step": _full_disk}),
+}
 
 
 class Interrupted(Exception):
