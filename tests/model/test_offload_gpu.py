@@ -79,7 +79,8 @@ class GpuStep:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        settings, prefix = LossSettings(torch.full((7,), 1 / ROWS)), prefix_for(self.model, self.plan, kernel=self.kernel)
+        settings = LossSettings(torch.full((7,), 1 / ROWS, device=self.device))
+        prefix = prefix_for(self.model, self.plan, kernel=self.kernel, recompute=self.recipe.training.recompute)
         loss, _ = self.model(
             self.batch, prefix, lambda *states: head_loss(*states, self.targets, settings), self.recipe.training.recompute, self.offload
         )
