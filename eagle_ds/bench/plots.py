@@ -111,7 +111,7 @@ def scaling_figure(results: Sequence[Result]) -> bytes | None:
     memory.set(title="peak memory of the fullest GPU, GiB", ylim=(0, None))
     efficiency.axhline(100, color=INK, linewidth=0.8, linestyle=":")
     efficiency.set(title="efficiency, % of ideal", ylim=(min(50, lowest - 5), 110))
-    time.legend()
+    _legend_below(time)
     return png(figure)
 
 
@@ -176,7 +176,12 @@ def _finish(time: Axes, memory: Axes) -> None:
     memory.set_ylim(bottom=0)
     if time.get_yscale() != "log":
         time.set_ylim(bottom=0)
-    memory.legend()
+    _legend_below(memory)
+
+
+def _legend_below(axes: Axes) -> None:
+    """What all panels show, beneath them: inside it would hide curves."""
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
 
 def _timed(results: Iterable[Result]) -> list[Result]:

@@ -34,6 +34,10 @@ class Source(Protocol):
         """The next batch on the device, and the step's counted rows of all ranks, int64 [T]. May be collective."""
         ...
 
+    def go_on(self) -> None:
+        """The forward is launched: what comes next may be read."""
+        ...
+
     def close(self) -> None:
         """End threads and processes, let go of memory."""
         ...
@@ -53,6 +57,9 @@ class MemorySource:
         """Costs nothing."""
         assert self._batch is not None, "take after close"
         return self._batch, self._counted
+
+    def go_on(self) -> None:
+        """Nothing is read."""
 
     def close(self) -> None:
         """Free the batch."""
@@ -98,6 +105,10 @@ class StoreSource:
         assert item.batch.plan.digest == self._digest, "a timed sequence has another plan than the one in memory"
         self._read_s.append(item.read_s)
         return item.batch, counted
+
+    def go_on(self) -> None:
+        """Read and copy ahead."""
+        self._feed.go_on()
 
     @property
     def read_s(self) -> float:

@@ -135,12 +135,13 @@ class StepBench:
         self._batch_bytes = sum(x.nbytes for x in vars(self._batch[0]).values() if isinstance(x, Tensor))
 
     def _forward(self) -> None:
-        assert self._batch is not None
+        assert self._batch is not None and self.source is not None
         batch, counted = self._batch
         training = self.recipe.training
         decay = uniform_decay(training.step_decay, training.ttt_steps)
         self._loss, _ = self.runner(batch, self.world.topology.world_size * step_weights(counted, decay, None))
         self._held = self._allocated()
+        self.source.go_on()
 
     def _backward(self) -> None:
         self.engine.backward(self._loss)

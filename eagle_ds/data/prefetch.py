@@ -22,6 +22,9 @@ POLL_S = 0.1
 class Prefetcher(Generic[T]):
     """Iterates over ``items`` in a thread, at most ``depth`` ahead, the one in the making included: each may be gigabytes.
 
+    ``next`` makes room for another item at once, ``take`` only when ``go_on`` is called or the next item is taken: until then the
+    thread, which takes the interpreter's lock, has nothing new to do.
+
     An exception in the thread is raised again by ``next`` in its place; ``close`` ends the thread (and ``items``, if it is a generator).
     """
 
@@ -29,6 +32,7 @@ class Prefetcher(Generic[T]):
         self._items = items
         self._ready: Queue[tuple[T | None, BaseException | None]] = Queue()
         self._room = threading.Semaphore(depth)
+        self._holds_room = False  # for the item taken last
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -37,6 +41,19 @@ class Prefetcher(Generic[T]):
         return self
 
     def __next__(self) -> T:
+        item = self.take()
+        self.go_on()
+        return item
+
+    def go_on(self) -> None:
+        """The thread may make one more item."""
+        if self._holds_room:
+            self._holds_room = False
+            self._room.release()
+
+    def take(self) -> T:
+        """The next item; raises StopIteration behind the last."""
+        self.go_on()
         while True:
             try:
                 item, error = self._ready.get(timeout=POLL_S)
@@ -47,7 +64,7 @@ class Prefetcher(Generic[T]):
         if error is not None:
             self._stop.set()
             raise error
-        self._room.release()
+        self._holds_room = True
         return item
 
     def close(self) -> None:

@@ -49,6 +49,7 @@ class Evaluator:
             for _ in self.steps:
                 item, _ = feed.take(self.world.agreement)
                 _, local = self.runner(item.batch, torch.ones(self.training.ttt_steps, dtype=torch.float64))
+                feed.go_on()
                 repeated = self._is_repeat(item)
                 sums = add(sums, StepSums(local.steps * (not repeated), local.lengths * (not repeated)))
                 tokens += self._tokens(item)

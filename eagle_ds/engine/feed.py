@@ -3,7 +3,7 @@ the one before it trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import TracebackType
 
 import torch
@@ -35,23 +35,24 @@ class Feed:
         read = Prefetcher(dataset.batches(steps), depth, "read")
         self._batches = Prefetcher(DeviceCopy(read, device, dtype), 1, "copy")
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return self
-
-    def __next__(self) -> MicroBatch:
-        return adopt(next(self._batches), self.device)
-
     def take(self, agreement: Agreement) -> tuple[MicroBatch, Tensor]:
         """The next micro-batch and its step's counted rows int64 [T] summed over all ranks, once all ranks have agreed on it.
 
+        Call ``go_on`` once its forward is launched: to read ahead takes the interpreter's lock some ten milliseconds, which the
+        GPU would spend waiting for its first kernels.
+
         Collective. Raises RankFailure on all ranks if any could not read its data, or reads other data than the rest.
         """
-        item, error = attempt(lambda: next(self))
+        item, error = attempt(lambda: adopt(self._batches.take(), self.device))
         if item is None:
             agreement.check_micro_batch(error, (0, 0), "", [0] * self._ttt_steps)
         assert item is not None, "the agreement raises on every rank where one has an error"
         what = f"step {item.step.number + 1} micro-batch {item.index}: {', '.join(item.batch.names)} (plan {item.batch.plan.digest})"
         return item, torch.from_numpy(agreement.check_micro_batch(error, item.fingerprints(), what, item.counted.tolist()))
+
+    def go_on(self) -> None:
+        """Read and copy what comes next."""
+        self._batches.go_on()
 
     def close(self) -> None:
         """End both threads."""

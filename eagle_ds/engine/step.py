@@ -125,6 +125,7 @@ class OptimizerStep:
             if item.index == 0:
                 weights = self._weights(item, counted)
             loss, local = self.runner(item.batch, weights)
+            feed.go_on()
             if item.index == 0:
                 meanwhile()
             losses.append(loss.detach())

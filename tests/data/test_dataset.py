@@ -214,6 +214,32 @@ def test_the_prefetcher_runs_ahead_by_its_depth_and_no_further() -> None:
     assert list(prefetcher) == list(range(1, 10))
 
 
+def test_nothing_new_is_made_between_take_and_go_on() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(4):
+            made.append(number)
+            yield number
+
+    def settled(count: int) -> bool:
+        deadline = time.monotonic() + 5
+        while len(made) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        return len(made) == count
+
+    prefetcher = Prefetcher(items(), 1, "count")
+    assert prefetcher.take() == 0 and settled(1)
+    prefetcher.go_on()
+    assert settled(2)
+    prefetcher.go_on()
+    assert settled(2)  # there was no room left to give back
+    assert prefetcher.take() == 1 and settled(2)
+    assert prefetcher.take() == 2 and settled(3)  # a go_on that was forgotten is made up for
+    assert list(prefetcher) == [3]
+
+
 def test_closing_ends_threads_and_generators() -> None:
     ended = threading.Event()
 

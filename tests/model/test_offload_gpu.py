@@ -68,7 +68,7 @@ class GpuStep:
         aux, hidden = (torch.randn(ROWS, width, generator=generator).bfloat16() for width in (3 * D, D))
         self.batch = rank_batch(self.plan, 0, WholeSequence([TokenFacts(ids, mask)], aux, hidden), "serving").to(self.device)
         full = (torch.randn(8000, D, generator=generator) * D**-0.5).to(self.device, torch.bfloat16)
-        inside = (torch.arange(8000) < 4000).to(self.device)
+        inside = torch.ones(8000, dtype=torch.bool, device=self.device)  # every pair counts, as the prediction has it
         self.head = TargetHead(full, full[:4000], inside, torch.zeros(4000, dtype=torch.int64, device=self.device))
         self.targets = make_targets(self.batch, self.head)
         self.kernel = choose_attention(self.device, torch.bfloat16, arch.head_dim)
