@@ -13,7 +13,7 @@
 #   deepspeed zero1               425 million trained parameters: optimizer state is worth spreading, weights are not
 #
 # Ran on: its true shapes with synthetic features on one H200 (9.6 s and 105 GiB a step with recompute selective, 10.0 s and 53 GiB
-# with full) and on four (2.54 s and 41 GiB with none, 2.65 s and 18 GiB with full); never yet on eight GPUs: docs/benchmarks/h200.md
+# with full) and on four (2.50 s and 41 GiB with none, 2.62 s and 17 GiB with full); never yet on eight GPUs: docs/benchmarks/h200.md
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3
