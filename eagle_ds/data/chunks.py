@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from eagle_ds.data.format import CHUNK_ROWS, Datasets, Header, crc32_name, filters, read_small
 from eagle_ds.data.manifest import StoreError
+
+logger = logging.getLogger(__name__)
 
 RowRange = tuple[int, int]
 
@@ -61,6 +64,7 @@ def chunk_index(datasets: Datasets, name: str, header: Header) -> ChunkIndex | N
     if h5py.h5z.FILTER_DEFLATE not in pipeline:
         raise StoreError(f"{name} is not gzip-filtered, so nothing guards its bytes; write this sample again")
     if pipeline != SHUFFLE_GZIP or dataset.chunks != (chunk_rows, header.hidden_size):
+        logger.info("%s: filters %s, chunks %s; read by plain h5py", dataset.file.filename, pipeline, dataset.chunks)
         return None
     grid = (-(-header.num_tokens // chunk_rows), dataset.shape[1] // header.hidden_size)
     offsets, sizes = np.zeros(grid, np.int64), np.zeros(grid, np.int64)

@@ -132,7 +132,8 @@ class _OpenPack:
         started = time.perf_counter()
         self.dataset = dataset
         self.samples = [dataset.samples[number] for number in pack]
-        self.readers = [dataset.store.reader(s.entry, threads=1) for s in self.samples]
+        by_processes = dataset.pool is not None
+        self.readers = [dataset.store.reader(s.entry, threads=1, rows=not by_processes) for s in self.samples]
         self.plan = dataset.settings.plan(self.samples)
         self.filled = False
         self.stats = ReadStats()  # of the pool's processes

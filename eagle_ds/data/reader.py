@@ -1,14 +1,13 @@
 """Read row ranges of one sample: only the chunks that hold them, each read and inflated once, in threads.
 
-Opening a file lets HDF5 check its header. The first read of hidden states has it list where every chunk lies, in a file of 128K
-tokens 8192 of them, with the interpreter's lock held; from then on chunks are positional reads of neighbours in one go, inflated
-and unshuffled straight into the destination, without HDF5's global lock. `read_rows_h5py` gives the same rows by plain h5py: the
-reference in tests, and the path taken for a file that somebody rewrote with another filter pipeline.
+Opening a file lets HDF5 check its header and list where every chunk lies; from then on chunks are positional reads of
+neighbours in one go, inflated and unshuffled straight into the destination, without HDF5's global lock. `read_rows_h5py`
+gives the same rows by plain h5py: the reference in tests, and the path taken for a file that somebody rewrote
+with another filter pipeline.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +35,6 @@ from eagle_ds.data.format import (
     unsigned,
 )
 from eagle_ds.data.manifest import SampleEntry, StoreError, StoreFacts, trained_spans
-
-logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -70,22 +67,28 @@ class Opened:
     header: Header
     descriptor: int
     small: dict[str, torch.Tensor]
+    wide: dict[str, ChunkIndex | None]  # None: not our pipeline, read by h5py
 
 
 class SampleReader:
     """Rows of one stored sample. Opens at the first read; pickles and forks freely (positional reads share no state).
 
+    Without ``rows`` it reads the small datasets alone, and lists no chunks: 8192 of them in a sample of 128K tokens, each a call
+    that holds the interpreter's lock.
+
     Every failure is a `StoreError` that names the file and, for hidden states, the rows.
     """
 
-    def __init__(self, path: Path, entry: SampleEntry | None = None, facts: StoreFacts | None = None, *, threads: int = 2) -> None:
+    def __init__(
+        self, path: Path, entry: SampleEntry | None = None, facts: StoreFacts | None = None, *, threads: int = 2, rows: bool = True
+    ) -> None:
         self.path = path
         self.entry = entry
         self.facts = facts
         self.threads = threads
+        self.rows = rows
         self.stats = ReadStats()
         self._opened: Opened | None = None
-        self._chunks: dict[str, ChunkIndex | None] | None = None
 
     @property
     def header(self) -> Header:
@@ -99,11 +102,12 @@ class SampleReader:
 
     def read_rows(self, name: str, ranges: Sequence[RowRange], out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of ``ranges`` one after the other, [sum of lengths, width], into ``out`` (pinned, if you like) or a new tensor."""
+        assert self.rows, "a reader of small datasets alone"
         opened = self._open()
         if name not in WIDE_NAMES:
             raise ValueError(f"{name!r} is not a hidden-state dataset; use read_small or one of {', '.join(WIDE_NAMES)}")
         out = self._destination(opened.header, name, ranges, out)
-        index = self.chunks(name)
+        index = opened.wide[name]
         if index is None:
             out.copy_(self._guarded(lambda: read_rows_h5py(self.path, name, ranges)))
             self.stats += ReadStats(out.nbytes, out.nbytes, out.nbytes)
@@ -118,16 +122,10 @@ class SampleReader:
         self.stats += sum(done, ReadStats(bytes_used=out.nbytes))
         return out
 
-    def chunks(self, name: str) -> ChunkIndex | None:
-        """Where the chunks of a wide dataset lie; None where h5py must read them, as the pipeline is not ours."""
-        if self._chunks is None:
-            self._chunks = self._guarded(lambda: self._list_chunks(self._open()))
-        return self._chunks[name]
-
     def close(self) -> None:
         if self._opened is not None:
             os.close(self._opened.descriptor)
-            self._opened = self._chunks = None
+            self._opened = None
 
     def __enter__(self) -> SampleReader:
         return self
@@ -139,7 +137,7 @@ class SampleReader:
         self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_opened": None, "_chunks": None}
+        return {**self.__dict__, "_opened": None}
 
     def _open(self) -> Opened:
         if self._opened is None:
@@ -164,22 +162,13 @@ class SampleReader:
             header = read_header(file)
             datasets = open_datasets(file)
             check_datasets(datasets, header)
+            wide = {name: chunk_index(datasets, name, header) for name in WIDE_NAMES if self.rows}
             small = {name: torch.from_numpy(read_small(datasets[name])) for name in SMALL_DTYPES if name in datasets}
             stored_bytes = sum(datasets[name].id.get_storage_size() for name in small)
         self._check_identity(header, small["loss_mask"])
         used = sum(tensor.nbytes for tensor in small.values())
         self.stats += ReadStats(stored_bytes, used, used)
-        return Opened(header, os.open(self.path, os.O_RDONLY), small)
-
-    def _list_chunks(self, opened: Opened) -> dict[str, ChunkIndex | None]:
-        """Of the very file that is open: another may lie at its path by now."""
-        with os.fdopen(os.dup(opened.descriptor), "rb") as stream, h5py.File(stream, "r", locking=False) as file:
-            datasets = open_datasets(file)
-            found = {name: chunk_index(datasets, name, opened.header) for name in WIDE_NAMES}
-        for name, index in found.items():
-            if index is None:
-                logger.info("%s: the filters or chunks of %s are not this store's; read by plain h5py", self.path, name)
-        return found
+        return Opened(header, os.open(self.path, os.O_RDONLY), small, wide)
 
     def _check_identity(self, header: Header, loss_mask: torch.Tensor) -> None:
         """The file must be the one that the manifest and ``store.json`` speak of."""

@@ -48,9 +48,9 @@ class Store:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def reader(self, entry: SampleEntry, *, threads: int = 2) -> SampleReader:
+    def reader(self, entry: SampleEntry, *, threads: int = 2, rows: bool = True) -> SampleReader:
         """A reader that checks the file against the manifest and the facts when it opens."""
-        return SampleReader(self.root / entry.path, entry, self.facts, threads=threads)
+        return SampleReader(self.root / entry.path, entry, self.facts, threads=threads, rows=rows)
 
 
 @dataclass(frozen=True)

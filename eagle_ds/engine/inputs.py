@@ -92,6 +92,8 @@ def _open_store(recipe: Recipe, root: str, identity: str) -> OpenStore:
     check_store_facts(recipe, store.facts, root, identity)
     if not store.entries:
         raise ValueError(f"the store {root} holds no samples; its capture has not written any yet")
+    with store.reader(store.entries[0]) as reader:
+        reader.read_small("loss_mask")  # a store that plain h5py must read says so here: reading processes log nothing
     samples, screening = screen(
         store.entries,
         max_length=recipe.data.max_length,

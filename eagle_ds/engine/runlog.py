@@ -46,8 +46,12 @@ class RunLog:
         self._monitor("eval", line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.run_dir / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.run_dir / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise ValueError(f"cannot write {path} ({error}); free space and run again to resume") from error
 
     def _monitor(self, kind: str, line: dict[str, Any]) -> None:
         if self.monitor is not None:

@@ -140,8 +140,7 @@ class Trainer:
             text = "nothing left to do: %s already stands at step %d, and %d were asked for"
             logger.info(text, self.recipe.run_dir, start, self.total_steps)
             return True
-        if self.log:
-            self.log.start(self.recipe, start)
+        self._on_first(lambda log: log.start(self.recipe, start))
         if not start:
             self._evaluate(0)
         pace = Pace()
@@ -182,10 +181,10 @@ class Trainer:
             if self._write_error:
                 logger.error("the line of the last step could not be written", exc_info=self._write_error)
             raise
-        self._write_line()
+        self._write_now()
 
     def _save(self) -> None:
-        self._write_line()  # a run that resumes from here has the lines up to here
+        self._write_now()  # a run that resumes from here has the lines up to here
         self.checkpoints.save(self._state(self.done))
         self.saved = self.done
 
@@ -231,18 +230,22 @@ class Trainer:
 
     def _evaluate(self, done: int, *, decodes: bool = False) -> None:
         """On held-out features where there are some, and by real decoding if ``decodes``; keeps the draft if it is the best."""
-        self._write_line()
+        self._write_now()
         line: dict[str, Any] = {}
         if self.evaluator is not None:
             line |= self.evaluator.run().as_dict()
         if decodes:
             line |= self._decode()
-        if line and self.log:
-            self.log.evaluation({"step": done, **line})
+        if line:
+            self._on_first(lambda log: log.evaluation({"step": done, **line}))
         length = line.get("accept_length" if self.training.best_by == "acceptance" else "simulated_length")
         if done and length is not None and (self.best is None or length > self.best.length):
             self.best = Best(done, length)
             self.checkpoints.save_best()
+
+    def _on_first(self, write: Callable[[RunLog], None]) -> None:
+        """Rank 0 writes; all stop if it cannot. Collective."""
+        self.world.agreement.together(lambda: write(self.log) if self.log else None)
 
     def _decode(self) -> dict[str, Any]:
         """Real speculative decoding of a few held-out prompts on rank 0, while the others wait."""
@@ -286,7 +289,12 @@ class Trainer:
 
     def _write_meanwhile(self) -> None:
         """``_write_line`` while others may wait for this rank: what goes wrong is kept until they listen."""
-        _, self._write_error = attempt(self._write_line)
+        _, error = attempt(self._write_line)
+        self._write_error = self._write_error or error
+
+    def _write_now(self) -> None:
+        """``_write_line`` where all ranks are. Collective."""
+        self.world.agreement.together(self._write_line)
 
     def _write_line(self) -> None:
         """Write the line that was gathered last, if it has not been written yet."""

@@ -1,7 +1,7 @@
 """Small copies between host and GPU for which the host does not wait.
 
 A plain ``to`` waits until the GPU has done all that the current stream holds, and then the GPU waits for the host to think of
-something more. Without such pauses a step of 32K tokens on four GPUs takes 1.6% less (docs/benchmarks/h200.md).
+something more (docs/benchmarks/h200.md has what such pauses cost).
 """
 
 from __future__ import annotations

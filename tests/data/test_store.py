@@ -271,7 +271,7 @@ def test_verify_finds_nothing_wrong_with_a_sound_file_and_names_the_rows_of_a_ba
     path = store.root / entry.path
     assert verify_file(path, entry, store.facts) == []
     with store.reader(entry) as reader:
-        index = reader.chunks("hidden_state")
+        index = reader._open().wide["hidden_state"]
     content = bytearray(path.read_bytes())
     content[int(index.offsets[1, 0]) + 40] ^= 1
     path.write_bytes(content)

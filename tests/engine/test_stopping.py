@@ -43,9 +43,11 @@ def test_every_rank_stops_when_one_differs(pool: GlooPool, tiny: Tiny, mischief:
     assert expected in messages(pool, 2, tiny.recipe(parallel__ring=2), mischief, 1)[0]
 
 
-def test_a_line_that_cannot_be_written_stops_every_rank(pool: GlooPool, tiny: Tiny) -> None:
-    """It is written while the others may already wait for this rank."""
-    assert "rank 0: OSError: [Errno 28] No space left" in messages(pool, 2, tiny.recipe(parallel__ring=2), "full_disk", 0)[0]
+@pytest.mark.parametrize("settings", [{}, {"training__save_interval": 1}, {"training__max_steps": 1}], ids=["next", "save", "end"])
+def test_a_line_that_cannot_be_written_stops_every_rank(pool: GlooPool, tiny: Tiny, settings: dict[str, Any]) -> None:
+    """It is written behind the next step's forward, before a checkpoint, or at the end."""
+    found = messages(pool, 2, tiny.recipe(parallel__ring=2, **settings), "unwritable_log", 0)[0]
+    assert found.startswith("rank 0: cannot write") and "log.jsonl" in found and "run again to resume" in found
 
 
 def test_a_rank_of_another_data_parallel_group_is_heard_too(pool: GlooPool, tiny: Tiny) -> None:

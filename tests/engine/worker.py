@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import resource
 import shutil
@@ -13,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -31,7 +29,7 @@ from eagle_ds.engine.checkpoint import Checkpoints, RunState, full_state
 from eagle_ds.engine.feed import Feed
 from eagle_ds.engine.inputs import open_inputs
 from eagle_ds.engine.metrics import Metrics, metrics_of, sum_over_ranks
-from eagle_ds.engine.runlog import RunLog
+from eagle_ds.engine.runlog import STEP_LOG
 from eagle_ds.engine.sizing import Sizes
 from eagle_ds.engine.train import Trainer, make_sampler, train
 from eagle_ds.engine.world import World, join_world
@@ -113,8 +111,7 @@ def message(rank: int, world: int, recipe: Recipe, mischief: str = "", victim: i
         recipe = MISCHIEF[mischief](recipe)
     started = time.perf_counter()
     try:
-        owner, replaced = PATCHES.get(mischief if rank == victim else "", (RankDataset, {"batches": RankDataset.batches}))
-        with mock.patch.multiple(owner, **replaced):
+        with mock.patch.multiple(RankDataset, **PATCHES.get(mischief if rank == victim else "", {"batches": RankDataset.batches})):
             train(recipe, rank)
     except ValueError as error:
         return str(error), time.perf_counter() - started
@@ -149,8 +146,9 @@ def _broken_read(self: RankDataset, steps: Iterator[Step]) -> Iterator[MicroBatc
         yield from self._step(step)
 
 
-def _full_disk(self: RunLog, line: dict[str, Any]) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+def _unwritable_log(recipe: Recipe) -> Recipe:
+    (recipe.run_dir / STEP_LOG).mkdir(parents=True)
+    return recipe
 
 
 MISCHIEF: dict[str, Callable[[Recipe], Recipe]] = {
@@ -158,13 +156,9 @@ MISCHIEF: dict[str, Callable[[Recipe], Recipe]] = {
     "other_seed": _other_seed,
     "other_samples": lambda recipe: recipe,
     "broken_read": lambda recipe: recipe,
-    "full_disk": lambda recipe: recipe,
+    "unwritable_log": _unwritable_log,
 }
-PATCHES: dict[str, tuple[type, dict[str, Any]]] = {
-    "other_samples": (RankDataset, {"batches": _other_samples}),
-    "broken_read": (RankDataset, {"batches": _broken_read}),
-    "full_disk": (RunLog, {"step": _full_disk}),
-}
+PATCHES = {"other_samples": {"batches": _other_samples}, "broken_read": {"batches": _broken_read}}
 
 
 class Interrupted(Exception):
