@@ -24,6 +24,7 @@ from eagle_ds.engine.feed import Feed, read_pool
 from eagle_ds.engine.inputs import Inputs, OpenStore, open_inputs
 from eagle_ds.engine.metrics import metrics_of, sum_over_ranks
 from eagle_ds.engine.resume import find_resumable
+from eagle_ds.engine.runlock import only_run_in
 from eagle_ds.engine.runlog import GIB, RunLog, peak_bytes
 from eagle_ds.engine.schedule import learning_rate
 from eagle_ds.engine.sizing import OutOfMemory, Sizes, is_out_of_memory
@@ -48,23 +49,28 @@ def train(recipe: Recipe, local_rank: int, *, share_gpu: bool = False) -> None:
     inputs = open_inputs(recipe, world)
     for caveat in recipe.caveats if world.is_first else ():
         logger.warning("%s", caveat)
-    resumed = world.agreement.together(lambda: find_resumable(recipe, inputs.train.store.manifest_hash, world_size))
-    world.agreement.same({"checkpoint to resume from": resumed.step if resumed else None})
     sampler = world.agreement.together(lambda: make_sampler(recipe, inputs, world))
     sizes = Sizes.decide(recipe, config, inputs.all_samples, world)
     sizes.check(inputs.train.samples, sampler.epoch_packs(0))
+    with only_run_in(recipe.run_dir, world):
+        resumed = world.agreement.together(lambda: find_resumable(recipe, inputs.train.store.manifest_hash, world_size))
+        world.agreement.same({"checkpoint to resume from": resumed.step if resumed else None})
+        trainable = _built(recipe, config, inputs, world, sampler, sizes)
+        finished = Trainer(recipe, world, inputs, sampler, sizes, trainable).run(resumed)
+    if joined_here:
+        dist.destroy_process_group()
+    if not finished:
+        raise SystemExit(EXIT_CODE)
+
+
+def _built(recipe: Recipe, config: dict[str, Any], inputs: Inputs, world: World, sampler: Sampler, sizes: Sizes) -> Trainable:
     try:
-        trainable = build(recipe, config, inputs, world)
+        return build(recipe, config, inputs, world)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         told = sizes.after_out_of_memory(sizes.largest(inputs.train.samples, sampler.epoch_packs(0)))
         raise OutOfMemory(f"out of memory before the first step ({str(error).splitlines()[0]}): {told}") from error
-    finished = Trainer(recipe, world, inputs, sampler, sizes, trainable).run(resumed)
-    if joined_here:
-        dist.destroy_process_group()
-    if not finished:
-        raise SystemExit(EXIT_CODE)
 
 
 def make_sampler(recipe: Recipe, inputs: Inputs, world: World) -> Sampler:
@@ -137,8 +143,8 @@ class Trainer:
     def _run(self, start: int, stop: StopRequest) -> bool:
         self.done = self.saved = start
         if start >= self.total_steps:  # its recipe.json stays that of the steps that were made
-            text = "nothing left to do: %s already stands at step %d, and %d were asked for"
-            logger.info(text, self.recipe.run_dir, start, self.total_steps)
+            text = "nothing left to do: %s already stands at step %d; training.epochs = %s and training.max_steps = %s end at %d"
+            logger.info(text, self.recipe.run_dir, start, self.training.epochs, self.training.max_steps, self.total_steps)
             return True
         self._on_first(lambda log: log.start(self.recipe, start))
         if not start:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 from pathlib import Path
@@ -132,3 +133,16 @@ def test_a_run_that_skips_goes_on_and_counts(pool: GlooPool, poisoned: Tiny) -> 
 
 def test_masks_of_the_tiny_store_cover_the_awkward_ones() -> None:
     assert any("1" not in mask for mask in MASKS)
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_left_to_it(pool: GlooPool, tiny: Tiny) -> None:
+    recipe = tiny.recipe(parallel__ring=2)
+    recipe.run_dir.mkdir(parents=True)
+    with (recipe.run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on here\n")
+        lock.flush()
+        found = messages(pool, 2, recipe)[0]
+    assert "another run is at work in" in found and "process 7 on here" in found and "SIGTERM" in found
+    assert not (recipe.run_dir / "log.jsonl").exists()
+    assert messages(pool, 2, recipe) == ["", ""]
