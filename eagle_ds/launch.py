@@ -89,10 +89,10 @@ def main(script: str, accelerator: str | None = None) -> None:
         check_files(recipe, call.recipe_json, overrides)
         world_size = int(os.environ["WORLD_SIZE"]) if rank >= 0 else choose_world_size(recipe, options.num_gpus, call.accelerator)
         check_layout(recipe, world_size)
+        if options.fresh and rank <= 0:
+            set_aside(recipe.run_dir)
     except ValueError as error:
         _complain_once(error, USAGE_ERROR)
-    if options.fresh and rank <= 0:
-        set_aside(recipe.run_dir)
     if rank < 0:
         _start_launcher(call, world_size)
     _train(recipe, rank)
@@ -241,8 +241,12 @@ def usable_cores() -> int:
 
 
 def set_aside(run_dir: Path) -> None:
-    """Rename an existing run folder; nothing is ever deleted."""
+    """Rename an existing run folder; nothing is ever deleted. Raises ValueError where a run is at work in it."""
+    from eagle_ds.engine.runlock import take_run
+
     if run_dir.exists():
+        if lock := take_run(run_dir):
+            lock.close()
         kept = run_dir.with_name(f"{run_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
         run_dir.rename(kept)
         logger.info("--fresh: the earlier run is kept in %s", kept)

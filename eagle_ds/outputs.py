@@ -1,13 +1,36 @@
-"""Where results are to be written, looked at before the work that makes them."""
+"""Where results are to be written, looked at before the work that makes them, and kept to one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 PICTURES = (".png", ".svg", ".pdf")
+
+
+class InUse(Exception):
+    """Another process holds the lock; the message is what stands in the file."""
+
+
+def hold(path: Path) -> TextIO:
+    """Lock the file ``path``, made if need be, until what is returned is closed or this process ends, however it ends.
+
+    Raises InUse where another process holds it, and OSError where the file system knows no locks."""
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        if isinstance(error, BlockingIOError):
+            raise InUse(owner) from error
+        raise
+    return file
 
 
 def check_output_folder(folder: Path, setting: str) -> None:

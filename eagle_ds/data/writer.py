@@ -8,7 +8,6 @@ done either, so deleting a damaged file and running again mends a store.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import threading
@@ -51,6 +50,7 @@ from eagle_ds.data.manifest import (
     write_facts,
 )
 from eagle_ds.data.sink import DiskSink
+from eagle_ds.outputs import InUse, hold
 
 Offset = tuple[int, int]  # first row and column of a chunk
 
@@ -211,14 +211,11 @@ def _finished(pending: deque[tuple[Offset, Future[Encoded]]]) -> tuple[Offset, E
 
 
 def _lock_store(root: Path) -> TextIO:
-    """One writer a store, released by the kernel when the process ends, however it ends."""
-    file = (root / "writer.lock").open("a")
+    """One writer a store."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
+        return hold(root / "writer.lock")
+    except InUse as error:
         raise ValueError(f"another writer is at work on the store {root}; wait for it or choose another folder") from error
-    return file
 
 
 def _rename(source: Path, destination: Path) -> None:

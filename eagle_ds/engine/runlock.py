@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from eagle_ds.engine.world import World
+from eagle_ds.outputs import InUse, hold
+
+if TYPE_CHECKING:
+    from eagle_ds.engine.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +22,8 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def only_run_in(run_dir: Path, world: World) -> Iterator[None]:
-    """Keep other runs out of ``run_dir`` meanwhile; the kernel lets them in again however this process ends. Collective.
-
-    Raises RankFailure (a ValueError) on all ranks where another run is at work.
-    """
-    lock = world.agreement.together(lambda: _take(run_dir) if world.is_first else None)
+    """Keep other runs out of ``run_dir`` meanwhile. Collective. Raises RankFailure on all ranks as ``take_run`` does on one."""
+    lock = world.agreement.together(lambda: take_run(run_dir) if world.is_first else None)
     try:
         yield
     finally:
@@ -32,23 +31,22 @@ def only_run_in(run_dir: Path, world: World) -> Iterator[None]:
             lock.close()
 
 
-def _take(run_dir: Path) -> TextIO:
+def take_run(run_dir: Path) -> TextIO | None:
+    """Lock the folder, made if need be; None, with a warning, where its file system knows no locks.
+
+    Raises ValueError where another run is at work."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / LOCK).open("a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read().strip()
-        file.close()
+        file = hold(run_dir / LOCK)
+    except InUse as owner:
         raise ValueError(
-            f"another run is at work in {run_dir} ({owner or 'it has not said who it is'}); it may have outlived its launcher. "
+            f"another run is at work in {run_dir} ({str(owner) or 'it has not said who it is'}); it may have outlived its launcher. "
             "End it with SIGTERM, which saves, and run again to resume; or give this one another --name"
-        ) from error
+        ) from owner
     except OSError as error:
         logger.warning("%s cannot be locked (%s): see to it yourself that no other run writes there", run_dir, error)
-    file.seek(0)
-    file.truncate()
+        return None
+    file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file

@@ -185,7 +185,7 @@ class Trainer:
         except BaseException:
             self._write_meanwhile()
             if self._write_error:
-                logger.error("the line of the last step could not be written", exc_info=self._write_error)
+                logger.error("the line of the last step could not be written: %s", self._write_error)
             raise
         self._write_now()
 

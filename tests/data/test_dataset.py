@@ -192,51 +192,40 @@ def test_a_reading_thread_that_dies_is_an_error_at_its_consumer_and_no_wait(end:
     outer.close()
 
 
+def counted_into(made: list[int], count: int) -> Iterator[int]:
+    for number in range(count):
+        made.append(number)
+        yield number
+
+
+def settled(made: list[int], count: int) -> list[int]:
+    """``made`` once ``count`` are there and a while has passed in which more could come."""
+    deadline = time.monotonic() + 5
+    while len(made) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    return made
+
+
 def test_the_prefetcher_runs_ahead_by_its_depth_and_no_further() -> None:
     made: list[int] = []
-
-    def items() -> Iterator[int]:
-        for number in range(10):
-            made.append(number)
-            yield number
-
-    prefetcher = Prefetcher(items(), 2, "count")
-    deadline = time.monotonic() + 5
-    while len(made) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert made == [0, 1]
+    prefetcher = Prefetcher(counted_into(made, 10), 2, "count")
+    assert settled(made, 2) == [0, 1]
     assert next(prefetcher) == 0
-    while len(made) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert made == [0, 1, 2]
+    assert settled(made, 3) == [0, 1, 2]
     assert list(prefetcher) == list(range(1, 10))
 
 
 def test_nothing_new_is_made_between_take_and_go_on() -> None:
     made: list[int] = []
-
-    def items() -> Iterator[int]:
-        for number in range(4):
-            made.append(number)
-            yield number
-
-    def settled(count: int) -> bool:
-        deadline = time.monotonic() + 5
-        while len(made) < count and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.05)
-        return len(made) == count
-
-    prefetcher = Prefetcher(items(), 1, "count")
-    assert prefetcher.take() == 0 and settled(1)
+    prefetcher = Prefetcher(counted_into(made, 4), 1, "count")
+    assert prefetcher.take() == 0 and settled(made, 1) == [0]
     prefetcher.go_on()
-    assert settled(2)
+    assert settled(made, 2) == [0, 1]
     prefetcher.go_on()
-    assert settled(2)  # there was no room left to give back
-    assert prefetcher.take() == 1 and settled(2)
-    assert prefetcher.take() == 2 and settled(3)  # a go_on that was forgotten is made up for
+    assert settled(made, 2) == [0, 1]  # there was no room left to give back
+    assert prefetcher.take() == 1 and settled(made, 2) == [0, 1]
+    assert prefetcher.take() == 2 and settled(made, 3) == [0, 1, 2]  # a go_on that was forgotten is made up for
     assert list(prefetcher) == [3]
 
 

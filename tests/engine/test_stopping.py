@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from eagle_ds.data.store import Sample, Store, StoreFacts, StoreWriter
+from eagle_ds.engine.runlock import take_run
+from eagle_ds.launch import set_aside
 from tests.engine.tiny import MASKS, H, Tiny, V, make_tiny
 from tests.engine.worker import message, run_training, take_steps
 from tests.gloo import GlooPool
@@ -138,11 +140,10 @@ def test_masks_of_the_tiny_store_cover_the_awkward_ones() -> None:
 def test_a_folder_in_which_a_run_is_at_work_is_left_to_it(pool: GlooPool, tiny: Tiny) -> None:
     recipe = tiny.recipe(parallel__ring=2)
     recipe.run_dir.mkdir(parents=True)
-    with (recipe.run_dir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("process 7 on here\n")
-        lock.flush()
+    with take_run(recipe.run_dir):
         found = messages(pool, 2, recipe)[0]
-    assert "another run is at work in" in found and "process 7 on here" in found and "SIGTERM" in found
+        with pytest.raises(ValueError, match="another run is at work"):
+            set_aside(recipe.run_dir)
+    assert "another run is at work in" in found and f"process {os.getpid()} on" in found and "SIGTERM" in found
     assert not (recipe.run_dir / "log.jsonl").exists()
     assert messages(pool, 2, recipe) == ["", ""]
