@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eagle_ds.config import Recipe, load_recipe
-from eagle_ds.preflight import check_files, check_layout
-from eagle_ds.settings import dotted_fields, section_of
+from eagle_ds.config.recipe import Recipe, load_recipe
+from eagle_ds.config.settings import dotted_fields, section_of
+from eagle_ds.training.preflight import check_files, check_layout
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def help_text(call: Invocation, recipe: Recipe) -> str:
 
 
 def _plan_text(call: Invocation, recipe: Recipe) -> str:
-    from eagle_ds.plan import describe_plan
+    from eagle_ds.estimate.plan import describe_plan
 
     world_size = int(os.environ.get("WORLD_SIZE", 0)) or call.options.num_gpus or recipe.parallel.size
     gpu = call.options.gpu or ("cpu" if call.accelerator == "cpu" else None)
@@ -199,11 +199,11 @@ def _start_launcher(call: Invocation, world_size: int) -> None:
 
 def _train(recipe: Recipe, rank: int) -> None:
     _prepare_environment(int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])), os.environ.get("DS_ACCELERATOR"))
-    from eagle_ds.engine.agreement import RankFailure
-    from eagle_ds.engine.sizing import OutOfMemory
-    from eagle_ds.engine.stopping import leave_at_once
-    from eagle_ds.engine.train import train
-    from eagle_ds.report import write_report
+    from eagle_ds.reporting.report import write_report
+    from eagle_ds.training.agreement import RankFailure
+    from eagle_ds.training.sizing import OutOfMemory
+    from eagle_ds.training.stopping import leave_at_once
+    from eagle_ds.training.train import train
 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     try:
@@ -242,7 +242,7 @@ def usable_cores() -> int:
 
 def set_aside(run_dir: Path) -> None:
     """Rename an existing run folder; nothing is ever deleted. Raises ValueError where a run is at work in it."""
-    from eagle_ds.engine.runlock import take_run
+    from eagle_ds.training.runlock import take_run
 
     if run_dir.exists():
         if lock := take_run(run_dir):

@@ -8,8 +8,4 @@ import deepspeed.comm
 import deepspeed.ops
 import deepspeed.runtime.zero.muon.muon_optimizer  # the first engine imports it, and the whole of torch's compiler with it
 
-import eagle_ds.engine.train
-import eagle_ds.loss
-import eagle_ds.model.draft  # noqa: F401
-
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else its first use compiles for a minute: engine/world.py

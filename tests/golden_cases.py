@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds.config import RopeScaling
+from eagle_ds.config.recipe import RopeScaling
 from eagle_ds.data.batch import TokenFacts
-from eagle_ds.layout import Document
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
+from eagle_ds.sharding.sequence import Document
 
 FOLDER = Path(os.environ.get("EAGLE_DS_GOLDEN_DIR", Path(__file__).parent / "golden"))
 SERVED_NAMES = {"head.norm_weight": "norm.weight", "head.weight": "lm_head.weight"}

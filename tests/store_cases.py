@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from eagle_ds.data.format import SMALL_DTYPES, TORCH_DTYPES, WIDE_NAMES, raw_view
-from eagle_ds.data.reader import SampleReader
-from eagle_ds.data.store import Sample, SampleEntry, Store, StoreFacts, StoreWriter
+from eagle_ds.store.format import SMALL_DTYPES, TORCH_DTYPES, WIDE_NAMES, raw_view
+from eagle_ds.store.reader import SampleReader
+from eagle_ds.store.store import Sample, SampleEntry, Store, StoreFacts, StoreWriter
 
 VOCAB = 1000
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from eagle_ds import launch
-from eagle_ds.config import Recipe, load_recipe
-from eagle_ds.data.manifest import StoreFacts, write_facts
-from eagle_ds.ds_config import deepspeed_config, read_ds_json
-from eagle_ds.engine.agreement import RankFailure
-from eagle_ds.preflight import check_start
-from eagle_ds.settings import dotted_fields
-from tests.engine.tiny import make_tiny
-from tests.gloo import GlooPool
+from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
+from eagle_ds.config.recipe import Recipe, load_recipe
+from eagle_ds.config.settings import dotted_fields
+from eagle_ds.store.manifest import StoreFacts, write_facts
+from eagle_ds.training.agreement import RankFailure
+from eagle_ds.training.preflight import check_start
+from tests.gloo_pool import GlooPool
+from tests.training.tiny_run import make_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((ROOT / "recipes").glob("*.sh")), *sorted((ROOT / "tests/recipes").glob("*.sh"))]
@@ -188,11 +188,11 @@ def test_bash_starts_the_launcher_with_as_many_processes_as_fit(twin: list[str],
 
 def test_a_rank_trains_and_does_not_start_a_launcher(twin: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, int]] = []
-    stub = types.ModuleType("eagle_ds.engine.train")
+    stub = types.ModuleType("eagle_ds.training.train")
     stub.train = lambda recipe, local_rank: trained.append((recipe.name, local_rank))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "eagle_ds.engine.train", stub)
+    monkeypatch.setitem(sys.modules, "eagle_ds.training.train", stub)
     reported: list[Path] = []
-    monkeypatch.setattr("eagle_ds.report.write_report", reported.append)
+    monkeypatch.setattr("eagle_ds.reporting.report.write_report", reported.append)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "8")):
         monkeypatch.setenv(name, value)
     (tmp_path / "run").mkdir()
@@ -210,9 +210,9 @@ def test_what_stops_all_ranks_is_said_once(
     def fail(*_: object) -> None:
         raise RankFailure("the disk is full")
 
-    stub = types.ModuleType("eagle_ds.engine.train")
+    stub = types.ModuleType("eagle_ds.training.train")
     stub.train = fail  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "eagle_ds.engine.train", stub)
+    monkeypatch.setitem(sys.modules, "eagle_ds.training.train", stub)
     for name, value in (("RANK", local_rank), ("WORLD_SIZE", "8"), ("LOCAL_RANK", local_rank), ("LOCAL_SIZE", "8")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["twin", f"--local_rank={local_rank}", *twin])

@@ -20,8 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eagle_ds.outputs import check_output_file
-from eagle_ds.planner import exactly_in_turns
+from eagle_ds.config.outputs import check_output_file
+from eagle_ds.estimate.planner import exactly_in_turns
 
 SHAPES = ((32768, 1.0, 512, 1), (131072, 1.0, 512, 1), (131072, 0.5, 2048, 1), (131072, 0.1, 512, 1), (4096, 1.0, 512, 32))
 TTT_STEPS = 7

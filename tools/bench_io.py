@@ -42,7 +42,7 @@ from eagle_ds.bench.chart import io_figure
 from eagle_ds.bench.io import Goal, Measurement, as_record, goals, measure_all
 from eagle_ds.bench.states import States, capture_states, facts_for
 from eagle_ds.capture.embedded import DEFAULT_FOLDER, ensure_embedded_target
-from eagle_ds.data.manifest import StoreFacts
+from eagle_ds.store.manifest import StoreFacts
 
 
 def parse() -> argparse.Namespace:

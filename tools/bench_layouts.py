@@ -73,10 +73,10 @@ def main() -> int:
 def be_a_rank(options: argparse.Namespace) -> int:
     """One process of a run."""
     os.chdir(ROOT)
-    from eagle_ds.config import load_recipe
-    from eagle_ds.engine.sizing import OutOfMemory
-    from eagle_ds.engine.stopping import leave_at_once
-    from eagle_ds.engine.train import train as train_recipe
+    from eagle_ds.config.recipe import load_recipe
+    from eagle_ds.training.sizing import OutOfMemory
+    from eagle_ds.training.stopping import leave_at_once
+    from eagle_ds.training.train import train as train_recipe
 
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
@@ -91,7 +91,7 @@ def compare_layouts(options: argparse.Namespace) -> int:
     import torch
 
     from eagle_ds.bench.learnable import Playground, Sizes
-    from eagle_ds.outputs import check_output_folder
+    from eagle_ds.config.outputs import check_output_folder
 
     check_output_folder(options.out, "--out")
     accelerator = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

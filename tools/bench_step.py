@@ -52,15 +52,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eagle_ds.bench.plots import write_results
 from eagle_ds.bench.results import read_results
-from eagle_ds.config import Recipe, load_recipe
-from eagle_ds.outputs import check_output_file, check_output_folder
-from eagle_ds.planner import exactly_in_turns
+from eagle_ds.config.outputs import check_output_file, check_output_folder
+from eagle_ds.config.recipe import Recipe, load_recipe
+from eagle_ds.estimate.planner import exactly_in_turns
 
 if TYPE_CHECKING:
     from eagle_ds.bench.step import StepBench
-    from eagle_ds.data.store import Store
-    from eagle_ds.engine.world import World
-    from eagle_ds.layout import Document
+    from eagle_ds.sharding.sequence import Document
+    from eagle_ds.store.store import Store
+    from eagle_ds.training.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"llama3_8b": "recipes/llama3_128k.json", "smollm2": "recipes/smollm2_cpu.json"}
@@ -208,8 +208,8 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
     """One shape's lines. On one GPU a shape that does not fit says so and lets the next one run; of several ranks the one that it
     befalls leaves, because the others wait for it, and the launcher ends them."""
     from eagle_ds.bench.step import forget_benches
-    from eagle_ds.engine.sizing import is_out_of_memory
-    from eagle_ds.engine.stopping import leave_at_once
+    from eagle_ds.training.sizing import is_out_of_memory
+    from eagle_ds.training.stopping import leave_at_once
 
     recipe, document = make_recipe(options, tokens), exactly_in_turns(tokens, fraction, options.turn)
     world = join(options, recipe, [document] * options.documents)
@@ -239,7 +239,7 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
 def join(options: argparse.Namespace, recipe: Recipe, documents: list[Document]) -> World:
     """The world that the launcher started, or one rank of a larger one."""
     from eagle_ds.bench.alone import alone_world
-    from eagle_ds.engine.world import join_world
+    from eagle_ds.training.world import join_world
 
     if options.alone_of:
         return alone_world(recipe, documents, options.local_rank, options.alone_of, options.alone_rank)
@@ -248,9 +248,9 @@ def join(options: argparse.Namespace, recipe: Recipe, documents: list[Document])
 
 def does_not_fit(options: argparse.Namespace, recipe: Recipe, world: World, document: Document, error: RuntimeError) -> str:
     """What ran out of memory, what would fit, in this tool's own flags, and where the lines before it are."""
-    from eagle_ds.ds_config import bf16_enabled, deepspeed_config, read_ds_json
-    from eagle_ds.engine.sizing import after_out_of_memory
-    from eagle_ds.planner import choose_ring_mode, plan_for
+    from eagle_ds.config.deepspeed import bf16_enabled, deepspeed_config, read_ds_json
+    from eagle_ds.estimate.planner import choose_ring_mode, plan_for
+    from eagle_ds.training.sizing import after_out_of_memory
 
     config = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world.topology.world_size)
     documents = [document] * options.documents
@@ -269,7 +269,7 @@ def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, docume
     from eagle_ds.bench.ceilings import measure_ceilings
     from eagle_ds.bench.sources import MemorySource, StoreSource
     from eagle_ds.bench.step import StepBench, summary
-    from eagle_ds.ds_config import deepspeed_config, read_ds_json
+    from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
 
     config = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world.topology.world_size)
     config.pop("tensorboard", None)

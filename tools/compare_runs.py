@@ -28,8 +28,8 @@ import eagle_ds  # noqa: F401  before any package: says so where they are missin
 from rich.console import Console
 from rich.table import Table
 
-from eagle_ds.compare import Compared, Largest, compare, read_all, write
-from eagle_ds.outputs import check_output_folder
+from eagle_ds.config.outputs import check_output_folder
+from eagle_ds.reporting.compare import Compared, Largest, compare, read_all, write
 
 
 def parse() -> argparse.Namespace:

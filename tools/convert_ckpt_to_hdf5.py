@@ -58,12 +58,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from eagle_ds.data.processes import start_fork_server
+from eagle_ds.store.processes import start_fork_server
 
 if TYPE_CHECKING:
-    from eagle_ds.data.conversion import Progress, Summary
-    from eagle_ds.data.importers.setup import ConvertOptions
-    from eagle_ds.data.importers.survey import Prediction
+    from eagle_ds.convert.run import Progress, Summary
+    from eagle_ds.convert.setup import ConvertOptions
+    from eagle_ds.convert.survey import Prediction
 
 SHOWN_REJECTS = 20
 LINE_EVERY_S = 10.0
@@ -73,7 +73,7 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.workers > 1 and not arguments.dry_run:
         start_fork_server()  # before this process loads torch itself, below
-    from eagle_ds.data.conversion import ConversionStopped, plan
+    from eagle_ds.convert.run import ConversionStopped, plan
 
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     handler = RichHandler(console=errors, show_path=False, show_time=False, markup=False)
@@ -106,8 +106,8 @@ def main() -> int:
 
 def check_destination(folder: Path) -> None:
     """Raise ConversionStopped, before any source is looked at, where nothing can be written."""
-    from eagle_ds.data.conversion import ConversionStopped
-    from eagle_ds.outputs import check_output_folder
+    from eagle_ds.config.outputs import check_output_folder
+    from eagle_ds.convert.run import ConversionStopped
 
     try:
         check_output_folder(folder, "DST")
@@ -151,8 +151,8 @@ def layer_ids(text: str) -> tuple[int, ...]:
 
 
 def make_options(arguments: argparse.Namespace) -> ConvertOptions:
-    from eagle_ds.data.importers import Hdf5Map
-    from eagle_ds.data.importers.setup import ConvertOptions
+    from eagle_ds.convert import Hdf5Map
+    from eagle_ds.convert.setup import ConvertOptions
 
     named = vars(arguments)
     kept = {name: named[name] for name in ConvertOptions.__dataclass_fields__ if name in named}
@@ -162,7 +162,7 @@ def make_options(arguments: argparse.Namespace) -> ConvertOptions:
 
 def run(options: ConvertOptions, errors: Console) -> Summary:
     """Convert, with one line of progress: live on a terminal, every ten seconds elsewhere."""
-    from eagle_ds.data.conversion import convert
+    from eagle_ds.convert.run import convert
 
     begin, last_line = time.monotonic(), time.monotonic()
     with errors.status("looking at the source") as status:
@@ -228,7 +228,7 @@ def show_prediction(console: Console, summary: Summary, prediction: Prediction |
 
 
 def show_rejected(console: Console, summary: Summary) -> None:
-    from eagle_ds.data.conversion import REJECTED_NAME
+    from eagle_ds.convert.run import REJECTED_NAME
 
     if not summary.rejected:
         return
@@ -245,7 +245,7 @@ def gigabytes(count: int) -> str:
 
 
 def exit_code(summary: Summary) -> int:
-    from eagle_ds.data.importers import Reason
+    from eagle_ds.convert import Reason
 
     if summary.reasons[Reason.READBACK]:
         return 5

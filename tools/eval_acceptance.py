@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
-    from eagle_ds.acceptance import Measurement
-    from eagle_ds.config import Recipe
-    from eagle_ds.decoding_pool import DecodingJob
-    from eagle_ds.drafts import DraftOnDisk
+    from eagle_ds.config.recipe import Recipe
+    from eagle_ds.drafts.folder import DraftOnDisk
+    from eagle_ds.evaluation.acceptance import Measurement
+    from eagle_ds.evaluation.decoding_pool import DecodingJob
 
 
 def parse() -> argparse.Namespace:
@@ -68,10 +68,10 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    from eagle_ds.config import load_recipe
-    from eagle_ds.drafts import load_draft, recipe_of, run_of
+    from eagle_ds.config.outputs import check_output_folder
+    from eagle_ds.config.recipe import load_recipe
+    from eagle_ds.drafts.folder import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
-    from eagle_ds.outputs import check_output_folder
 
     enter_repository(args)
     if args.out:
@@ -95,10 +95,10 @@ def describe_job(args: argparse.Namespace, recipe: Recipe | None, draft: DraftOn
     """Target, drafts and settings asked for; only the target's small files are read."""
     import torch
 
-    from eagle_ds.acceptance import TargetFiles
-    from eagle_ds.decoding import DecodeSettings
-    from eagle_ds.decoding_pool import DecodingJob
-    from eagle_ds.target import check_aux_ids
+    from eagle_ds.evaluation.acceptance import TargetFiles
+    from eagle_ds.evaluation.decoding import DecodeSettings
+    from eagle_ds.evaluation.decoding_pool import DecodingJob
+    from eagle_ds.target.files import check_aux_ids
 
     model = args.target or (recipe.target.model if recipe else None)
     layers = args.aux_layer_ids or draft.layer_outputs or (recipe.target.aux_ids if recipe else None)
@@ -124,8 +124,8 @@ def measure_drafts(args: argparse.Namespace, recipe: Recipe | None, job: Decodin
     import torch
     from tqdm import tqdm
 
-    from eagle_ds.acceptance import load_prompts
-    from eagle_ds.decoding_pool import measure_job
+    from eagle_ds.evaluation.acceptance import load_prompts
+    from eagle_ds.evaluation.decoding_pool import measure_job
 
     path = args.prompts or (recipe.data.eval_conversations if recipe else None)
     if path is None:
@@ -149,7 +149,7 @@ def measure_drafts(args: argparse.Namespace, recipe: Recipe | None, job: Decodin
 
 def starting_point(draft: DraftOnDisk, recipe: Recipe | None) -> DraftOnDisk:
     """What ``draft`` was before training: the folder that its recipe names, else random weights of its sizes."""
-    from eagle_ds.drafts import initial_draft, untrained_draft
+    from eagle_ds.drafts.folder import initial_draft, untrained_draft
 
     if recipe and recipe.draft.init_from:
         return initial_draft(recipe)
@@ -158,7 +158,7 @@ def starting_point(draft: DraftOnDisk, recipe: Recipe | None) -> DraftOnDisk:
 
 def write(measured: Measurement, facts: dict[str, Any], out: Path) -> None:
     """acceptance.json, acceptance.png, and a table on the terminal."""
-    from eagle_ds.figures import acceptance_figure
+    from eagle_ds.reporting.figures import acceptance_figure
 
     result = {"schema": 1, **facts, **measured.summary()}
     out.mkdir(parents=True, exist_ok=True)

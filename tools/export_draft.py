@@ -46,11 +46,11 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> Path:
-    from eagle_ds.drafts import load_draft, recipe_of, run_of
-    from eagle_ds.export import ExportPlan, export_draft
+    from eagle_ds.config.outputs import check_output_folder
+    from eagle_ds.drafts.export import ExportPlan, export_draft
+    from eagle_ds.drafts.folder import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
-    from eagle_ds.outputs import check_output_folder
-    from eagle_ds.target import TargetFacts, resolve_target
+    from eagle_ds.target.files import TargetFacts, resolve_target
 
     enter_repository(args)
     if args.out:

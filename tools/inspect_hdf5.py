@@ -30,9 +30,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eagle_ds.data.inspection import Report, export_checkpoints, histogram, inspect, unlisted_files, verify
-from eagle_ds.data.manifest import StoreError
-from eagle_ds.outputs import PICTURES, check_output_file, check_output_folder
+from eagle_ds.config.outputs import PICTURES, check_output_file, check_output_folder
+from eagle_ds.store.inspection import Report, export_checkpoints, histogram, inspect, unlisted_files, verify
+from eagle_ds.store.manifest import StoreError
 
 BAR_WIDTH = 40
 ENDINGS = (".h5", ".hdf5")

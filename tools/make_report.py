@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="run folder")
     args = parser.parse_args()
 
-    from eagle_ds.report import write_report
+    from eagle_ds.reporting.report import write_report
 
     try:
         print(write_report(args.run))

@@ -17,13 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eagle_ds.config import load_recipe
+from eagle_ds.config.outputs import PICTURES, check_output_file
+from eagle_ds.config.recipe import load_recipe
+from eagle_ds.estimate.plan import heaviest_sequence
+from eagle_ds.estimate.planner import choose_ring_mode, in_turns, plan_for
 from eagle_ds.launch import enter_repository
-from eagle_ds.layout import SequencePlan
-from eagle_ds.outputs import PICTURES, check_output_file
-from eagle_ds.plan import heaviest_sequence
-from eagle_ds.planner import choose_ring_mode, in_turns, plan_for
-from eagle_ds.ranges import Ranges
+from eagle_ds.sharding.ranges import Ranges
+from eagle_ds.sharding.sequence import SequencePlan
 
 BANDS = (("context", "#4c72b0"), ("query", "#dd8452"), ("target", "#55a868"))
 

@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from eagle_ds.capture.run import plan_capture, require_space
+    from eagle_ds.config.outputs import check_output_folder
     from eagle_ds.launch import enter_repository
-    from eagle_ds.outputs import check_output_folder
 
     enter_repository(args)
     recipe = read_recipe(args, overrides)
@@ -101,7 +101,7 @@ def read_recipe(args: argparse.Namespace, overrides: list[str]):
             raise ValueError(f"unknown arguments {' '.join(overrides)}; dotted overrides need --recipe")
         return None
     from eagle_ds.capture.run import check_recipe_target
-    from eagle_ds.config import load_recipe
+    from eagle_ds.config.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, overrides)
     check_recipe_target(recipe)
@@ -150,8 +150,8 @@ def jobs(args: argparse.Namespace, recipe) -> list:
 
 def choose_vocabulary(recipe) -> None:
     """Count the trained tokens and save the draft vocabulary beside them, so that training finds it there."""
-    from eagle_ds.data.store import Store
     from eagle_ds.data.vocab import load_or_build, vocab_path
+    from eagle_ds.store.store import Store
 
     load_or_build(Store(recipe.data.store), recipe.draft.vocab_size)
     print(f"{vocab_path(recipe.data.store, recipe.draft.vocab_size)}: draft vocabulary of {recipe.draft.vocab_size} tokens")

@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle_ds.config import Recipe
-from eagle_ds.ds_config import read_ds_json, zero_stage
-from eagle_ds.engine.agreement import Agreement
-from eagle_ds.engine.world import World, take_device
-from eagle_ds.layout import Document
-from eagle_ds.memory import Rows
-from eagle_ds.parallel.python_group import Pending, PythonGroup
+from eagle_ds.bench.python_group import Pending, PythonGroup
+from eagle_ds.config.deepspeed import read_ds_json, zero_stage
+from eagle_ds.config.recipe import Recipe
+from eagle_ds.estimate.memory import Rows
+from eagle_ds.estimate.planner import DEVICES, floor_seconds, plan_for
 from eagle_ds.parallel.topology import Topology, make_groups
-from eagle_ds.planner import DEVICES, floor_seconds, plan_for
+from eagle_ds.sharding.sequence import Document
+from eagle_ds.training.agreement import Agreement
+from eagle_ds.training.world import World, take_device
 
 BACKEND = "alone"
 

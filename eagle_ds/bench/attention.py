@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds import ranges as rg
-from eagle_ds.layout import Document
-from eagle_ds.model.attention import BlockAttention, KeyBounds, ReferenceAttention
-from eagle_ds.model.attention_cuda import TritonBackend, choose_attention
+from eagle_ds.kernels.attention import BlockAttention, KeyBounds, ReferenceAttention
+from eagle_ds.kernels.attention_cuda import TritonBackend, choose_attention
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.sequence import Document
 
 BACKWARD_WORK = 2.5  # of the forward's: five matmuls, not two
 

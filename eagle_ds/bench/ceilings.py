@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from eagle_ds.model.attention import KeyBounds
-from eagle_ds.model.attention_cuda import CudnnBackend
-from eagle_ds.planner import GIB, Device
+from eagle_ds.estimate.planner import GIB, Device
+from eagle_ds.kernels.attention import KeyBounds
+from eagle_ds.kernels.attention_cuda import CudnnBackend
 
 DATA_SHEETS = (
     ("H100 PCIe", 756.0),

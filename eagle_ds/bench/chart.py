@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eagle_ds.figures import GRID, INK
+from eagle_ds.reporting.figures import GRID, INK
 
 OURS, OTHERS = "#2f6fb2", "#b8c0c8"
 

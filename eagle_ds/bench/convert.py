@@ -16,10 +16,10 @@ from pathlib import Path
 from eagle_ds.bench.formats import Format, GzipTorch, MappedTorch
 from eagle_ds.bench.io import Goal, forget
 from eagle_ds.bench.states import States, make_sample
-from eagle_ds.data.format import CHUNK_ROWS, Sample
-from eagle_ds.data.manifest import StoreFacts
-from eagle_ds.data.sink import DiskSink
-from eagle_ds.data.store import Store
+from eagle_ds.store.format import CHUNK_ROWS, Sample
+from eagle_ds.store.manifest import StoreFacts
+from eagle_ds.store.sink import DiskSink
+from eagle_ds.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from eagle_ds import ranges as rg
-from eagle_ds.config import Recipe
-from eagle_ds.layout import SequencePlan
-from eagle_ds.planner import draft_parameters, projection_macs
+from eagle_ds.config.recipe import Recipe
+from eagle_ds.estimate.planner import draft_parameters, projection_macs
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.sequence import SequencePlan
 
 
 def model_flops(recipe: Recipe, plan: SequencePlan) -> float:

@@ -14,11 +14,11 @@ from pathlib import Path
 import h5py
 import torch
 
-from eagle_ds.data.chunks import RowRange
-from eagle_ds.data.format import CHUNK_ROWS, WIDE_NAMES, Sample, raw_view, storage_type
-from eagle_ds.data.manifest import StoreFacts
-from eagle_ds.data.reader import SampleReader, read_rows_h5py
-from eagle_ds.data.store import Store, StoreWriter
+from eagle_ds.store.chunks import RowRange
+from eagle_ds.store.format import CHUNK_ROWS, WIDE_NAMES, Sample, raw_view, storage_type
+from eagle_ds.store.manifest import StoreFacts
+from eagle_ds.store.reader import SampleReader, read_rows_h5py
+from eagle_ds.store.store import Store, StoreWriter
 
 GZIP_LEVEL = 6
 

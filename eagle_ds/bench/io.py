@@ -15,8 +15,8 @@ import torch
 
 from eagle_ds.bench.formats import FilteredHdf5, Format, GzipTorch, MappedTorch, OurStore, OurStoreByH5py, RankRead, RankRows
 from eagle_ds.bench.states import States, make_sample
-from eagle_ds.data.format import Sample, raw_view
-from eagle_ds.data.manifest import StoreFacts
+from eagle_ds.store.format import Sample, raw_view
+from eagle_ds.store.manifest import StoreFacts
 
 logger = logging.getLogger(__name__)
 

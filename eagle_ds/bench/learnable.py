@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from eagle_ds.data.store import Sample, StoreFacts, StoreWriter
-from eagle_ds.planner import in_turns
-from eagle_ds.ranges import rows
-from eagle_ds.target import target_hash
+from eagle_ds.estimate.planner import in_turns
+from eagle_ds.sharding.ranges import rows
+from eagle_ds.store.store import Sample, StoreFacts, StoreWriter
+from eagle_ds.target.files import target_hash
 
 LAYERS, AUX_LAYERS = 8, (1, 3, 4)
 HEADS, KV_HEADS = 8, 4  # of the draft: Ulysses may be 1, 2, 4 or 8

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from eagle_ds.bench.memory_table import memory_markdown
 from eagle_ds.bench.peer import PEER, PEER_MODEL
 from eagle_ds.bench.results import Result, markdown, short
-from eagle_ds.figures import INK, SERIES, canvas, png
+from eagle_ds.reporting.figures import INK, SERIES, canvas, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

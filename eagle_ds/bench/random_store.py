@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eagle_ds import ranges as rg
-from eagle_ds.config import Recipe
-from eagle_ds.data.format import TORCH_DTYPES, Sample
-from eagle_ds.data.manifest import FACTS_NAME
-from eagle_ds.data.store import Store, StoreFacts, StoreWriter
-from eagle_ds.layout import Document
+from eagle_ds.config.recipe import Recipe
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.sequence import Document
+from eagle_ds.store.format import TORCH_DTYPES, Sample
+from eagle_ds.store.manifest import FACTS_NAME
+from eagle_ds.store.store import Store, StoreFacts, StoreWriter
 
 logger = logging.getLogger(__name__)
 

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds import ranges as rg
-from eagle_ds.config import Recipe
+from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.batch import Batch, TokenFacts, assemble
 from eagle_ds.data.dataset import RankDataset
 from eagle_ds.data.packing import screen
 from eagle_ds.data.sampler import Sampler
-from eagle_ds.data.store import Store
-from eagle_ds.engine.feed import Feed, read_pool
-from eagle_ds.engine.sizing import plan_settings
-from eagle_ds.engine.world import World
-from eagle_ds.layout import SequencePlan
 from eagle_ds.model.arch import DraftArch
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.sequence import SequencePlan
+from eagle_ds.store.store import Store
+from eagle_ds.training.feed import Feed, read_pool
+from eagle_ds.training.sizing import plan_settings
+from eagle_ds.training.world import World
 
 FOREVER = 1 << 40  # steps
 

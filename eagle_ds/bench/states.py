@@ -14,9 +14,9 @@ from pydoc_data.topics import topics
 
 import torch
 
-from eagle_ds.data.format import Sample
-from eagle_ds.data.manifest import StoreFacts
-from eagle_ds.target import read_config
+from eagle_ds.store.format import Sample
+from eagle_ds.store.manifest import StoreFacts
+from eagle_ds.target.files import read_config
 
 logger = logging.getLogger(__name__)
 

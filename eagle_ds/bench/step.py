@@ -22,18 +22,18 @@ from torch.profiler import record_function
 from eagle_ds.bench.ceilings import data_sheet_tflops
 from eagle_ds.bench.flops import model_flops
 from eagle_ds.bench.sources import Source
-from eagle_ds.config import Recipe
+from eagle_ds.config.deepspeed import bf16_enabled
+from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.batch import Batch
-from eagle_ds.ds_config import bf16_enabled
-from eagle_ds.engine.metrics import step_weights
-from eagle_ds.engine.step import MicroBatchRunner
-from eagle_ds.engine.world import World
-from eagle_ds.layout import Document, SequencePlan
-from eagle_ds.loss import TargetHead, uniform_decay
+from eagle_ds.estimate.planner import GIB, Device, choose_ring_mode, floor_seconds, plan_for
+from eagle_ds.kernels.attention_cuda import choose_attention
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.model.attention_cuda import choose_attention
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.planner import GIB, Device, choose_ring_mode, floor_seconds, plan_for
+from eagle_ds.model.loss import TargetHead, uniform_decay
+from eagle_ds.sharding.sequence import Document, SequencePlan
+from eagle_ds.training.metrics import step_weights
+from eagle_ds.training.step import MicroBatchRunner
+from eagle_ds.training.world import World
 
 PHASES = ("data", "forward", "backward", "optimizer")
 LOSS_REGION = "head and loss"  # inside the forward; marked in traces

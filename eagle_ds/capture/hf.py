@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eagle_ds.target import check_aux_ids
+from eagle_ds.target.files import check_aux_ids
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from eagle_ds.capture.run import Plan, compute, disk_errors, load_states, require_space
-from eagle_ds.data.store import StoreWriter
-from eagle_ds.data.writer import SampleFiles
+from eagle_ds.store.store import StoreWriter
+from eagle_ds.store.writer import SampleFiles
 
 log = logging.getLogger(__name__)
 

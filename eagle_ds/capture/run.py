@@ -23,12 +23,12 @@ from typing import Any, Literal
 import torch
 
 from eagle_ds.capture.hf import ForwardLimits, HiddenStates, load_model
-from eagle_ds.config import Recipe
+from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.chat import ChatEncoder, EncodeStats, load_tokenizer
 from eagle_ds.data.conversations import ConversationFile, require_samples
-from eagle_ds.data.manifest import FACTS_NAME, SampleEntry, StoreFacts
-from eagle_ds.data.store import Sample, Store, StoreWriter
-from eagle_ds.target import TargetFacts, check_aux_ids, resolve_target, target_hash, tokenizer_hash
+from eagle_ds.store.manifest import FACTS_NAME, SampleEntry, StoreFacts
+from eagle_ds.store.store import Sample, Store, StoreWriter
+from eagle_ds.target.files import TargetFacts, check_aux_ids, resolve_target, target_hash, tokenizer_hash
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds import ranges as rg
-from eagle_ds.layout import Alignment, SequencePlan
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.sequence import Alignment, SequencePlan
 
 
 @dataclass

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds import ranges as rg
 from eagle_ds.data.batch import Batch, TokenFacts, assemble
-from eagle_ds.data.format import TORCH_DTYPES
 from eagle_ds.data.packing import Pack, TrainSample
 from eagle_ds.data.read_pool import ReadPool, RowsWanted
 from eagle_ds.data.sampler import Step
-from eagle_ds.data.store import ReadStats, SampleReader, Store, StoreError
-from eagle_ds.layout import Alignment, RingMode, SequencePlan, plan_sequence
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.sequence import Alignment, RingMode, SequencePlan, plan_sequence
+from eagle_ds.store.format import TORCH_DTYPES
+from eagle_ds.store.store import ReadStats, SampleReader, Store, StoreError
 
 Labeler = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Target hidden states [M, H] on the CPU -> (argmax int64 [M], log-sum-exp float32 [M]) over the full vocabulary."""

@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from eagle_ds import ranges as rg
-from eagle_ds.data.manifest import SampleEntry
-from eagle_ds.layout import Alignment, Document
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.sequence import Alignment, Document
+from eagle_ds.store.manifest import SampleEntry
 
 Pack = tuple[int, ...]
 

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 import eagle_ds
-from eagle_ds.data.chunks import RowRange
-from eagle_ds.data.format import CHUNK_ROWS
-from eagle_ds.data.manifest import SampleEntry, StoreError, StoreFacts
-from eagle_ds.data.reader import ReadStats
+from eagle_ds.store.chunks import RowRange
+from eagle_ds.store.format import CHUNK_ROWS
+from eagle_ds.store.manifest import SampleEntry, StoreError, StoreFacts
+from eagle_ds.store.reader import ReadStats
 
 logger = logging.getLogger(__name__)
 

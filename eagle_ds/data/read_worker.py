@@ -10,7 +10,7 @@ from multiprocessing.reduction import recv_handle
 from pathlib import Path
 
 from eagle_ds.data.read_pool import RowsWanted
-from eagle_ds.data.reader import ReadStats, SampleReader
+from eagle_ds.store.reader import ReadStats, SampleReader
 
 
 def serve(connection: Connection) -> None:

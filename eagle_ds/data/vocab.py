@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
-    from eagle_ds.data.store import Store
+    from eagle_ds.store.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eagle_ds.config import Recipe, RopeScaling
+from eagle_ds.config.recipe import Recipe, RopeScaling
 
 
 @dataclass(frozen=True)

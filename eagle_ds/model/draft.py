@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from eagle_ds.data.batch import Batch
-from eagle_ds.memory import tile_rows
+from eagle_ds.estimate.memory import tile_rows
+from eagle_ds.kernels.elementwise import rope, swiglu
+from eagle_ds.kernels.linear import LendingLinear, PassingLinear, ResidualLinear
+from eagle_ds.kernels.norm import norm_into, rms_norm
+from eagle_ds.kernels.rope import inverse_frequencies, rotation
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.model.elementwise import rope, swiglu
-from eagle_ds.model.linear import LendingLinear, PassingLinear, ResidualLinear
-from eagle_ds.model.norm import norm_into, rms_norm
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.projections import ProjectionWeights, StepProjections
-from eagle_ds.model.rope import inverse_frequencies, rotation
 from eagle_ds.model.ttt import PrefixAttention
 
 HeadLoss = Callable[[list[Tensor], Tensor, Tensor, float], Any]

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds import ranges as rg
-from eagle_ds.layout import SequencePlan
-from eagle_ds.model.attention import BlockAttention, KeyBounds, merge, wide
+from eagle_ds.kernels.attention import BlockAttention, KeyBounds, merge, wide
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.sequence import SequencePlan
 
 if TYPE_CHECKING:
     from eagle_ds.parallel.topology import ProcessGroups

@@ -10,9 +10,9 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from eagle_ds import ranges as rg
 from eagle_ds.parallel.topology import Group
-from eagle_ds.ranges import Ranges
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.ranges import Ranges
 
 
 @dataclass

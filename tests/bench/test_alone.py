@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from eagle_ds.bench.alone import AloneGroup, busiest_rank
-from eagle_ds.layout import Document
-from tests.bench.worker import alone_steps, outlived
-from tests.engine.tiny import Tiny
-from tests.gloo import GlooPool
+from eagle_ds.sharding.sequence import Document
+from tests.bench.step_ranks import alone_steps, outlived
+from tests.gloo_pool import GlooPool
+from tests.training.tiny_run import Tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16 = {

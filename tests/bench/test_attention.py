@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from eagle_ds.bench.attention import intervals
-from eagle_ds.layout import Document, plan_sequence
-from eagle_ds.model.attention import ReferenceAttention
+from eagle_ds.kernels.attention import ReferenceAttention
 from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.parallel.topology import SOLO
+from eagle_ds.sharding.sequence import Document, plan_sequence
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/bench_attention.py"
 

@@ -13,7 +13,7 @@ from eagle_ds.bench.chart import io_figure
 from eagle_ds.bench.formats import RankRows
 from eagle_ds.bench.io import as_record, goals, measure_all
 from eagle_ds.bench.states import make_sample
-from eagle_ds.data.manifest import StoreFacts
+from eagle_ds.store.manifest import StoreFacts
 from tests.store_cases import write_store
 
 WIDTH, TOKENS = 32, 1024

@@ -15,12 +15,12 @@ from eagle_ds.bench.ceilings import data_sheet_tflops
 from eagle_ds.bench.flops import model_flops
 from eagle_ds.bench.random_store import default_samples, random_store
 from eagle_ds.bench.sources import StoreSource
-from eagle_ds.data.store import StoreWriter
-from eagle_ds.layout import Document
-from eagle_ds.planner import Device, draft_parameters, floor_seconds, in_turns, plan_for
-from tests.bench.worker import time_both
-from tests.engine.tiny import H, Tiny
-from tests.gloo import GlooPool, free_port
+from eagle_ds.estimate.planner import Device, draft_parameters, floor_seconds, in_turns, plan_for
+from eagle_ds.sharding.sequence import Document
+from eagle_ds.store.store import StoreWriter
+from tests.bench.step_ranks import time_both
+from tests.gloo_pool import GlooPool, free_port
+from tests.training.tiny_run import H, Tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 96

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from eagle_ds.capture.hf import ForwardLimits, HiddenStates, decoder_layers, head_logits
-from tests.targets import save_tiny_llama
+from tests.tiny_targets import save_tiny_llama
 
 AUX = (1, 3, 4)
 WHOLE = ForwardLimits(batch_tokens=4096, chunk_tokens=4096)

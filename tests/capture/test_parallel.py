@@ -9,7 +9,7 @@ import pytest
 
 from eagle_ds.capture import parallel
 from eagle_ds.capture.run import CaptureJob, Plan, Planned
-from eagle_ds.data.store import SampleEntry
+from eagle_ds.store.store import SampleEntry
 
 
 def test_every_sample_goes_to_one_device_and_the_long_ones_to_all(tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from eagle_ds.capture import regenerate as regeneration
 from eagle_ds.capture.regenerate import Answer, EndpointGenerator, Regenerated, Sampling, TransformersGenerator, distinct_ratio, regenerate
-from tests.targets import save_tiny_llama
+from tests.tiny_targets import save_tiny_llama
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -15,9 +15,9 @@ import torch
 from eagle_ds.capture import run as capturing
 from eagle_ds.capture.hf import ForwardLimits
 from eagle_ds.capture.run import CaptureJob, Planned, batches, capture, plan_capture, probe_seconds
-from eagle_ds.data.store import Store, StoreWriter, verify_file
 from eagle_ds.data.vocab import count_trained_tokens
-from tests.targets import save_tiny_llama
+from eagle_ds.store.store import Store, StoreWriter, verify_file
+from tests.tiny_targets import save_tiny_llama
 
 LENGTHS = (3, 60, 17, 150, 33, 8)
 
@@ -87,9 +87,9 @@ def test_a_second_run_has_nothing_to_do(job, monkeypatch):
 
 
 KILLS = {
-    "inside a file": ("eagle_ds.data.writer.write_header", 2),
-    "before the rename": ("eagle_ds.data.writer._rename", 3),
-    "before the manifest line": ("eagle_ds.data.writer.StoreWriter._append", 2),
+    "inside a file": ("eagle_ds.store.writer.write_header", 2),
+    "before the rename": ("eagle_ds.store.writer._rename", 3),
+    "before the manifest line": ("eagle_ds.store.writer.StoreWriter._append", 2),
 }
 
 

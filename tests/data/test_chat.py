@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eagle_ds.data.chat import ChatEncoder, common_prefix, common_suffix, messages_of, record_id
-from tests.targets import byte_tokenizer
+from tests.tiny_targets import byte_tokenizer
 
 CHAT = [
     {"role": "user", "content": "Sum of 2 and 2?"},

@@ -8,7 +8,7 @@ import pytest
 
 from eagle_ds.data.chat import ChatEncoder
 from eagle_ds.data.conversations import ConversationFile, encode_conversations
-from tests.targets import byte_tokenizer
+from tests.tiny_targets import byte_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from eagle_ds import ranges as rg
 from eagle_ds.data.batch import TokenFacts
 from eagle_ds.data.dataset import MicroBatch, PlanSettings, RankDataset
 from eagle_ds.data.packing import screen
 from eagle_ds.data.prefetch import DeviceCopy, Prefetcher
 from eagle_ds.data.read_pool import ReadPool
 from eagle_ds.data.sampler import Sampler, Step
-from eagle_ds.data.store import Store, StoreError
-from eagle_ds.layout import plan_sequence
-from eagle_ds.loss import counted_rows, label_facts
-from tests.engine.tiny import V, make_tiny, target_head, write_store
-from tests.steps import WholeSequence, rank_batch
+from eagle_ds.model.loss import counted_rows, label_facts
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.sequence import plan_sequence
+from eagle_ds.store.store import Store, StoreError
+from tests.step_harness import WholeSequence, rank_batch
+from tests.training.tiny_run import V, make_tiny, target_head, write_store
 
 T = 3
 T2D = torch.arange(V) % 2 == 0

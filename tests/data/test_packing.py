@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_ds.data.manifest import SampleEntry
 from eagle_ds.data.packing import first_fit, screen
+from eagle_ds.store.manifest import SampleEntry
 
 
 def entry(number: int, num_tokens: int, *spans: tuple[int, int]) -> SampleEntry:

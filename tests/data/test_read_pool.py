@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle_ds.data.format import CHUNK_ROWS, WIDE_NAMES
 from eagle_ds.data.read_pool import PIECE_ROWS, ReadPool, RowsWanted
-from eagle_ds.data.store import Store, StoreError
+from eagle_ds.store.format import CHUNK_ROWS, WIDE_NAMES
+from eagle_ds.store.store import Store, StoreError
 from tests.store_cases import make_facts, make_sample, same_bits, write_store
 
 FACTS = make_facts()

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_ds.data.manifest import SampleEntry
 from eagle_ds.data.packing import TrainSample
 from eagle_ds.data.sampler import Sampler, Step
-from eagle_ds.layout import Document
+from eagle_ds.sharding.sequence import Document
+from eagle_ds.store.manifest import SampleEntry
 
 
 def sample(number: int, num_tokens: int, query_rows: int = 1) -> TrainSample:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_ds.data.store import Sample, Store, StoreFacts, StoreWriter
 from eagle_ds.data.vocab import VocabMap, build_vocab_map, count_trained_tokens, load_or_build, vocab_path
+from eagle_ds.store.store import Sample, Store, StoreFacts, StoreWriter
 
 V = 50
 

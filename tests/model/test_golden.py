@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle_ds.layout import plan_sequence
-from eagle_ds.loss import TargetHead, uniform_decay
+from eagle_ds.model.loss import TargetHead, uniform_decay
+from eagle_ds.sharding.sequence import plan_sequence
 from tests.golden_cases import SERVED_NAMES, GoldenCase, case_names
-from tests.steps import WholeSequence, gradients, prefix_for, rank_batch, relative_error, run_step
+from tests.step_harness import WholeSequence, gradients, prefix_for, rank_batch, relative_error, run_step
 
 LOSS_BOUND, GRADIENT_BOUND = 1e-6, 2e-5
 

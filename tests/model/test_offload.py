@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from eagle_ds import memory
-from eagle_ds.loss import LossSettings, head_loss
+from eagle_ds.estimate import memory
 from eagle_ds.model import draft
+from eagle_ds.model.loss import LossSettings, head_loss
 from eagle_ds.model.offload import ActivationOffload, Stored, View
-from tests.cases import TINY, Case
-from tests.steps import gradients, make_targets, prefix_for, rank_batch
+from tests.layout_cases import TINY, Case
+from tests.step_harness import gradients, make_targets, prefix_for, rank_batch
 
 CPU = torch.device("cpu")
 CASE = Case((("0" * 9 + "1" * 30 + "000" + "1" * 11,),))

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from eagle_ds import memory
-from eagle_ds.config import Recipe
+from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.batch import TokenFacts
-from eagle_ds.loss import LossSettings, TargetHead, head_loss
+from eagle_ds.estimate import memory
+from eagle_ds.estimate.planner import in_turns, plan_for
+from eagle_ds.kernels.attention_cuda import choose_attention
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.model.attention_cuda import choose_attention
 from eagle_ds.model.draft import Eagle3Draft
+from eagle_ds.model.loss import LossSettings, TargetHead, head_loss
 from eagle_ds.model.offload import ActivationOffload
-from eagle_ds.planner import in_turns, plan_for
-from tests.allocations import beyond_model_and_inputs
-from tests.steps import WholeSequence, gradients, make_targets, prefix_for, rank_batch, relative_error
+from tests.allocation_cases import beyond_model_and_inputs
+from tests.step_harness import WholeSequence, gradients, make_targets, prefix_for, rank_batch, relative_error
 
 pytestmark = pytest.mark.gpu
 

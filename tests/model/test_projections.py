@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from eagle_ds import memory
-from eagle_ds.model.elementwise import rotate_plain
+from eagle_ds.estimate import memory
+from eagle_ds.kernels.elementwise import rotate_plain
+from eagle_ds.kernels.rows import add_rows, take_rows
 from eagle_ds.model.projections import ProjectionWeights, StepProjections
-from eagle_ds.model.rows import add_rows, take_rows
 
 TOKENS, ROWS, STEPS, WIDTH, EPS = 13, 9, 3, 6, 1e-5
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 4

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eagle_ds import memory
-from eagle_ds.loss import LossSettings, head_loss
-from eagle_ds.model import draft, elementwise
+from eagle_ds.estimate import memory
+from eagle_ds.kernels import elementwise
+from eagle_ds.model import draft
+from eagle_ds.model.loss import LossSettings, head_loss
 from eagle_ds.model.offload import ActivationOffload
-from tests.cases import TINY, Case
-from tests.steps import gradients, make_targets, prefix_for, rank_batch
+from tests.layout_cases import TINY, Case
+from tests.step_harness import gradients, make_targets, prefix_for, rank_batch
 
 CASE = Case((("0" * 9 + "1" * 30 + "000" + "1" * 11,),))
 
@@ -50,7 +51,7 @@ def write_over(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, in_p
 
 @pytest.fixture
 def written_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = pytest.importorskip("eagle_ds.model.elementwise_triton", reason="Triton is not installed")
+    kernels = pytest.importorskip("eagle_ds.kernels.elementwise_triton", reason="Triton is not installed")
     monkeypatch.setattr(kernels, "swiglu_forward", elementwise.swiglu_plain)
     monkeypatch.setattr(kernels, "swiglu_backward", write_over)
     monkeypatch.setattr(draft, "swiglu", lambda gate, up, *, spent: elementwise._SwiGLU.apply(gate, up, spent))

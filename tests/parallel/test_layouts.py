@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.cases import TINY, Case, reference_step
-from tests.gloo import GlooPool
-from tests.parallel.layout_worker import layout_step
-from tests.steps import relative_error
+from tests.gloo_pool import GlooPool
+from tests.layout_cases import TINY, Case, reference_step
+from tests.parallel.layout_ranks import layout_step
+from tests.step_harness import relative_error
 
 BOUNDS = {"float64": 1e-10, "float32": 2e-5}
 

@@ -14,10 +14,10 @@ from functools import cache
 import pytest
 import torch
 
-from tests.cases import TINY, Case, reference_step
-from tests.gloo import GlooPool
-from tests.parallel.layout_worker import layout_step
-from tests.steps import relative_error
+from tests.gloo_pool import GlooPool
+from tests.layout_cases import TINY, Case, reference_step
+from tests.parallel.layout_ranks import layout_step
+from tests.step_harness import relative_error
 
 pytestmark = pytest.mark.gpu
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from eagle_ds.bench.learnable import Playground, Sizes
-from eagle_ds.config import load_recipe
-from eagle_ds.data.store import Store
+from eagle_ds.config.recipe import load_recipe
+from eagle_ds.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "bench_layouts.py"

@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 import torch
 
-from eagle_ds.data import conversion
+from eagle_ds.convert import Completer, Reason, iter_source, masks
+from eagle_ds.convert import run as conversion
+from eagle_ds.convert.setup import ConvertOptions
+from eagle_ds.convert.work import Job, Outcome, Worker, run_jobs
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
-from eagle_ds.data.importers import Completer, Reason, iter_source, masks
-from eagle_ds.data.importers.setup import ConvertOptions
-from eagle_ds.data.importers.work import Job, Outcome, Worker, run_jobs
-from eagle_ds.data.store import Store, StoreFacts, StoreWriter
-from eagle_ds.data.writer import SampleFiles
-from tests.fixtures_sources import (
+from eagle_ds.store.store import Store, StoreFacts, StoreWriter
+from eagle_ds.store.writer import SampleFiles
+from tests.peer_files import (
     AUX_IDS,
     FLAGS,
     GROUPED_MAP,
@@ -41,7 +41,7 @@ from tests.fixtures_sources import (
     write_specforge,
     write_speculators,
 )
-from tests.targets import save_tiny_llama
+from tests.tiny_targets import save_tiny_llama
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_ckpt_to_hdf5.py"
 
@@ -502,8 +502,8 @@ def test_a_store_of_other_facts_or_within_the_source_is_refused(
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from eagle_ds.data.conversion import convert
-from eagle_ds.data.importers.setup import ConvertOptions
+from eagle_ds.convert.run import convert
+from eagle_ds.convert.setup import ConvertOptions
 import torch
 torch.set_num_threads(1)
 root, facts = Path(sys.argv[1]), {"target_name": "t", "aux_layer_ids": (1, 2, 3), "vocab_size": 280}

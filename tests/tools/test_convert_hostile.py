@@ -13,11 +13,11 @@ from types import ModuleType
 import h5py
 import pytest
 
-from eagle_ds.data import conversion
-from eagle_ds.data.importers import Completer, iter_source
-from eagle_ds.data.importers.work import Job, Worker, _Pool
-from eagle_ds.data.store import Store, StoreFacts, StoreWriter
-from tests.fixtures_sources import AUX_IDS, FLAGS, GROUPED_MAP, HIDDEN, VOCAB, features, write_grouped_hdf5, write_specforge
+from eagle_ds.convert import Completer, iter_source
+from eagle_ds.convert import run as conversion
+from eagle_ds.convert.work import Job, Worker, _Pool
+from eagle_ds.store.store import Store, StoreFacts, StoreWriter
+from tests.peer_files import AUX_IDS, FLAGS, GROUPED_MAP, HIDDEN, VOCAB, features, write_grouped_hdf5, write_specforge
 from tests.tools.test_convert import TOOL, assert_same, rejects, run, stored, tool, words_of
 
 __all__ = ["run", "tool"]  # fixtures

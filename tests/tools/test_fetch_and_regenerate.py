@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.targets import save_tiny_llama
+from tests.tiny_targets import save_tiny_llama
 from tools import fetch_embedded_target, regenerate
 
 

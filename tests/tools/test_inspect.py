@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from eagle_ds.data.conversion import convert
-from eagle_ds.data.importers import iter_source
-from eagle_ds.data.importers.setup import ConvertOptions
-from eagle_ds.data.inspection import histogram, inspect
-from eagle_ds.data.store import Store
-from tests.fixtures_sources import AUX_IDS, VOCAB, Features, features, write_specforge
+from eagle_ds.convert import iter_source
+from eagle_ds.convert.run import convert
+from eagle_ds.convert.setup import ConvertOptions
+from eagle_ds.store.inspection import histogram, inspect
+from eagle_ds.store.store import Store
+from tests.peer_files import AUX_IDS, VOCAB, Features, features, write_specforge
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "inspect_hdf5.py"
 LENGTHS = [40, 200, 300, 1000, 5, 64]

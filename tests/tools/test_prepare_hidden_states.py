@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from eagle_ds.data.store import Store
+from eagle_ds.store.store import Store
 from tests.capture.test_run import contents
-from tests.targets import save_tiny_llama
+from tests.tiny_targets import save_tiny_llama
 from tools.prepare_hidden_states import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,9 +15,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from eagle_ds.drafts import load_draft
+from eagle_ds.drafts.folder import load_draft
 from tests.draft_cases import LAYERS, PLAIN, random_draft, recipe_for, write_run
-from tests.targets import save_tiny_llama
+from tests.tiny_targets import save_tiny_llama
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

@@ -1,0 +1,132 @@
+"""HDF5 files as a source: this project's own schema, or another one described by ``--map``.
+
+A map says where each of our datasets lies in the other file, ``OURS=THEIRS`` joined by commas:
+
+    input_ids=tokens,loss_mask=mask,aux_hidden_state=layer_1+layer_15+layer_28,hidden_state=final@bf16
+
+``A+B+C`` lays datasets side by side; ``@bf16`` says that 16-bit integers are the bits of bfloat16 (h5py has no such
+type, so many files store them so); ``*`` as a whole path component stands for every group there, one sample each:
+``samples/*/tokens``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from eagle_ds.convert.formats import RawSample, canonical
+from eagle_ds.convert.rejected import Reason, Rejected
+
+REQUIRED = ("input_ids", "aux_hidden_state", "hidden_state")
+OPTIONAL = ("loss_mask", "target_token_id", "target_logsumexp")
+BF16_MARK = "@bf16"
+
+
+@dataclass(frozen=True)
+class Hdf5Map:
+    """Our dataset name -> path in the file, as written in ``--map``."""
+
+    places: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Hdf5Map:
+        """Raises ValueError for a name that is not ours, a repeated or a missing one."""
+        places: dict[str, str] = {}
+        for pair in filter(None, (part.strip() for part in text.split(","))):
+            ours, equals, theirs = (part.strip() for part in pair.partition("="))
+            if not equals or not theirs or ours not in REQUIRED + OPTIONAL:
+                raise ValueError(f"--map entry {pair!r} is not NAME=PATH with NAME one of {', '.join(REQUIRED + OPTIONAL)}")
+            if ours in places:
+                raise ValueError(f"--map names {ours} twice; name it once")
+            places[ours] = theirs
+        if missing := [name for name in REQUIRED if name not in places]:
+            raise ValueError(f"--map says nothing of {', '.join(missing)}; add {missing[0]}=PATH")
+        return cls(tuple(places.items()))
+
+    @property
+    def group_pattern(self) -> str | None:
+        """What comes before ``*`` where each sample is a group, else None."""
+        before, star, _ = dict(self.places)["input_ids"].partition("*")
+        return before if star else None
+
+
+IDENTITY = Hdf5Map(tuple((name, name) for name in REQUIRED + OPTIONAL))
+
+
+def sample_groups(path: Path, mapping: Hdf5Map) -> Iterator[str]:
+    """The groups that ``*`` stands for, or one empty name where the file is one sample. Raises `Rejected`."""
+    if mapping.group_pattern is None:
+        yield ""
+        return
+    with _open(path) as file:
+        parent = file.get(mapping.group_pattern.rstrip("/") or "/")
+        if not isinstance(parent, h5py.Group):
+            raise Rejected(path, Reason.MISSING_KEY, f"no group {mapping.group_pattern!r} to look for samples in")
+        names = [name for name in parent if isinstance(parent.get(name), h5py.Group)]
+    yield from sorted(names, key=natural_key)
+
+
+def read_hdf5(path: Path, mapping: Hdf5Map, group: str = "") -> RawSample:
+    """One sample; raises `Rejected` for whatever the file lacks."""
+    where = f"{path}/{group}" if group else str(path)
+    with _open(path) as file:
+        try:
+            places = [(ours, theirs.replace("*", group)) for ours, theirs in mapping.places]
+            found = {ours: _read_joined(where, file, theirs) for ours, theirs in places if _present(file, theirs)}
+        except OSError as error:
+            raise Rejected(where, Reason.CORRUPT, f"HDF5 cannot read it ({error})") from error
+        listing = ", ".join(sorted(file)) or "nothing"
+    for ours in REQUIRED:
+        if ours not in found:
+            raise Rejected(where, Reason.MISSING_KEY, f"no dataset {dict(places)[ours]} for {ours}, the file holds {listing}; use --map")
+    raw = canonical(where, found["input_ids"], found["aux_hidden_state"], found["hidden_state"], found.get("loss_mask"))
+    raw.target_token_id, raw.target_logsumexp = found.get("target_token_id"), found.get("target_logsumexp")
+    return raw
+
+
+def natural_key(text: str) -> list[str | int]:
+    """data_2 before data_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        reason = Reason.TRUNCATED if "truncated" in str(error) else Reason.UNREADABLE
+        raise Rejected(path, reason, f"HDF5 cannot open it ({error})") from error
+
+
+def _present(file: h5py.File, theirs: str) -> bool:
+    return all(isinstance(file.get(name), h5py.Dataset) for name in theirs.removesuffix(BF16_MARK).split("+"))
+
+
+def _read_joined(where: str, file: h5py.File, theirs: str) -> torch.Tensor:
+    parts = [_read_raw(where, file[name], theirs.endswith(BF16_MARK)) for name in theirs.removesuffix(BF16_MARK).split("+")]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _read_raw(where: str, dataset: h5py.Dataset, as_bf16: bool) -> torch.Tensor:
+    """The dataset bit for bit: h5py would convert bfloat16 to float32, slowly, so its bits are read as integers."""
+    if as_bf16 or _is_bf16(dataset):
+        if dataset.dtype.itemsize != 2 and not _is_bf16(dataset):
+            raise Rejected(where, Reason.DTYPE, f"{dataset.name} is {dataset.dtype}, expected 16-bit numbers for {BF16_MARK}")
+        bits = np.empty(dataset.shape, np.uint16)
+        if bits.size:
+            dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, bits, dataset.id.get_type())
+        return torch.from_numpy(bits).view(torch.bfloat16)
+    values = dataset[()]
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
+        raise Rejected(where, Reason.DTYPE, f"{dataset.name} holds {dataset.dtype}, expected numbers; bfloat16 bits need {BF16_MARK}")
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
+
+
+def _is_bf16(dataset: h5py.Dataset) -> bool:
+    kind = dataset.id.get_type()
+    return isinstance(kind, h5py.h5t.TypeFloatID) and kind.get_size() == 2 and kind.get_fields()[2] == 8

@@ -1,0 +1,238 @@
+"""The form in which engines serve a draft: names of tensors, keys of config.json, and how to start a server.
+
+A serving engine drops a tensor that it does not know and takes a default for a key that it does not find, both without a
+word; the draft then proposes noise. So this module writes every value that an engine reads, each in the place where that
+engine looks for it, and refuses to read a draft that holds anything it cannot account for.
+
+    SGLang  reads the layer ids from ``eagle_config`` and adds 1; vLLM reads them from the top level and adds nothing.
+    both    take rope from ``rope_parameters`` (transformers 5) or from ``rope_theta`` and ``rope_scaling`` (4).
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle_ds.config.recipe import RopeScaling
+from eagle_ds.model.arch import DraftArch
+from eagle_ds.model.draft import Eagle3Draft
+from eagle_ds.target.files import TargetFacts, rope_of
+
+SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle3"
+VLLM_ARCHITECTURE = "Eagle3LlamaForCausalLM"
+EMBEDDING = "embed_tokens.weight"
+VOCABULARY = ("d2t", "t2d")
+HEAD_NAMES = {"head.norm_weight": "norm.weight", "head.weight": "lm_head.weight"}  # training name -> served name
+ALIASES = {"layers.0.": "midlayer.", "aux_norm_low.": "fc_norm.0.", "aux_norm_mid.": "fc_norm.1.", "aux_norm_high.": "fc_norm.2."}
+
+# SGLang's DeepSeek class adds its 1 only to lists that begin with 1, and takes any other list as states entering a layer.
+DEEPSEEK_CLASS = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm4_moe_lite"}
+UNSUPPORTED = {"norm_before_residual": "the residual is normed", "mlp_bias": "the MLP has biases", "bias": "fc has a bias"}
+
+
+def served_name(name: str) -> str:
+    """Training name of a tensor -> the name that engines know."""
+    return HEAD_NAMES.get(name, name)
+
+
+def training_name(name: str) -> str:
+    """Name in a served or published draft -> training name; unknown names come back as they are."""
+    name = name.removeprefix("model.")
+    for old, new in ALIASES.items():
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+    return {served: training for training, served in HEAD_NAMES.items()}.get(name, name)
+
+
+def tensor_shapes(arch: DraftArch) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a draft of this architecture has, by training name (no frozen embedding)."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Eagle3Draft(arch).named_parameters()}
+
+
+def sglang_layer_ids(outputs: Sequence[int], model_type: str | None) -> list[int]:
+    """Captured layer outputs -> what SGLang's class for this target must be given to capture the same."""
+    if model_type in DEEPSEEK_CLASS and outputs[0] != 1:
+        return [layer + 1 for layer in outputs]
+    return list(outputs)
+
+
+def layer_outputs(ids: Sequence[int], model_type: str | None = None, num_layers: int | None = None) -> list[int]:
+    """The inverse, also for lists that others wrote: SGLang's ids of this target -> captured layer outputs."""
+    entering = (model_type in DEEPSEEK_CLASS and ids[0] != 1) or (model_type == "gpt_oss" and max(ids) == num_layers)
+    return [layer - 1 for layer in ids] if entering else list(ids)
+
+
+def served_config(arch: DraftArch, outputs: Sequence[int], target: TargetFacts | None, dtype: str, vllm: bool) -> dict[str, Any]:
+    """config.json of a draft that reads the layer outputs ``outputs``. ``target``: for its token ids and its class."""
+    ids = sglang_layer_ids(outputs, target.model_type if target else None)
+    config: dict[str, Any] = {
+        "architectures": [VLLM_ARCHITECTURE if vllm else SGLANG_ARCHITECTURE],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.num_key_value_heads,
+        "head_dim": arch.head_dim,
+        "vocab_size": arch.target_vocab_size,
+        "draft_vocab_size": arch.draft_vocab_size,
+        "max_position_embeddings": arch.max_position_embeddings,
+        "rms_norm_eps": arch.rms_norm_eps,
+        "attention_bias": arch.attention_bias,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        **rope_keys(arch),
+        "fc_norm": arch.fc_norm,
+        "norm_output": arch.norm_output,
+        "norm_before_fc": arch.norm_before_fc,
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": ids,
+            "use_aux_hidden_state": True,
+            "norm_before_fc": arch.norm_before_fc,
+        },
+        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in outputs],
+    }
+    if arch.trains_embedding:
+        config["target_hidden_size"] = arch.target_hidden_size
+    if arch.sliding_window:
+        config |= {"sliding_window": arch.sliding_window, "layer_types": ["sliding_attention"]}
+    if target:
+        config |= {"bos_token_id": target.bos_token_id, "eos_token_id": list(target.eos_token_ids) or None}
+    return config
+
+
+def rope_keys(arch: DraftArch) -> dict[str, Any]:
+    """Rope as trained, under the keys of transformers 4 and of transformers 5."""
+    scaling = None
+    if arch.rope_scaling and arch.rope_scaling.rope_type != "default":
+        scaling = _scaling_keys(arch.rope_scaling)
+    parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": arch.rope_theta}
+    return {"rope_theta": arch.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
+
+
+def _scaling_keys(scaling: RopeScaling) -> dict[str, Any]:
+    """The keys that this kind of scaling uses. Engines have no ``attention_factor``: they multiply their own by ``attn_factor``."""
+    of_kind = {
+        "linear": {"factor"},
+        "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    }.get(scaling.rope_type, set(RopeScaling.model_fields) - {"rope_type", "low_freq_factor", "high_freq_factor"})
+    keys = {"rope_type": scaling.rope_type}
+    keys |= {name: getattr(scaling, name) for name in RopeScaling.model_fields if name in of_kind and getattr(scaling, name) is not None}
+    if scaling.rope_type == "yarn" and scaling.attention_factor is not None:
+        keys["attn_factor"] = scaling.attention_factor / _engine_magnitude(keys)
+    return keys
+
+
+def _engine_magnitude(scaling: Mapping[str, Any]) -> float:
+    """The factor on cos and sin that engines derive for YaRN before ``attn_factor``."""
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return magnitude(scaling["mscale"]) / magnitude(scaling["mscale_all_dim"])
+    return magnitude(1.0)
+
+
+def rope_scaling_of(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) that a draft's config.json means; a missing base is 10000. ValueError for a kind that we lack."""
+    theta, scaling = rope_of(dict(config))
+    if scaling is None:
+        return theta, None
+    attn_factor = scaling.pop("attn_factor", None)
+    scaling.pop("rope_theta", None)
+    if scaling.pop("partial_rotary_factor", 1.0) != 1.0 or config.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial rotary embedding is not supported; the draft must rotate whole heads")
+    if attn_factor is not None and scaling.get("attention_factor") is None:
+        scaling["attention_factor"] = attn_factor * _engine_magnitude(scaling)
+    try:
+        return theta, RopeScaling(**scaling)
+    except ValueError as error:
+        known = ", ".join(RopeScaling.model_fields)
+        raise ValueError(f"its rope scaling {scaling} is not one of linear, llama3 and yarn with the keys {known}") from error
+
+
+def arch_of_config(config: Mapping[str, Any]) -> DraftArch:
+    """The architecture that a served config.json describes, with the defaults that engines take for absent keys.
+
+    Raises ValueError for a draft that is built otherwise (another depth, activation, norm placement or container).
+    """
+    if "speculators_model_type" in config or "transformer_layer_config" in config:
+        raise ValueError("it is in the speculators container; convert it to the plain EAGLE-3 layout first")
+    if config.get("num_hidden_layers", 1) != 1:
+        raise ValueError(f"it has {config['num_hidden_layers']} decoder layers; EAGLE-3 drafts here have one")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"its activation is {config['hidden_act']}; only silu is supported")
+    for key, meaning in UNSUPPORTED.items():
+        if config.get(key):
+            raise ValueError(f"{meaning} ({key} is set), which this architecture does not do")
+    lacking = [key for key in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size") if not config.get(key)]
+    if lacking:
+        raise ValueError(f"its config.json has no {', '.join(lacking)}")
+    theta, scaling = rope_scaling_of(config)
+    eagle = config.get("eagle_config") or {}
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    if not config.get("head_dim") and width % heads:
+        raise ValueError(f"its hidden_size {width} is no multiple of its {heads} heads, and its config.json gives no head_dim")
+    windowed = "sliding_attention" in (config.get("layer_types") or ())
+    return DraftArch(
+        hidden_size=width,
+        intermediate_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or width // heads,
+        draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"],
+        target_hidden_size=config.get("target_hidden_size") or width,
+        target_vocab_size=config["vocab_size"],
+        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        num_aux=config.get("num_aux_hidden_states") or len(eagle.get("eagle_aux_hidden_state_layer_ids") or ()) or 3,
+        sliding_window=config.get("sliding_window") if windowed else None,
+        attention_bias=bool(config.get("attention_bias", False)),
+        fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm")),
+        norm_output=bool(config.get("norm_output", False)),
+        norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
+    )
+
+
+@dataclass(frozen=True)
+class ServeCommands:
+    """Shell commands that serve a target with a draft, drafting ``num_steps`` tokens in a chain."""
+
+    target: str
+    draft: str | Path
+    num_steps: int = 3
+    sliding_window: int | None = None
+    dtype: str = "bfloat16"
+
+    @property
+    def sglang(self) -> str:
+        """SGLang counts the target's own token among the draft tokens, and a key at distance W as inside a window of W."""
+        lines = [
+            f"python -m sglang.launch_server --model-path {shlex.quote(self.target)} --dtype {self.dtype}",
+            f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {shlex.quote(str(self.draft))}",
+            f"--speculative-num-steps {self.num_steps} --speculative-eagle-topk 1 --speculative-num-draft-tokens {self.num_steps + 1}",
+        ]
+        if self.sliding_window:
+            lines.append(f"--speculative-draft-window-size {self.sliding_window - 1}")
+        return " \\\n  ".join(lines)
+
+    @property
+    def vllm(self) -> str:
+        """For a draft that was exported with --vllm."""
+        settings = f'{{"method": "eagle3", "model": "{self.draft}", "num_speculative_tokens": {self.num_steps}}}'
+        return f"vllm serve {shlex.quote(self.target)} --dtype {self.dtype} \\\n  --speculative-config {shlex.quote(settings)}"

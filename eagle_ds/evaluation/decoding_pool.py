@@ -1,0 +1,83 @@
+"""Decoding prompts in several processes, each with its own copy of the target.
+
+On a CPU one pass over a few tokens is too small to share among threads, and threads that wait for one another lose far more
+on a busy machine than processes that never do: so one process a core, each with one thread and its own prompts.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eagle_ds.capture.parallel import next_result, running
+from eagle_ds.drafts.folder import DraftOnDisk
+from eagle_ds.evaluation.acceptance import LoadedTarget, Measurement, Prompt, TargetFiles, measure
+from eagle_ds.evaluation.decoding import CachedDraft, DecodeSettings
+
+
+@dataclass(frozen=True)
+class DecodingJob:
+    """What every process loads: a target on ``device`` in ``dtype``, and the drafts that it decodes with, by name."""
+
+    target: TargetFiles
+    layers: tuple[int, ...]
+    dtype: str
+    device: str
+    drafts: Mapping[str, DraftOnDisk]
+    settings: DecodeSettings
+
+    def load(self) -> tuple[LoadedTarget, dict[str, CachedDraft]]:
+        """Raises ValueError if the target cannot be loaded, or a draft was made for another one."""
+        target = LoadedTarget.load(self.target, self.layers, self.dtype, self.device)
+        return target, {name: target.cache(draft) for name, draft in self.drafts.items()}
+
+
+def measure_job(job: DecodingJob, prompts: Sequence[Prompt], processes: int, progress: Callable[[int], None]) -> Measurement:
+    """As :func:`eagle_ds.evaluation.acceptance.measure`, the prompts dealt out among ``processes``; ``progress`` is told new tokens."""
+    for draft in job.drafts.values():
+        job.target.check_draft(draft)
+    processes = min(processes, len(prompts))
+    if processes <= 1:
+        target, drafts = job.load()
+        return measure(target.cached, drafts, prompts, job.settings, progress=progress)
+    return _gather(job, prompts, processes, progress)
+
+
+def _gather(job: DecodingJob, prompts: Sequence[Prompt], processes: int, progress: Callable[[int], None]) -> Measurement:
+    """Prompts go out one at a time, the longest first, and come back in any order."""
+    context = multiprocessing.get_context("spawn")
+    tasks, results = context.Queue(), context.Queue()
+    for index in sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)):
+        tasks.put((index, prompts[index]))
+    for _ in range(processes):
+        tasks.put(None)
+    threads = max(1, torch.get_num_threads() // processes)
+    packed = pickle.dumps(job)  # as bytes: handed over as they are, tensors would need shared memory, of which containers have little
+    workers = [context.Process(target=_work, args=(packed, threads, tasks, results), daemon=True) for _ in range(processes)]
+    answers: dict[int, Measurement] = {}
+    with running(workers):
+        while len(answers) < len(prompts):
+            index, measured = next_result(results, workers)
+            answers[index] = measured
+            progress(sum(len(decoded.tokens) for decoded in (*measured.plain, *(one for (one,) in measured.drafts.values()))))
+    ordered = [answers[index] for index in range(len(prompts))]
+    plain = [decoded for one in ordered for decoded in one.plain]
+    return Measurement(job.settings, list(prompts), plain, {name: [one.drafts[name][0] for one in ordered] for name in job.drafts})
+
+
+def _work(packed: bytes, threads: int, tasks: Any, results: Any) -> None:
+    """Body of a process: (index, answers to that prompt) until there are no more, or the exception that ended it."""
+    torch.set_num_threads(threads)
+    try:
+        job: DecodingJob = pickle.loads(packed)
+        target, drafts = job.load()
+        while (task := tasks.get()) is not None:
+            index, prompt = task
+            results.put((index, measure(target.cached, drafts, [prompt], job.settings)))
+    except (ValueError, OSError, RuntimeError) as error:
+        results.put(error)

@@ -1,0 +1,366 @@
+"""A served folder is the trained draft: engines find every value where they look, and nothing else is ever left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eagle_ds.config.recipe import RopeScaling
+from eagle_ds.drafts import export
+from eagle_ds.drafts.export import ExportPlan, export_draft, verify_export
+from eagle_ds.drafts.folder import DraftOnDisk, initial_draft, load_draft, load_served_draft
+from eagle_ds.drafts.served import ServeCommands
+from eagle_ds.target.files import TargetFacts
+from tests.draft_cases import LAYERS, LLAMA3, PLAIN, VARIANTS, random_draft, recipe_for, variant, write_run
+
+PLAN = ExportPlan("org/target", LAYERS)
+
+
+def exported(folder: Path, draft: DraftOnDisk | None = None, **plan: Any) -> Path:
+    return export_draft(draft or random_draft(), folder / "draft", dataclasses.replace(PLAN, **plan))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = {key: value for key, value in (config_of(folder) | changes).items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_independent_reader_computes_the_training_logits(tmp_path: Path, name: str, dtype: str) -> None:
+    draft = random_draft(variant(name))
+    folder = exported(tmp_path, draft, dtype=dtype)
+    assert verify_export(draft, folder, getattr(torch, dtype)) < 1e-5
+    again = load_draft(folder)
+    assert (again.arch, again.layer_outputs) == (draft.arch, LAYERS)
+    assert torch.equal(again.vocab.d2t, draft.vocab.d2t) and torch.equal(again.vocab.t2d, draft.vocab.t2d)
+    for key, tensor in draft.state.items():
+        assert torch.equal(again.state[key], tensor.to(getattr(torch, dtype)).float()), key
+
+
+def test_tensors_have_the_engines_names_and_types(tmp_path: Path) -> None:
+    tensors = load_file(exported(tmp_path) / "model.safetensors")
+    assert set(tensors) == {
+        *("fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"),
+        *(f"midlayer.{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")),
+        *(f"midlayer.self_attn.{name}_proj.weight" for name in "qkvo"),
+        *(f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    }
+    assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].dtype == torch.bool and tensors["fc.weight"].dtype == torch.bfloat16
+    ids = tensors["d2t"] + torch.arange(PLAIN.draft_vocab_size)
+    assert torch.equal(ids, tensors["t2d"].nonzero()[:, 0])
+
+
+def test_the_embedding_is_exported_only_where_the_draft_has_its_own(tmp_path: Path) -> None:
+    assert "target_hidden_size" not in config_of(exported(tmp_path / "shared"))
+    folder = exported(tmp_path / "own", random_draft(variant("own embedding")))
+    assert config_of(folder)["target_hidden_size"] == 48
+    assert load_file(folder / "model.safetensors")["embed_tokens.weight"].shape == (280, 32)
+
+
+def test_each_engine_finds_the_layers_in_its_own_place_and_numbering(tmp_path: Path) -> None:
+    config = config_of(exported(tmp_path))
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 2, 5]  # SGLang adds 1
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 3, 6]  # vLLM adds nothing
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config_of(exported(tmp_path / "v", vllm=True))["architectures"] == ["Eagle3LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize(("outputs", "sglang"), [((1, 29, 57), [1, 29, 57]), ((2, 30, 58), [3, 31, 59])])
+def test_sglangs_deepseek_class_gets_ids_that_it_reads_right(tmp_path: Path, outputs: tuple[int, ...], sglang: list[int]) -> None:
+    facts = target_facts(model_type="deepseek_v3", num_layers=61)
+    folder = exported(tmp_path, random_draft(layers=outputs), layers=outputs, facts=facts)
+    assert config_of(folder)["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == sglang
+    recipe = recipe_for(PLAIN, tmp_path, init_from=str(folder))
+    target = recipe.target.model_copy(update={"aux_layer_ids": outputs, "num_layers": 61})
+    assert initial_draft(recipe.model_copy(update={"target": target}), facts).layer_outputs == outputs
+
+
+def target_facts(**changes: Any) -> TargetFacts:
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 8, "vocab_size": 280, "num_attention_heads": 4}
+    config["eos_token_id"] = [1, 2]
+    return dataclasses.replace(TargetFacts._from_config(config), **changes)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "rope" in name or name == "plain"])
+@pytest.mark.parametrize("absent", [(), ("rope_parameters",), ("rope_theta", "rope_scaling")])
+def test_old_and_new_readers_of_the_rope_keys_agree(tmp_path: Path, name: str, absent: tuple[str, ...]) -> None:
+    from transformers import AutoConfig
+
+    folder = exported(tmp_path, random_draft(variant(name)))
+    whole = AutoConfig.from_pretrained(folder).rope_parameters
+    edit_config(folder, **dict.fromkeys(absent, ...))
+    assert AutoConfig.from_pretrained(folder).rope_parameters == whole
+    assert load_served_draft(folder)[1] == variant(name)
+
+
+def test_the_exported_length_is_the_trained_one_and_tokens_are_the_targets(tmp_path: Path) -> None:
+    config = config_of(exported(tmp_path, facts=target_facts()))
+    assert config["max_position_embeddings"] == 4096
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    assert (config["bos_token_id"], config["eos_token_id"], config["tie_word_embeddings"]) == (None, [1, 2], False)
+
+
+def test_serving_commands_count_as_the_engines_do(tmp_path: Path) -> None:
+    commands = ServeCommands("org/target", "a draft", num_steps=4, sliding_window=512)
+    assert "--speculative-num-steps 4 --speculative-eagle-topk 1 --speculative-num-draft-tokens 5" in commands.sglang
+    assert "--speculative-draft-model-path 'a draft'" in commands.sglang
+    assert "--speculative-draft-window-size 511" in commands.sglang  # SGLang sees keys up to that distance, itself besides
+    assert json.loads(commands.vllm.split("'")[1]) == {"method": "eagle3", "model": "a draft", "num_speculative_tokens": 4}
+
+
+# -- what verification sees --------------------------------------------------------------------------------------------
+
+
+def swap(first: str, second: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: edit_config(folder, rope_theta=500000.0, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+        lambda folder: edit_config(folder, rope_theta=..., rope_parameters=...),
+        lambda folder: edit_config(folder, norm_output=False),
+        lambda folder: edit_config(folder, fc_norm=False),
+        lambda folder: edit_config(folder, rms_norm_eps=1e-2),
+        lambda folder: edit_config(folder, num_attention_heads=2, head_dim=32, num_key_value_heads=1),
+        lambda folder: edit_tensors(folder, lambda tensors: tensors["norm.weight"].mul_(1.1)),
+        lambda folder: edit_tensors(folder, swap("midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight")),
+        lambda folder: edit_tensors(folder, swap("midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight")),
+        lambda folder: edit_tensors(folder, lambda tensors: tensors.update(extra=torch.ones(1))),
+        lambda folder: edit_tensors(folder, lambda tensors: tensors.pop("norm.weight")),
+        lambda folder: edit_tensors(folder, lambda tensors: tensors["d2t"].add_(torch.arange(100))),
+    ],
+)
+def test_a_folder_that_means_another_draft_is_refused(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    arch = dataclasses.replace(PLAIN, norm_output=True, fc_norm=True, rope_theta=100000.0)
+    draft = random_draft(arch)
+    folder = exported(tmp_path, draft)
+    damage(folder)
+    with pytest.raises(ValueError):
+        verify_export(draft, folder, torch.bfloat16)
+
+
+# -- what is left behind -----------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_earlier_export_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = exported(tmp_path)
+    before = (folder / "model.safetensors").read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(ValueError, match="is full"):
+        exported(tmp_path, random_draft(seed=1))
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert os.listdir(tmp_path) == ["draft"]
+
+
+def test_a_failed_verification_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "TOLERANCE", 0.0)
+    with pytest.raises(ValueError, match="differ by"):
+        exported(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_earlier_export_is_replaced_and_a_stranger_is_not(tmp_path: Path) -> None:
+    exported(tmp_path)
+    folder = exported(tmp_path, random_draft(seed=1))
+    assert torch.equal(load_draft(folder).vocab.d2t, random_draft(seed=1).vocab.d2t)
+    assert os.listdir(tmp_path) == ["draft"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "keep.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is no export of this tool"):
+        export_draft(random_draft(), tmp_path / "notes", PLAN)
+    assert (tmp_path / "notes" / "keep.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"draft": random_draft(dataclasses.replace(PLAIN, attention_bias=True))}, "SGLang drops attention biases"),
+        ({"draft": random_draft(dataclasses.replace(PLAIN, num_attention_heads=6))}, "32 is no multiple of its 6 heads"),
+        ({"layers": (1, 2)}, "reads 3 target layers"),
+        ({"layers": (1, 2, 6)}, "was trained on layers"),
+        ({"facts": target_facts(hidden_size=64)}, "hidden_size 64, but the draft was made for 32"),
+        ({"dtype": "int8"}, "dtype int8"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_first(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        exported(tmp_path, **change)
+    assert os.listdir(tmp_path) == []
+
+
+def test_vllm_takes_attention_biases(tmp_path: Path) -> None:
+    draft = random_draft(dataclasses.replace(PLAIN, attention_bias=True))
+    assert verify_export(draft, exported(tmp_path, draft, vllm=True), torch.bfloat16) < 1e-5
+
+
+# -- the way back ------------------------------------------------------------------------------------------------------
+
+
+def test_training_starts_from_our_export_with_its_own_tensors_norms_and_rope(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draft = random_draft(variant("llama3 rope"))
+    folder = exported(tmp_path, draft, dtype="float32")
+    recipe = recipe_for(PLAIN, tmp_path, init_from=str(folder))
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 131072})})
+    with caplog.at_level(logging.INFO):
+        start = initial_draft(recipe)
+    assert (start.arch.rope_theta, start.arch.rope_scaling) == (500000.0, LLAMA3)
+    assert start.arch.max_position_embeddings == 131072
+    assert "rope_theta is 500000.0" in caplog.text
+    assert all(torch.equal(start.state[name], tensor) for name, tensor in draft.state.items())
+    assert torch.equal(start.vocab.d2t, draft.vocab.d2t)
+
+
+def test_rope_is_overridden_on_purpose_only_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = exported(tmp_path)
+    recipe = recipe_for(variant("llama3 rope"), tmp_path, init_from=str(folder), override_rope=True)
+    with caplog.at_level(logging.INFO):
+        start = initial_draft(recipe)
+    assert (start.arch.rope_theta, start.arch.rope_scaling) == (500000.0, LLAMA3)
+    assert "in place of the draft's own (theta 10000" in caplog.text
+    folder = export_draft(start, tmp_path / "again", dataclasses.replace(PLAN, layers=start.layer_outputs))
+    assert config_of(folder)["rope_parameters"]["rope_type"] == "llama3"
+
+
+def published(folder: Path, draft: DraftOnDisk, **config: Any) -> Path:
+    """As others publish: one pickle of tensors, names of another time, no rope base, no head_dim, an embedding nobody needs."""
+    folder.mkdir()
+    tensors = load_file(exported(folder, draft, dtype="float16") / "model.safetensors")
+    kept = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items() if name != "t2d"}
+    torch.save(kept | {"embed_tokens.weight": torch.randn(280, 32)}, folder / "pytorch_model.bin")
+    kept_keys = ("architectures", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    kept_keys += ("draft_vocab_size", "rms_norm_eps", "num_hidden_layers", "hidden_act")
+    stated = {key: config_of(folder / "draft")[key] for key in kept_keys} | {"max_position_embeddings": 2048}
+    (folder / "config.json").write_text(json.dumps(stated | config))
+    return folder
+
+
+def test_a_published_draft_is_read_with_the_defaults_that_engines_take(tmp_path: Path) -> None:
+    draft = random_draft(dataclasses.replace(PLAIN, head_dim=8))
+    state, arch, vocab = load_served_draft(published(tmp_path / "p", draft))
+    assert (arch.rope_theta, arch.rope_scaling, arch.head_dim, arch.max_position_embeddings) == (10000.0, None, 8, 2048)
+    assert torch.equal(vocab.t2d, draft.vocab.t2d)
+    assert all(torch.equal(state[name], tensor.half().float()) for name, tensor in draft.state.items())
+    start = initial_draft(recipe_for(draft.arch, tmp_path, init_from=str(tmp_path / "p")))
+    assert start.arch.max_position_embeddings == 4096 and start.layer_outputs is None
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_hidden_layers": 2}, "2 decoder layers"),
+        ({"norm_before_residual": True}, "the residual is normed"),
+        ({"speculators_model_type": "eagle3"}, "speculators container"),
+        ({"hidden_act": "gelu"}, "activation is gelu"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, "rope scaling"),
+        ({"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2}}, "partial rotary"),
+        ({"intermediate_size": 44}, "midlayer.mlp.gate_proj.weight has shape"),
+        ({"draft_vocab_size": 90}, "d2t has shape"),
+        ({"attention_bias": True}, "lacks the tensors midlayer.self_attn.k_proj.bias"),
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"hidden_size": 30}, "hidden_size 30 is no multiple of its 4 heads, and its config.json gives no head_dim"),
+    ],
+)
+def test_a_published_draft_that_is_built_otherwise_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    folder = published(tmp_path / "p", random_draft(dataclasses.replace(PLAIN, head_dim=8)), **config)
+    with pytest.raises(ValueError, match=message):
+        load_draft(folder)
+
+
+def test_a_pickle_that_holds_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = published(tmp_path / "p", random_draft(dataclasses.replace(PLAIN, head_dim=8)))
+    torch.save({"fc.weight": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="more than tensors"):
+        load_draft(folder)
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arch", "target", "message"),
+    [
+        ({"draft_vocab_size": 90}, {}, "draft_vocab_size 100 where the recipe says 90"),
+        ({"intermediate_size": 44}, {}, "intermediate_size 40 where the recipe says 44"),
+        ({"target_vocab_size": 300}, {}, "target_vocab_size 280 where the recipe says 300"),
+        ({}, {"aux_layer_ids": (1, 2, 6)}, r"reads the outputs of target layers \[1, 2, 5\]"),
+    ],
+)
+def test_a_recipe_of_another_shape_is_refused(tmp_path: Path, arch: dict[str, Any], target: dict[str, Any], message: str) -> None:
+    recipe = recipe_for(dataclasses.replace(PLAIN, **arch), tmp_path, init_from=str(exported(tmp_path)))
+    recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update=target)})
+    with pytest.raises(ValueError, match=message):
+        initial_draft(recipe)
+
+
+@pytest.mark.parametrize("broken", ["missing", "empty", "no tensors", "torn"])
+def test_what_is_no_draft_is_named(tmp_path: Path, broken: str) -> None:
+    folder = tmp_path / "draft"
+    if broken != "missing":
+        folder.mkdir()
+    if broken in ("no tensors", "torn"):
+        folder = exported(tmp_path)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100]) if broken == "torn" else weights.unlink()
+    with pytest.raises(ValueError, match="draft"):
+        load_draft(folder)
+
+
+# -- checkpoints of a run ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "yarn rope, attention factor given", "own embedding"])
+def test_a_run_is_read_from_its_best_checkpoint_then_its_newest(tmp_path: Path, name: str) -> None:
+    arch = variant(name)
+    recipe = recipe_for(arch, tmp_path)
+    newest, best = random_draft(arch, seed=1), random_draft(arch, seed=2)
+    for step in (9, 10):
+        write_run(tmp_path, newest if step == 10 else random_draft(arch, seed=3), recipe, f"checkpoints/step_{step}")
+    assert torch.equal(load_draft(tmp_path / "run").state["fc.weight"], newest.state["fc.weight"])
+    write_run(tmp_path, best, recipe)
+    found = load_draft(tmp_path / "run")
+    assert torch.equal(found.state["fc.weight"], best.state["fc.weight"])
+    assert (found.arch, found.layer_outputs) == (arch, LAYERS)
+    export_draft(found, tmp_path / "draft", dataclasses.replace(PLAN, layers=found.layer_outputs))
+
+
+def test_rope_without_scaling_and_rope_of_type_default_are_the_same(tmp_path: Path) -> None:
+    draft = random_draft(dataclasses.replace(PLAIN, rope_scaling=RopeScaling(rope_type="default")))
+    assert load_draft(exported(tmp_path, draft)).arch == PLAIN

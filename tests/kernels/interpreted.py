@@ -1,0 +1,284 @@
+"""The Triton kernels on CPU under Triton's interpreter, held to the plain ones: JSON of relative errors. For ``test_interpreted``.
+
+A process of its own, because TRITON_INTERPRET must be set before a kernel is defined. float16, because NumPy, which the
+interpreter computes with, has no bfloat16. Blocks are as small as kernels take them: many blocks, and rims everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+from triton.runtime.errors import OutOfResources
+
+from eagle_ds.kernels import (
+    attention_cuda,
+    attention_split,
+    diagonal_triton,
+    elementwise_triton,
+    loss_triton,
+    norm_triton,
+    rows_triton,
+    sums_triton,
+)
+from eagle_ds.kernels.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
+from eagle_ds.kernels.attention_cuda import CudnnBackend, TritonBackend
+from eagle_ds.kernels.attention_parts import Cut
+from eagle_ds.kernels.attention_triton import TILES, TritonAttention
+from eagle_ds.kernels.elementwise import rotate_plain
+from eagle_ds.kernels.loss import LossKernels, PlainKernels
+from eagle_ds.kernels.loss_triton import TritonKernels
+from tests.step_harness import relative_error
+
+CPU, HEADS, KV_HEADS, WIDTH = torch.device("cpu"), 4, 2, 16
+SCALE = WIDTH**-0.5
+Errors = dict[str, float]
+
+
+def row_sets() -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+    """(lo, hi, keys): the row sets that training makes, of no whole number of blocks."""
+    rows = np.sort(np.random.default_rng(0).choice(90, 37, replace=False))
+    documents = np.array([0, 37, 41])
+    block = np.clip(np.arange(37) - 9, 0, 20)
+    return {
+        "causal": (np.zeros(41, dtype=np.int64), np.arange(1, 42), 41),
+        "scattered": (np.zeros(37, dtype=np.int64), rows + 1, 90),
+        "packed": (documents[np.searchsorted(documents, rows, side="right") - 1], rows + 1, 90),
+        "window": (np.maximum(rows - 20, 0), rows + 1, 90),
+        "window with turns": window_with_turns(),
+        "ring block": (np.zeros(37, dtype=np.int64), block, 20),
+        "keys that no row sees": (np.full(3, 40), np.full(3, 60), 90),
+        "one row": (np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64), 1),
+    }
+
+
+def window_with_turns() -> tuple[np.ndarray, np.ndarray, int]:
+    """Early rows see from key 0 on, and a block of late rows among them reaches further than a later row's window begins."""
+    rows = np.concatenate([np.arange(10, 14), np.arange(30, 38), np.arange(52, 60)])
+    return np.maximum(rows - 39, 0), rows + 1, 60
+
+
+def attention(lo: np.ndarray, hi: np.ndarray, keys: int, heads_first: bool = False, in_parts: bool = False) -> Errors:
+    """out, lse and every gradient, diagonals merged in. ``in_parts``: rows are cut as for cuDNN, whose part the reference plays."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).half()
+
+    q, kv, dout = random(len(lo), HEADS, WIDTH), random(keys, KV_HEADS, 2 * WIDTH), random(len(lo), HEADS, WIDTH)
+    diagonals, bounds = [random(len(lo), KV_HEADS, WIDTH) for _ in range(4)], KeyBounds.make(lo, hi, CPU)
+
+    def run(kernel: BlockAttention, dtype: torch.dtype) -> list[torch.Tensor]:
+        q_, kv_, dout_, *diagonals_ = (x.to(dtype) for x in (q, kv, dout, *diagonals))
+        prefix, prefix_lse = kernel.forward(q_, *kv_.chunk(2, -1), bounds, SCALE)
+        out, lse = kernel.diagonal_forward(q_, prefix, prefix_lse, diagonals_, SCALE)
+        if heads_first:  # as cuDNN leaves them
+            out = out.transpose(0, 1).contiguous().transpose(0, 1)
+        dkv = torch.zeros_like(kv_, dtype=lse.dtype)
+        dq = kernel.backward(dout_, q_, *kv_.chunk(2, -1), out, lse, bounds, SCALE, *dkv.chunk(2, -1))
+        dq, gradients = kernel.diagonal_backward(dout_, q_, out, lse, diagonals_, SCALE, dq)
+        return [prefix, prefix_lse.exp(), out, lse, dq, dkv, *gradients]
+
+    names = ("prefix", "prefix lse", "out", "lse", "dq", "dkv", "dk1", "dv1", "dk2", "dv2")
+    found, expected = run(backend_in_parts() if in_parts else backend(), torch.float16), run(ReferenceAttention(), torch.float64)
+    return {name: relative_error(f, e) for name, f, e in zip(names, found, expected, strict=True)}
+
+
+def split_keys(lo: np.ndarray, hi: np.ndarray, keys: int) -> Errors:
+    """Few rows on a large GPU: their keys are attended to in pieces."""
+    generator = torch.Generator().manual_seed(0)
+    q, dout = (torch.randn(len(lo), HEADS, WIDTH, generator=generator).half() for _ in range(2))
+    kv = torch.randn(keys, KV_HEADS, 2 * WIDTH, generator=generator).half()
+    kernel, plain, bounds = TritonAttention(WIDTH, 1), ReferenceAttention(), KeyBounds.make(lo, hi, CPU)
+    set_blocks(kernel, programs=48)
+    assert kernel._split(bounds, HEADS) is not None
+    found, expected = [], []
+    for made, backend, dtype in ((found, kernel, torch.float16), (expected, plain, torch.float64)):
+        q_, kv_, dout_ = (x.to(dtype) for x in (q, kv, dout))
+        out, lse = backend.forward(q_, *kv_.chunk(2, -1), bounds, SCALE)
+        dkv = torch.zeros_like(kv_, dtype=lse.dtype)
+        dq = backend.backward(dout_, q_, *kv_.chunk(2, -1), out, lse, bounds, SCALE, *dkv.chunk(2, -1))
+        made += [out, lse, dq, dkv]
+    return {name: relative_error(f, e) for name, f, e in zip(("out", "lse", "dq", "dkv"), found, expected, strict=True)}
+
+
+def smaller_tiles() -> Errors:
+    """A GPU that has no room for the first tiles gets the ones behind them, once and for all; without any left it hears why."""
+    kernel, tried = TritonAttention(WIDTH, 1), []
+
+    def launch(*tile: int) -> None:
+        tried.append(tile)
+        if tile[1] > 32:
+            raise OutOfResources(230400, 101376, "shared memory")
+
+    for _ in range(2):
+        kernel._launch("forward", launch)
+    wrong = tried != [*TILES["forward"], TILES["forward"][-1]]
+    try:
+        kernel._launch("dq", lambda *tile: launch(64, 64))
+    except OutOfResources:
+        return {"order": float(wrong)}
+    return {"order": 1.0}
+
+
+def losses(kind: str) -> Errors:
+    """Label sums, row losses and the gradient of the logits, over several blocks of columns and a short last one."""
+    generator = torch.Generator().manual_seed(0)
+    logits, target = (3 * torch.randn(n, 200, generator=generator) for n in (5, 3))
+    row, weight, mix = torch.tensor([0, 0, 1, 2, 2]), torch.rand(5, generator=generator), torch.rand(5, generator=generator)
+
+    def run(kernels: type[LossKernels], dtype: torch.dtype) -> list[torch.Tensor]:
+        t, gradient = target.to(dtype), torch.empty(5, 200, dtype=dtype)
+        lse, entropy = kernels.label_sums(t)
+        mixed = mix.to(dtype) if kind == "lambda" else None
+        arguments = (logits.to(dtype), t, row, lse, lse + 0.1, kind, mixed)
+        silent = kernels.row_losses(*arguments, weight.to(dtype), None)
+        return [lse, entropy, *silent, *kernels.row_losses(*arguments, weight.to(dtype), gradient), gradient]
+
+    row_names = ("cross-entropy", "alpha", "best")
+    nan, zeros = torch.full((1, 200), torch.nan), torch.zeros(3)
+    cross_entropy, _, best = TritonKernels.row_losses(nan, target, row[:1], zeros, zeros, kind, None, weight[:1], None)
+    assert cross_entropy.isnan() and 0 <= best < 200, "a column that is there: what follows looks it up"
+    names = ("lse", "entropy", *(f"{name}, no gradient" for name in row_names), *row_names, "gradient")
+    found, expected = run(TritonKernels, torch.float32), run(PlainKernels, torch.float64)
+    return {name: relative_error(f, e.to(torch.float64)) for name, f, e in zip(names, found, expected, strict=True)}
+
+
+def allow_new_numpy() -> None:
+    """Bounds of loops are arrays of one number, which Triton 3.6 makes integers of in a way that NumPy 2.4 closed (its issue 9171)."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: type, *rest: object) -> None:
+        patch(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+def backend() -> TritonBackend:
+    """With small blocks."""
+    made = TritonBackend(WIDTH)
+    set_blocks(made.forward.__self__)
+    assert made.diagonal_forward is diagonal_triton.diagonal_forward
+    return made
+
+
+def backend_in_parts() -> CudnnBackend:
+    """Every kind of part, at the size of these problems."""
+    forward = Cut(4, False, call=0, triton=2, keys=4, square=4, long_run=8, long_block=16)
+    cuts = (forward, Cut(6, False, beside=1, call=0, keys=8, square=6, long_run=12, long_block=8))
+    made, plain = CudnnBackend(WIDTH, 1, *cuts), ReferenceAttention()
+    set_blocks(made.triton_forward.__self__)
+
+    def bounds(q: torch.Tensor, k: torch.Tensor, causal: bool) -> KeyBounds:
+        hi = np.arange(1, len(q) + 1) if causal else np.full(len(q), len(k))
+        return KeyBounds.make(np.zeros(len(q), dtype=np.int64), hi, CPU)
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = plain.forward(q, k, v, bounds(q, k, causal), scale)
+        return out, lse.t().contiguous().t()  # as cuDNN leaves it
+
+    def backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+                 causal: bool, scale: float) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        dk, dv = (torch.zeros(k.shape) for _ in range(2))
+        dq = plain.backward(dout, q, k, v, out, lse, bounds(q, k, causal), scale, dk, dv)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+    attention_cuda._cudnn_forward, attention_cuda._cudnn_backward = forward, backward
+    return made
+
+
+def sums() -> Errors:
+    """``merge_into`` and ``add_into`` of views that are no dense tensors; some rows see nothing."""
+    generator = torch.Generator().manual_seed(0)
+    outs = [torch.randn(37, HEADS, WIDTH, generator=generator).half() for _ in range(2)]
+    lses = [torch.randn(HEADS, 37, generator=generator).t() for _ in range(2)]
+    lses[0][:5], lses[1][3:9] = -torch.inf, -torch.inf
+    out, lse = merge(*((o.double(), s.double()) for o, s in zip(outs, lses, strict=True)))
+    sums_triton.merge_into(outs[0], lses[0], outs[1].transpose(0, 1).contiguous().transpose(0, 1), lses[1])
+    total = torch.randn(37, KV_HEADS, 2 * WIDTH, generator=generator)
+    blocks = [torch.randn(KV_HEADS, 37, WIDTH, generator=generator).half().transpose(0, 1) for _ in range(2)]
+    expected = total.double() + torch.cat(blocks, -1).double()
+    sums_triton.add_into(*total.chunk(2, -1), *blocks)
+    pairs = {"out": (outs[0], out), "lse": (lses[0].exp(), lse.exp()), "total": (total, expected)}
+    return {name: relative_error(*pair) for name, pair in pairs.items()}
+
+
+def norms() -> Errors:
+    """Rows and columns of wider tensors, and rows of a table; more rows than programs."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(37, 24, generator=generator).half() for _ in range(2))
+    weight, rows = torch.randn(12, generator=generator).half(), torch.randint(37, (37, 2), generator=generator)[:, 0]
+    norm_triton.PROGRAMS = 5
+    errors = {}
+    for name, ids in (("rows", None), ("table", rows)):
+        leaves = [t.double().requires_grad_() for t in (x[:, 12:], weight)]
+        expected = torch.nn.functional.rms_norm(leaves[0] if ids is None else leaves[0][ids], (12,), leaves[1], 1e-5)
+        y = norm_triton.norm_forward(x[:, 12:], ids, weight, 1e-5, torch.empty(37, 24).half()[:, :12])
+        place = torch.empty(50, 12).half()[13:] if ids is None else None
+        dx, dw = norm_triton.norm_backward(dy[:, 12:], x[:, 12:], ids, weight, 1e-5, wants_dx=ids is None, dx=place)
+        assert dx is place
+        expected_dx, expected_dw = torch.autograd.grad(expected, leaves, dy[:, 12:].double())
+        errors |= {f"{name}, y": relative_error(y, expected.detach()), f"{name}, dw": relative_error(dw, expected_dw)}
+        errors |= {"dx": relative_error(dx, expected_dx)} if dx is not None else {}
+    return errors
+
+
+def rows() -> Errors:
+    """Some columns of rows that lie anywhere in a table, each row once; several pieces of columns and a short last one."""
+    generator = torch.Generator().manual_seed(0)
+    table, total = torch.randn(37, 50, generator=generator).half(), torch.randn(37, 50, generator=generator)
+    x, index = torch.randn(11, 40, generator=generator).half(), torch.randperm(37, generator=generator)[:11]
+    rows_triton.BLOCK = 16
+    expected = total.double()
+    expected[index, :40] += x.double()
+    taken = rows_triton.take(table, index, 40)
+    rows_triton.add(total, index, x)
+    return {"taken": relative_error(taken, table[index, :40]), "total": relative_error(total, expected)}
+
+
+def rotations() -> Errors:
+    """Columns of wider rows, there and back."""
+    generator = torch.Generator().manual_seed(0)
+    raw, angles = torch.randn(7, 3 * WIDTH + 5, generator=generator).half(), torch.randn(7, 1, WIDTH // 2, generator=generator)
+    x, y = (t[:, : 3 * WIDTH].unflatten(-1, (3, WIDTH)) for t in (raw, torch.zeros_like(raw)))
+    cos, sin = angles.cos(), angles.sin()
+    elementwise_triton.rotate(x, cos, sin, back=False, y=y)
+    expected = rotate_plain(x.double(), cos.double(), sin.double())
+    return {"there": relative_error(y, expected), "back": relative_error(elementwise_triton.rotate(y, cos, sin, back=True), x)}
+
+
+def set_blocks(kernel: TritonAttention, programs: int = 1) -> None:
+    kernel.programs = programs
+    kernel.tiles = {name: [(16, 32, 4, 1)] for name in kernel.tiles}
+
+
+def cases() -> Iterator[tuple[str, Errors]]:
+    sets = row_sets()
+    attention_split.LEAST_KEYS = 4
+    for name, (lo, hi, keys) in sets.items():
+        yield f"attention, {name}", attention(lo, hi, keys)
+    for name in ("causal", "scattered", "packed", "window", "window with turns", "ring block"):
+        yield f"attention in parts, {name}", attention(*sets[name], in_parts=True)
+    yield "smaller tiles", smaller_tiles()
+    yield "sums", sums()
+    yield "norms", norms()
+    yield "rows", rows()
+    yield "rotation", rotations()
+    yield "attention, heads first in memory", attention(*sets["causal"], heads_first=True)
+    for name in ("scattered", "packed"):
+        yield f"keys split, {name}", split_keys(*sets[name])
+    loss_triton.BLOCK = 64
+    for kind in ("kl", "alpha", "lambda"):
+        yield f"loss, {kind}", losses(kind)
+
+
+if __name__ == "__main__":
+    allow_new_numpy()
+    print(json.dumps(dict(cases())))

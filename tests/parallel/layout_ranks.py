@@ -1,0 +1,45 @@
+"""What each process of a layout test does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eagle_ds.kernels.attention import wide
+from eagle_ds.kernels.attention_cuda import choose_attention
+from eagle_ds.model.loss import StepSums, TargetHead, uniform_decay
+from eagle_ds.parallel.topology import SOLO, Topology, make_groups
+from tests.layout_cases import DECAY, Case
+from tests.step_harness import gradients, make_targets, rank_batch, run_step
+
+
+def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, StepSums, dict[str, Tensor]]:
+    """(loss, sums, gradients) of the global batch, all-reduced; every rank returns the same."""
+    topology = Topology(world, rank, case.ulysses, case.ring)
+    groups = make_groups(topology) if world > 1 else SOLO
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if case.device == "cuda" else torch.device("cpu")
+    model, head = case.model().to(device), _moved(case.head(), device)
+    batch = rank_batch(case.plan(topology.dp_rank), topology.sp_rank, case.whole(topology.dp_rank), case.alignment).to(device)
+    counted = _summed(make_targets(batch, head).counted.sum(0).double(), world)
+    weights = uniform_decay(DECAY, case.steps).to(device) / counted.clamp(min=1)
+    kernel = choose_attention(device, case.torch_dtype, case.arch.head_dim)
+
+    def alpha_mean(alpha: Tensor, rows: Tensor) -> Tensor:
+        total, number = _summed(torch.stack([alpha, rows]), world)
+        return (total / number.clamp(min=1)).to(loss_dtype)
+
+    loss_dtype = wide(case.torch_dtype)
+    options = {"kind": case.kind, "alpha_mean": alpha_mean, "recompute": case.recompute}
+    loss, sums = run_step(model, batch, head, weights.to(loss_dtype), groups=groups, kernel=kernel, **options)
+    grads = {name: _summed(g.to(loss_dtype), world).cpu() for name, g in gradients(model).items()}
+    return _summed(loss, world).cpu(), StepSums.from_flat(_summed(sums.flat(), world).cpu()), grads
+
+
+def _moved(head: TargetHead, device: torch.device) -> TargetHead:
+    return TargetHead(*(x.to(device) for x in (head.full, head.draft_rows, head.t2d, head.d2t)))
+
+
+def _summed(x: Tensor, world: int) -> Tensor:
+    if world > 1:
+        torch.distributed.all_reduce(x)
+    return x

@@ -1,0 +1,91 @@
+"""One micro-batch through the real code, for tests: from whole arrays to loss, metric sums and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eagle_ds.data.batch import Batch, TokenFacts, assemble
+from eagle_ds.kernels.attention import BlockAttention, ReferenceAttention
+from eagle_ds.model.draft import Eagle3Draft
+from eagle_ds.model.loss import HeadTargets, LossSettings, StepSums, TargetHead, counted_rows, head_loss, label_facts
+from eagle_ds.model.ttt import PrefixAttention
+from eagle_ds.parallel.topology import SOLO, ProcessGroups
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.sequence import SequencePlan
+
+
+@dataclass
+class WholeSequence:
+    """Whole arrays of one packed sequence."""
+
+    facts: list[TokenFacts]
+    aux: Tensor  # [S, A*H]
+    hidden: Tensor  # [S, H]
+
+
+def rank_batch(plan: SequencePlan, rank: int, whole: WholeSequence, alignment: str) -> Batch:
+    """The rows that a store would give to ``rank``."""
+    wanted = ((whole.aux, plan.aux_rows(rank)), (whole.hidden, plan.target_rows(rank)))
+    aux, hidden = (x[torch.from_numpy(rg.rows(rows))] for x, rows in wanted)
+    return assemble(plan, rank, whole.facts, aux, hidden, alignment=alignment)
+
+
+def prefix_for(
+    model: Eagle3Draft, plan: SequencePlan, groups: ProcessGroups = SOLO, kernel: BlockAttention | None = None, recompute: str = "none"
+) -> PrefixAttention:
+    arch = model.arch
+    return PrefixAttention(
+        plan,
+        groups,
+        kernel or ReferenceAttention(),
+        query_heads=arch.num_attention_heads,
+        kv_heads=arch.num_key_value_heads,
+        head_dim=arch.head_dim,
+        sliding_window=arch.sliding_window,
+        resend_queries=recompute == "full",
+        device=model.fc.weight.device,
+    )
+
+
+def make_targets(batch: Batch, head: TargetHead) -> HeadTargets:
+    token, logsumexp = label_facts(batch.target_hidden, head.full)
+    counted = counted_rows(batch.trained, token, batch.target_index, head.t2d)
+    return HeadTargets(head, batch.target_hidden, logsumexp, token, batch.target_index, batch.trained, counted)
+
+
+def run_step(
+    model: Eagle3Draft,
+    batch: Batch,
+    head: TargetHead,
+    weights: Tensor,
+    *,
+    groups: ProcessGroups = SOLO,
+    kernel: BlockAttention | None = None,
+    recompute: str = "none",
+    **settings: object,
+) -> tuple[Tensor, StepSums]:
+    """Forward and backward; gradients are left on the model."""
+    targets = make_targets(batch, head)
+    spec = LossSettings(weights, **settings)
+    prefix = prefix_for(model, batch.plan, groups, kernel, recompute)
+    loss, sums = model(batch, prefix, lambda *head_inputs: head_loss(*head_inputs, targets, spec), recompute)
+    loss.backward()
+    return loss.detach(), sums
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """L2 norm of the difference over that of ``expected``."""
+    scale = expected.double().norm()
+    return float((found.double() - expected.double()).norm() / (scale if scale > 0 else 1.0))
+
+
+def gradients(model: Eagle3Draft) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def total(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum(0)

@@ -1,0 +1,260 @@
+"""Flip it, cut it, kill it, fill the disk, fork it: what is read is right, or it is an error that names the file."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from eagle_ds.store.manifest import FACTS_NAME, MANIFEST_NAME
+from eagle_ds.store.store import SampleReader, Store, StoreError, StoreWriter, verify_file
+from tests.store_cases import assert_stored, make_facts, make_sample, write_store
+
+FACTS = make_facts()
+TOKENS = 80  # two chunks of rows, the second one padded
+SAMPLE = make_sample("s", TOKENS, FACTS)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return write_store(tmp_path / "store", FACTS, SAMPLE)
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+def is_noticed(reader: SampleReader) -> bool:
+    """False where everything still reads right. Anything else that is not a StoreError with the file's name fails the test."""
+    try:
+        assert_stored(reader, SAMPLE)
+    except StoreError as error:
+        assert str(reader.path) in str(error)
+        return True
+    return False
+
+
+def test_no_flipped_bit_is_read_in_silence(store: Store) -> None:
+    path = store.root / store.entries[0].path
+    content = path.read_bytes()
+    noticed = 0
+    bits = random.Random(0).sample(range(8 * len(content)), 600)
+    for bit in bits:
+        path.write_bytes(flipped(content, bit))
+        noticed += is_noticed(SampleReader(path, store.entries[0], store.facts, threads=1))
+    assert noticed > len(bits) / 2  # the rest fell into space that HDF5 left unused
+
+
+def test_changes_that_zlibs_adler32_does_not_see_are_noticed(store: Store) -> None:
+    """+1, -2, +1 on neighbouring bytes leaves both of adler32's sums alone."""
+    path = store.root / store.entries[0].path
+    with store.reader(store.entries[0]) as reader:
+        index = reader._open().wide["hidden_state"]
+    content = bytearray(path.read_bytes())
+    at = next(i for i in itertools.count(int(index.offsets[0, 0]) + 20) if content[i] < 255 and content[i + 1] > 1 and content[i + 2] < 255)
+    for position, change in enumerate((1, -2, 1)):
+        content[at + position] += change
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="hidden_state rows 0:64, layer 0: its crc32 is not the one"):
+        store.reader(store.entries[0]).read_rows("hidden_state", [(0, 1)])
+
+
+@pytest.mark.parametrize("knows_size", [True, False])
+def test_no_truncated_file_is_read_in_silence(store: Store, knows_size: bool) -> None:
+    path = store.root / store.entries[0].path
+    content = path.read_bytes()
+    for size in random.Random(1).sample(range(len(content)), 60):
+        path.write_bytes(content[:size])
+        assert is_noticed(SampleReader(path, store.entries[0] if knows_size else None, store.facts, threads=1)), f"cut to {size} bytes"
+
+
+@pytest.mark.parametrize("name", [FACTS_NAME, MANIFEST_NAME])
+def test_no_flipped_bit_of_the_manifest_or_the_facts_is_read_in_silence(store: Store, name: str) -> None:
+    path = store.root / name
+    content = path.read_bytes()
+    for bit in random.Random(4).sample(range(8 * len(content)), 600):
+        path.write_bytes(flipped(content, bit))
+        try:
+            damaged = Store(store.root)
+        except StoreError as error:
+            assert str(path) in str(error)
+            continue
+        if not damaged.entries:
+            assert flipped(content, bit)[-1:] != b"\n"  # the only line looks torn: the sample is not there at all
+            continue
+        assert damaged.entries == store.entries
+        assert damaged.facts == store.facts
+
+
+def test_swapped_chunks_are_noticed_even_though_each_is_sound(store: Store) -> None:
+    """Two intact streams in each other's place pass every check of zlib's."""
+    path = store.root / store.entries[0].path
+    with store.reader(store.entries[0]) as reader:
+        index = reader._open().wide["aux_hidden_state"]
+    first, second = (slice(int(index.offsets[0, n]), int(index.offsets[0, n] + index.sizes[0, n])) for n in (0, 1))
+    content = bytearray(path.read_bytes())
+    if first.stop - first.start != second.stop - second.start:
+        pytest.skip("the streams differ in length")
+    content[first], content[second] = content[second], content[first]
+    path.write_bytes(content)
+    assert is_noticed(store.reader(store.entries[0]))
+
+
+@contextmanager
+def disk_of(num_bytes: int) -> Iterator[None]:
+    """No file may grow beyond ``num_bytes``: what a full disk looks like to one file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_store_sound_and_the_writer_usable(tmp_path: Path) -> None:
+    rng = random.Random(2)
+    with StoreWriter(tmp_path, FACTS) as writer:
+        size = writer.add(SAMPLE).bytes
+        for attempt in range(25):
+            with disk_of(rng.randrange(size)), pytest.raises(OSError, match=r"File too large: '.*writing.*h5'"):
+                writer.add(make_sample(f"lost-{attempt}", TOKENS, FACTS))
+            assert not list((tmp_path / "writing").iterdir())
+        writer.add(make_sample("lost-0", TOKENS, FACTS))
+    store = Store(tmp_path)
+    assert [entry.id for entry in store.entries] == ["s", "lost-0"]
+    assert [verify_file(tmp_path / entry.path, entry, store.facts) for entry in store.entries] == [[], []]
+
+
+def test_a_manifest_line_that_does_not_fit_on_the_disk_is_taken_back(tmp_path: Path) -> None:
+    long_ids = [f"{n:04d}" * 600 for n in range(12)]
+    with StoreWriter(tmp_path, FACTS) as writer:
+        for name in long_ids[:10]:
+            writer.add(make_sample(name, 3, FACTS))
+        full = (tmp_path / MANIFEST_NAME).stat().st_size
+        with disk_of(full + 100), pytest.raises(OSError, match="disk took only a part of a line"):
+            writer.add(make_sample(long_ids[10], 3, FACTS))
+        assert (tmp_path / MANIFEST_NAME).stat().st_size == full
+        writer.add(make_sample(long_ids[11], 3, FACTS))
+    assert [entry.id for entry in Store(tmp_path).entries] == [*long_ids[:10], long_ids[11]]
+
+
+def in_child(action: Callable[[], None], context: str = "fork") -> int:
+    """Exit code of ``action`` in a process of its own."""
+    child = multiprocessing.get_context(context).Process(target=action)
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def write_many(root: Path) -> None:
+    with StoreWriter(root, FACTS) as writer:
+        for number in itertools.count(len(writer.done_ids)):
+            writer.add(make_sample(f"s{number}", TOKENS, FACTS, seed=number))
+
+
+def kill_at_step(step: int) -> None:
+    """From now on the ``step``-th system call that changes the disk is not made: the process is killed instead."""
+    left = itertools.count(step, -1)
+
+    def deadly(call: Callable) -> Callable:
+        def instead(*args: object, **options: object) -> object:
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+
+        return instead
+
+    for name in ("pwrite", "fsync", "rename", "replace", "ftruncate", "mkdir", "unlink", "open"):
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def assert_sound(root: Path) -> int:
+    """Every sample that the store speaks of is whole and right; returns how many."""
+    store = Store(root)
+    for number, entry in enumerate(store.entries):
+        assert entry.id == f"s{number}"
+        assert_stored(store.reader(entry), make_sample(entry.id, TOKENS, FACTS, seed=number))
+    return len(store.entries)
+
+
+def test_a_writer_killed_at_any_of_its_steps_leaves_a_sound_store_that_the_next_one_continues(tmp_path: Path) -> None:
+    write_store(tmp_path, FACTS)
+    written = 0
+    for step in (*range(0, 40, 8), *range(40, 70)):  # 58 steps make a sample; from the 40th on they are the delicate ones
+        assert in_child(lambda step=step: (kill_at_step(step), write_many(tmp_path))) == -signal.SIGKILL
+        assert assert_sound(tmp_path) >= written
+        written = assert_sound(tmp_path)
+    with StoreWriter(tmp_path, FACTS) as writer:
+        assert len(writer.done_ids) == written
+        assert not list((tmp_path / "writing").iterdir())
+    assert written >= 1
+
+
+def test_a_writer_killed_at_random_moments_leaves_a_sound_store(tmp_path: Path) -> None:
+    write_store(tmp_path, FACTS)
+    rng = random.Random(3)
+    for _ in range(8):
+        child = multiprocessing.get_context("fork").Process(target=write_many, args=(tmp_path,))
+        child.start()
+        time.sleep(rng.uniform(0.01, 0.2))
+        child.kill()
+        child.join()
+        assert_sound(tmp_path)
+    assert_sound(tmp_path)
+
+
+def read_all(reader: SampleReader) -> None:
+    assert_stored(reader, SAMPLE)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_reader_that_is_open_works_on_in_a_forked_or_spawned_worker(store: Store, context: str) -> None:
+    reader = store.reader(store.entries[0])
+    reader.read_rows("hidden_state", [(0, 70)])
+    children = [multiprocessing.get_context(context).Process(target=read_all, args=(reader,)) for _ in range(2 if context == "fork" else 1)]
+    for child in children:
+        child.start()
+    assert_stored(reader, SAMPLE)
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * len(children)
+
+
+def test_a_store_that_grows_is_read_at_any_moment(tmp_path: Path) -> None:
+    write_store(tmp_path, FACTS)
+
+    def grow() -> None:
+        with StoreWriter(tmp_path, FACTS) as writer:
+            for number in range(12):
+                writer.add(make_sample(f"s{number}", TOKENS, FACTS, seed=number))
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    seen = [0]
+    while thread.is_alive():
+        seen.append(assert_sound(tmp_path))
+    thread.join()
+    assert seen == sorted(seen)
+    assert assert_sound(tmp_path) == 12
+
+
+def test_a_reader_that_is_open_keeps_its_file_when_the_sample_is_written_again(store: Store) -> None:
+    entry = store.entries[0]
+    reader = store.reader(entry)
+    reader.read_small("input_ids")
+    (store.root / entry.path).unlink()
+    write_store(store.root, FACTS, make_sample("s", TOKENS, FACTS, seed=5))
+    assert_stored(reader, SAMPLE)
