@@ -16,13 +16,17 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from eagle_ds.config.recipe import Recipe, load_recipe
+from eagle_ds.config.recipe import ParallelConfig, Recipe, load_recipe
 from eagle_ds.config.settings import dotted_fields, section_of
 from eagle_ds.training.preflight import check_files, check_layout
+
+if TYPE_CHECKING:
+    from eagle_ds.training.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -203,11 +207,9 @@ def _train(recipe: Recipe, rank: int) -> None:
     from eagle_ds.training.agreement import RankFailure
     from eagle_ds.training.sizing import OutOfMemory
     from eagle_ds.training.stopping import leave_at_once
-    from eagle_ds.training.train import train
 
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     try:
-        train(recipe, local_rank)
+        train_rank(recipe, int(os.environ.get("LOCAL_RANK", 0)))
         if rank == 0:
             write_report(recipe.run_dir)
     except RankFailure as error:
@@ -218,6 +220,25 @@ def _train(recipe: Recipe, rank: int) -> None:
         logger.debug("%s", traceback.format_exc())
         sys.stderr.write(f"error (rank {rank}): {error}\n")
         sys.exit(FAILED)
+
+
+def train_rank(recipe: Recipe, local_rank: int, join: Callable[[ParallelConfig, int], World] | None = None) -> None:
+    """Join the world, train as one of its ranks, leave. ``join``: by default ``join_world``. Raises as ``train`` does."""
+    from torch import distributed as dist
+
+    from eagle_ds.training.train import train
+    from eagle_ds.training.world import join_world
+
+    joined_here = not dist.is_initialized()
+    train(recipe, (join or join_world)(recipe.parallel, local_rank), _measure_acceptance)
+    if joined_here:
+        dist.destroy_process_group()
+
+
+def _measure_acceptance(*args: Any) -> dict[str, Any]:
+    from eagle_ds.evaluation.acceptance import measure_during_training  # imports transformers, which few runs need
+
+    return measure_during_training(*args)
 
 
 def _prepare_environment(local_processes: int, accelerator: str | None) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from eagle_ds.config.recipe import Recipe
-from eagle_ds.data.batch import TokenFacts
+from eagle_ds.data.batch import TokenLabels
 from eagle_ds.estimate import memory
 from eagle_ds.estimate.memory import Parts
-from eagle_ds.estimate.planner import in_turns, plan_for
+from eagle_ds.estimate.planner import in_turns, sharding_for
 from eagle_ds.model import draft, loss, projections
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
@@ -91,7 +91,7 @@ def held_bytes(case: AllocationCase) -> Held:
         step.forward().backward()
         step.model.zero_grad(set_to_none=True)
         loss_peak, peak, host = _traced(step)
-        stages, predicted_host = memory.stages(recipe, {}, 1, step.plan, prefetched=0), memory.host_bytes(recipe, {}, step.plan)
+        stages, predicted_host = memory.stages(recipe, {}, 1, step.sharding, prefetched=0), memory.host_bytes(recipe, {}, step.sharding)
     beyond = {name: beyond_model_and_inputs(parts) for name, parts in stages.items()}
     predicted_loss = max(size for name, size in beyond.items() if name.startswith(("forward", "loss")))
     return Held(loss_peak, peak, predicted_loss, max(beyond.values()), host, predicted_host)
@@ -107,12 +107,12 @@ class _Step:
 
     def __init__(self, recipe: Recipe, fraction: float) -> None:
         self.recipe, arch, wide = recipe, DraftArch.from_recipe(recipe), recipe.target.hidden_size
-        self.plan = plan_for(recipe, [in_turns(ROWS, fraction, TURN)])
+        self.sharding = sharding_for(recipe, [in_turns(ROWS, fraction, TURN)])
         self.model = Eagle3Draft(arch)
         mask = np.zeros(ROWS, dtype=np.uint8)
-        mask[rg.rows(self.plan.documents[0].trained_spans)] = 1
-        facts = TokenFacts(np.zeros(ROWS, dtype=np.int32), mask, np.zeros(ROWS, dtype=np.int32), np.zeros(ROWS, dtype=np.float32))
-        self.batch = rank_batch(self.plan, 0, WholeSequence([facts], torch.zeros(ROWS, 3 * wide), torch.zeros(ROWS, wide)), "serving")
+        mask[rg.rows(self.sharding.documents[0].trained_spans)] = 1
+        info = TokenLabels(np.zeros(ROWS, dtype=np.int32), mask, np.zeros(ROWS, dtype=np.int32), np.zeros(ROWS, dtype=np.float32))
+        self.batch = rank_batch(self.sharding, 0, WholeSequence([info], torch.zeros(ROWS, 3 * wide), torch.zeros(ROWS, wide)), "serving")
         offloads = recipe.training.offload_activations
         self.offload = ActivationOffload(torch.device("cpu"), min_bytes=ROWS, slab_bytes=1 << 14) if offloads else None
         self.head = TargetHead(None, torch.zeros(500, wide), torch.ones(1000, dtype=torch.bool), torch.zeros(500, dtype=torch.int64))
@@ -123,8 +123,8 @@ class _Step:
         targets = HeadTargets(
             self.head, batch.target_hidden, batch.target_logsumexp, batch.target_token, batch.target_index, batch.trained, counted
         )
-        settings, training = LossSettings(torch.ones(self.plan.ttt_steps)), self.recipe.training
-        prefix = prefix_for(self.model, self.plan, kernel=AllocatingAttention())
+        settings, training = LossSettings(torch.ones(self.sharding.ttt_steps)), self.recipe.training
+        prefix = prefix_for(self.model, self.sharding, kernel=AllocatingAttention())
         return self.model(batch, prefix, lambda *states: head_loss(*states, targets, settings), training.recompute, self.offload)[0]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eagle_ds.config.recipe import RopeScaling
-from eagle_ds.data.batch import TokenFacts
+from eagle_ds.data.batch import TokenLabels
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.sharding.sequence import Document
@@ -70,5 +70,5 @@ class GoldenCase:
         edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
         return Document(len(mask), tuple((int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)))
 
-    def token_facts(self) -> TokenFacts:
-        return TokenFacts(self.arrays["in.input_ids"].numpy().astype(np.int32), self.arrays["in.loss_mask"].numpy().astype(np.uint8))
+    def token_facts(self) -> TokenLabels:
+        return TokenLabels(self.arrays["in.input_ids"].numpy().astype(np.int32), self.arrays["in.loss_mask"].numpy().astype(np.uint8))

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds.data.batch import TokenFacts
+from eagle_ds.data.batch import TokenLabels
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.model.loss import TargetHead, uniform_decay
-from eagle_ds.sharding.sequence import Document, SequencePlan, plan_sequence
+from eagle_ds.sharding.sequence import Document, SequenceSharding, shard_sequence
 from tests.plain_reference import ReferenceSums, document_sums
 from tests.step_harness import WholeSequence
 
@@ -61,8 +61,8 @@ class Case:
         """The same problem with layout 1 x 1."""
         return replace(self, ulysses=1, ring=1)
 
-    def plan(self, dp_rank: int) -> SequencePlan:
-        return plan_sequence(
+    def sharding(self, dp_rank: int) -> SequenceSharding:
+        return shard_sequence(
             [document(mask) for mask in self.sequences[dp_rank]],
             ulysses=self.ulysses,
             ring=self.ring,
@@ -84,14 +84,14 @@ class Case:
     def whole(self, dp_rank: int) -> WholeSequence:
         rng = np.random.default_rng([self.seed, dp_rank])
         sizes = [len(mask) for mask in self.sequences[dp_rank]]
-        facts = [
-            TokenFacts(rng.integers(0, self.arch.target_vocab_size, n, dtype=np.int32), mask_array(mask))
+        info = [
+            TokenLabels(rng.integers(0, self.arch.target_vocab_size, n, dtype=np.int32), mask_array(mask))
             for n, mask in zip(sizes, self.sequences[dp_rank], strict=True)
         ]
         width = self.arch.target_hidden_size
         widths = (self.arch.num_aux * width, width)
         aux, hidden = (torch.from_numpy(rng.standard_normal((sum(sizes), w))).to(self.torch_dtype) for w in widths)
-        return WholeSequence(facts, aux, hidden)
+        return WholeSequence(info, aux, hidden)
 
     def head(self) -> TargetHead:
         rng = np.random.default_rng(self.seed + 1)
@@ -132,9 +132,9 @@ def _all_documents(case: Case, weights: dict[str, Tensor], head: TargetHead, mix
     parts = []
     for dp_rank, masks in enumerate(case.sequences):
         whole, start = case.whole(dp_rank), 0
-        for facts, mask in zip(whole.facts, masks, strict=True):
+        for info, mask in zip(whole.info, masks, strict=True):
             rows = slice(start, start + len(mask))
-            ids = torch.from_numpy(facts.input_ids.astype(np.int64))
+            ids = torch.from_numpy(info.input_ids.astype(np.int64))
             parts.append(
                 document_sums(
                     weights,

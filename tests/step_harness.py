@@ -8,38 +8,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eagle_ds.data.batch import Batch, TokenFacts, assemble
+from eagle_ds.data.batch import Batch, TokenLabels, assemble
 from eagle_ds.kernels.attention import BlockAttention, ReferenceAttention
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.model.loss import HeadTargets, LossSettings, StepSums, TargetHead, counted_rows, head_loss, label_facts
+from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, TargetHead, counted_rows, head_loss, label_facts
 from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.parallel.topology import SOLO, ProcessGroups
 from eagle_ds.sharding import ranges as rg
-from eagle_ds.sharding.sequence import SequencePlan
+from eagle_ds.sharding.sequence import SequenceSharding
 
 
 @dataclass
 class WholeSequence:
     """Whole arrays of one packed sequence."""
 
-    facts: list[TokenFacts]
+    info: list[TokenLabels]
     aux: Tensor  # [S, A*H]
     hidden: Tensor  # [S, H]
 
 
-def rank_batch(plan: SequencePlan, rank: int, whole: WholeSequence, alignment: str) -> Batch:
+def rank_batch(sharding: SequenceSharding, rank: int, whole: WholeSequence, alignment: str) -> Batch:
     """The rows that a store would give to ``rank``."""
-    wanted = ((whole.aux, plan.aux_rows(rank)), (whole.hidden, plan.target_rows(rank)))
+    wanted = ((whole.aux, sharding.aux_rows(rank)), (whole.hidden, sharding.target_rows(rank)))
     aux, hidden = (x[torch.from_numpy(rg.rows(rows))] for x, rows in wanted)
-    return assemble(plan, rank, whole.facts, aux, hidden, alignment=alignment)
+    return assemble(sharding, rank, whole.info, aux, hidden, alignment=alignment)
 
 
 def prefix_for(
-    model: Eagle3Draft, plan: SequencePlan, groups: ProcessGroups = SOLO, kernel: BlockAttention | None = None, recompute: str = "none"
+    model: Eagle3Draft, sharding: SequenceSharding, groups: ProcessGroups = SOLO, kernel: BlockAttention | None = None, recompute: str = "none"
 ) -> PrefixAttention:
     arch = model.arch
     return PrefixAttention(
-        plan,
+        sharding,
         groups,
         kernel or ReferenceAttention(),
         query_heads=arch.num_attention_heads,
@@ -67,11 +67,11 @@ def run_step(
     kernel: BlockAttention | None = None,
     recompute: str = "none",
     **settings: object,
-) -> tuple[Tensor, StepSums]:
+) -> tuple[Tensor, LossSums]:
     """Forward and backward; gradients are left on the model."""
     targets = make_targets(batch, head)
     spec = LossSettings(weights, **settings)
-    prefix = prefix_for(model, batch.plan, groups, kernel, recompute)
+    prefix = prefix_for(model, batch.sharding, groups, kernel, recompute)
     loss, sums = model(batch, prefix, lambda *head_inputs: head_loss(*head_inputs, targets, spec), recompute)
     loss.backward()
     return loss.detach(), sums

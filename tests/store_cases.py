@@ -8,19 +8,19 @@ import torch
 
 from eagle_ds.store.format import SMALL_DTYPES, TORCH_DTYPES, WIDE_NAMES, raw_view
 from eagle_ds.store.reader import SampleReader
-from eagle_ds.store.store import Sample, SampleEntry, Store, StoreFacts, StoreWriter
+from eagle_ds.store.store import Sample, SampleEntry, Store, StoreInfo, StoreWriter
 
 VOCAB = 1000
 
 
-def make_facts(hidden_size: int = 8, num_aux: int = 3, dtype: str = "bfloat16", target: str = "some/target") -> StoreFacts:
-    return StoreFacts(target, "target-hash", "tokenizer-hash", hidden_size, tuple(range(num_aux)), VOCAB, dtype=dtype)
+def make_facts(hidden_size: int = 8, num_aux: int = 3, dtype: str = "bfloat16", target: str = "some/target") -> StoreInfo:
+    return StoreInfo(target, "target-hash", "tokenizer-hash", hidden_size, tuple(range(num_aux)), VOCAB, dtype=dtype)
 
 
-def make_sample(name: str, num_tokens: int, facts: StoreFacts, seed: int = 0, labels: bool = True) -> Sample:
+def make_sample(name: str, num_tokens: int, info: StoreInfo, seed: int = 0, labels: bool = True) -> Sample:
     """Random bits for hidden states (NaN payloads, denormals, negative zeros and all)."""
     generator = torch.Generator().manual_seed(seed)
-    dtype = TORCH_DTYPES[facts.dtype]
+    dtype = TORCH_DTYPES[info.dtype]
 
     def bits(width: int) -> torch.Tensor:
         raw = torch.randint(0, 256, (num_tokens, width * dtype.itemsize), generator=generator, dtype=torch.uint8)
@@ -33,23 +33,23 @@ def make_sample(name: str, num_tokens: int, facts: StoreFacts, seed: int = 0, la
         name,
         input_ids=integers(VOCAB, torch.int32),
         loss_mask=integers(2, torch.uint8),
-        aux_hidden_state=bits(len(facts.aux_layer_ids) * facts.hidden_size),
-        hidden_state=bits(facts.hidden_size),
+        aux_hidden_state=bits(len(info.aux_layer_ids) * info.hidden_size),
+        hidden_state=bits(info.hidden_size),
         target_token_id=integers(VOCAB, torch.int32) if labels else None,
         target_logsumexp=torch.randn(num_tokens, generator=generator) if labels else None,
     )
 
 
-def write_store(root: Path, facts: StoreFacts, *samples: Sample) -> Store:
-    with StoreWriter(root, facts) as writer:
+def write_store(root: Path, info: StoreInfo, *samples: Sample) -> Store:
+    with StoreWriter(root, info) as writer:
         for sample in samples:
             writer.add(sample)
     return Store(root)
 
 
-def rewrite_reader(root: Path, entry: SampleEntry, facts: StoreFacts) -> SampleReader:
+def rewrite_reader(root: Path, entry: SampleEntry, info: StoreInfo) -> SampleReader:
     """A reader that does not know the file's size, so that a changed file is judged by its content."""
-    return SampleReader(root / entry.path, None, facts, threads=1)
+    return SampleReader(root / entry.path, None, info, threads=1)
 
 
 def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

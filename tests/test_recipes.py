@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from eagle_ds import launch
 from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
 from eagle_ds.config.recipe import Recipe, load_recipe
 from eagle_ds.config.settings import dotted_fields
-from eagle_ds.store.manifest import StoreFacts, write_facts
+from eagle_ds.store.manifest import StoreInfo, write_store_info
 from eagle_ds.training.agreement import RankFailure
 from eagle_ds.training.preflight import check_start
 from tests.gloo_pool import GlooPool
@@ -161,7 +160,7 @@ def test_a_missing_store_stops_all_ranks_with_one_message() -> None:
 def twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The twin's overrides for a store that is there, in a process without ranks, and nothing really started."""
     (tmp_path / "store").mkdir()
-    write_facts(tmp_path / "store", StoreFacts("t", "", "", hidden_size=24, aux_layer_ids=(1, 3, 4), vocab_size=37))
+    write_store_info(tmp_path / "store", StoreInfo("t", "", "", hidden_size=24, aux_layer_ids=(1, 3, 4), vocab_size=37))
     monkeypatch.chdir(ROOT)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -188,9 +187,7 @@ def test_bash_starts_the_launcher_with_as_many_processes_as_fit(twin: list[str],
 
 def test_a_rank_trains_and_does_not_start_a_launcher(twin: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, int]] = []
-    stub = types.ModuleType("eagle_ds.training.train")
-    stub.train = lambda recipe, local_rank: trained.append((recipe.name, local_rank))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "eagle_ds.training.train", stub)
+    monkeypatch.setattr(launch, "train_rank", lambda recipe, local_rank: trained.append((recipe.name, local_rank)))
     reported: list[Path] = []
     monkeypatch.setattr("eagle_ds.reporting.report.write_report", reported.append)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "8")):
@@ -210,9 +207,7 @@ def test_what_stops_all_ranks_is_said_once(
     def fail(*_: object) -> None:
         raise RankFailure("the disk is full")
 
-    stub = types.ModuleType("eagle_ds.training.train")
-    stub.train = fail  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "eagle_ds.training.train", stub)
+    monkeypatch.setattr(launch, "train_rank", fail)
     for name, value in (("RANK", local_rank), ("WORLD_SIZE", "8"), ("LOCAL_RANK", local_rank), ("LOCAL_SIZE", "8")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["twin", f"--local_rank={local_rank}", *twin])

@@ -40,9 +40,9 @@ from rich.table import Table
 from eagle_ds.bench import convert
 from eagle_ds.bench.chart import io_figure
 from eagle_ds.bench.io import Goal, Measurement, as_record, goals, measure_all
-from eagle_ds.bench.states import States, capture_states, facts_for
+from eagle_ds.bench.states import States, capture_states, info_for
 from eagle_ds.capture.embedded import DEFAULT_FOLDER, ensure_embedded_target
-from eagle_ds.store.manifest import StoreFacts
+from eagle_ds.store.manifest import StoreInfo
 
 
 def parse() -> argparse.Namespace:
@@ -65,19 +65,19 @@ def main() -> int:
     options = parse()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     states = capture_states(ensure_embedded_target(options.target), options.width)
-    facts = facts_for(options.target, options.width)
+    info = info_for(options.target, options.width)
     torch.set_num_threads(1)
     console = Console(width=150)
-    met = bench_conversion(options, states, facts, console) if options.convert else bench_formats(options, states, facts, console)
+    met = bench_conversion(options, states, info, console) if options.convert else bench_formats(options, states, info, console)
     return 0 if met else 1
 
 
-def bench_formats(options: argparse.Namespace, states: States, facts: StoreFacts, console: Console) -> bool:
+def bench_formats(options: argparse.Namespace, states: States, info: StoreInfo, console: Console) -> bool:
     """Size, writing and reading of each format; whether every promise is met."""
     records, promised = [], []
     for num_tokens in options.tokens:
         with tempfile.TemporaryDirectory(dir=options.scratch, prefix="bench-io-") as folder:
-            results = list(measure_all(states, facts, num_tokens, options.ranks, options.threads, options.tries, Path(folder)))
+            results = list(measure_all(states, info, num_tokens, options.ranks, options.threads, options.tries, Path(folder)))
         promised.append((num_tokens, goals({result.name: result for result in results})))
         records += results
         console.print(table(results))
@@ -93,10 +93,10 @@ def bench_formats(options: argparse.Namespace, states: States, facts: StoreFacts
     return all(goal.met for _, goals_there in promised for goal in goals_there)
 
 
-def bench_conversion(options: argparse.Namespace, states: States, facts: StoreFacts, console: Console) -> bool:
+def bench_conversion(options: argparse.Namespace, states: States, info: StoreInfo, console: Console) -> bool:
     """Speed of the conversion tool; whether it is what is promised."""
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix="bench-convert-") as folder:
-        runs = list(convert.measure_conversions(states, facts, options.files, options.file_tokens, options.threads, Path(folder)))
+        runs = list(convert.measure_conversions(states, info, options.files, options.file_tokens, options.threads, Path(folder)))
     promised = convert.goals(runs)
     console.print(conversion_table(runs, options.threads))
     console.print(goal_table("conversion", promised))

@@ -73,14 +73,15 @@ def main() -> int:
 def be_a_rank(options: argparse.Namespace) -> int:
     """One process of a run."""
     os.chdir(ROOT)
+    from eagle_ds.bench.shared_gpu import join_shared_gpu
     from eagle_ds.config.recipe import load_recipe
+    from eagle_ds.launch import train_rank
     from eagle_ds.training.sizing import OutOfMemory
     from eagle_ds.training.stopping import leave_at_once
-    from eagle_ds.training.train import train as train_recipe
 
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
-        train_recipe(load_recipe(options.train), options.local_rank, share_gpu=options.share_gpu)
+        train_rank(load_recipe(options.train), options.local_rank, join_shared_gpu if options.share_gpu else None)
     except OutOfMemory as error:
         leave_at_once(f"error: {error}", 1)
     return 0

@@ -239,23 +239,24 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
 def join(options: argparse.Namespace, recipe: Recipe, documents: list[Document]) -> World:
     """The world that the launcher started, or one rank of a larger one."""
     from eagle_ds.bench.alone import alone_world
+    from eagle_ds.bench.shared_gpu import join_shared_gpu
     from eagle_ds.training.world import join_world
 
     if options.alone_of:
         return alone_world(recipe, documents, options.local_rank, options.alone_of, options.alone_rank)
-    return join_world(recipe.parallel, options.local_rank, share_gpu=options.share_gpu)
+    return (join_shared_gpu if options.share_gpu else join_world)(recipe.parallel, options.local_rank)
 
 
 def does_not_fit(options: argparse.Namespace, recipe: Recipe, world: World, document: Document, error: RuntimeError) -> str:
     """What ran out of memory, what would fit, in this tool's own flags, and where the lines before it are."""
     from eagle_ds.config.deepspeed import bf16_enabled, deepspeed_config, read_ds_json
-    from eagle_ds.estimate.planner import choose_ring_mode, plan_for
+    from eagle_ds.estimate.planner import choose_ring_mode, sharding_for
     from eagle_ds.training.sizing import after_out_of_memory
 
     config = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world.topology.world_size)
     documents = [document] * options.documents
     mode = choose_ring_mode(recipe, len(documents) * document.num_tokens, 2 if bf16_enabled(config) else 4, world.memory_bytes)
-    plan = plan_for(recipe, documents, mode)
+    plan = sharding_for(recipe, documents, mode)
     told = after_out_of_memory(recipe, config, world, plan)
     for name, flag in FLAGS.items():
         told = told.replace(name, flag)
@@ -275,12 +276,12 @@ def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, docume
     config.pop("tensorboard", None)
     bench = StepBench(recipe, config, [document] * options.documents, world)
     steps = options.steps or (STEPS_FROM_STORE if options.from_store else STEPS)
-    facts = (recipe, bench.plan, world, bench.dtype)
+    described = (recipe, bench.sharding, world, bench.dtype)
     try:
-        bench.use(MemorySource(*facts))
+        bench.use(MemorySource(*described))
         lines, measured = [{"source": "memory", "warmup": options.warmup}], [bench.run(steps, options.warmup)]
         if options.from_store:
-            source = StoreSource(open_store(options, bench, document, fraction), *facts)
+            source = StoreSource(open_store(options, bench, document, fraction), *described)
             bench.use(source)
             measured.append(bench.run(steps, warmup=2))
             slower = measured[1].step_ms / measured[0].step_ms - 1
@@ -293,7 +294,7 @@ def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, docume
     finally:
         bench.use(None)
     device = measure_ceilings(world.device) if world.device.type == "cuda" and not options.share_gpu else None
-    return [summary(recipe, bench.plan, times, device) | line for line, times in zip(lines, measured, strict=True)]
+    return [summary(recipe, bench.sharding, times, device) | line for line, times in zip(lines, measured, strict=True)]
 
 
 def open_store(options: argparse.Namespace, bench: StepBench, document: Document, fraction: float) -> Store:

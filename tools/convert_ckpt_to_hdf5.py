@@ -73,7 +73,7 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.workers > 1 and not arguments.dry_run:
         start_fork_server()  # before this process loads torch itself, below
-    from eagle_ds.convert.run import ConversionStopped, plan
+    from eagle_ds.convert.run import ConversionStopped, predict_conversion
 
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     handler = RichHandler(console=errors, show_path=False, show_time=False, markup=False)
@@ -83,7 +83,7 @@ def main() -> int:
         if not arguments.dry_run:
             check_destination(options.destination)
         if arguments.dry_run:
-            summary, prediction = plan(options)
+            summary, prediction = predict_conversion(options)
             show_prediction(console, summary, prediction)
         else:
             summary = run(options, errors)
@@ -119,24 +119,24 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", type=Path, help="a file, or a folder that is searched for known formats")
     parser.add_argument("destination", metavar="DST", type=Path, help="the store: a new folder, or an earlier run's")
-    facts = parser.add_argument_group("what the files do not say")
-    facts.add_argument("--target", help="the target's folder or Hugging Face id: sizes, layers, final norm, head, tokenizer")
-    facts.add_argument("--revision", help="of a Hugging Face id")
-    facts.add_argument("--target-name", help="name to store (default: --target as given)")
-    facts.add_argument("--aux-layer-ids", type=layer_ids, metavar="I,J,K", help="outputs of these layers, 0-based (default: 1,L//2-1,L-4)")
-    facts.add_argument("--vocab-size", type=int, help="the target's (default: from --target)")
-    facts.add_argument("--dataset", type=Path, metavar="JSONL", help="conversations, for the loss mask of formats that lack one")
-    facts.add_argument("--max-length", type=int, default=1 << 20, help="tokens that the capture cut conversations at")
-    facts.add_argument("--map", metavar="OURS=THEIRS,...", help="where another HDF5 schema keeps each dataset (see the example above)")
-    facts.add_argument(
+    info = parser.add_argument_group("what the files do not say")
+    info.add_argument("--target", help="the target's folder or Hugging Face id: sizes, layers, final norm, head, tokenizer")
+    info.add_argument("--revision", help="of a Hugging Face id")
+    info.add_argument("--target-name", help="name to store (default: --target as given)")
+    info.add_argument("--aux-layer-ids", type=layer_ids, metavar="I,J,K", help="outputs of these layers, 0-based (default: 1,L//2-1,L-4)")
+    info.add_argument("--vocab-size", type=int, help="the target's (default: from --target)")
+    info.add_argument("--dataset", type=Path, metavar="JSONL", help="conversations, for the loss mask of formats that lack one")
+    info.add_argument("--max-length", type=int, default=1 << 20, help="tokens that the capture cut conversations at")
+    info.add_argument("--map", metavar="OURS=THEIRS,...", help="where another HDF5 schema keeps each dataset (see the example above)")
+    info.add_argument(
         "--final-norm",
         choices=("auto", "apply", "skip"),
         default="auto",
         help="apply the target's final norm to the last state: auto goes by format and checks it against the norm's weight",
     )
-    facts.add_argument("--skip-head", action="store_true", help="do not compute target_token_id and target_logsumexp with the head")
-    facts.add_argument("--head-device", default="auto", metavar="DEVICE", help="of that head: cpu, cuda, cuda:1 (default: a GPU if any)")
-    facts.add_argument("--cast", choices=("bfloat16", "float16", "float32"), help="convert hidden states of other dtypes, with rounding")
+    info.add_argument("--skip-head", action="store_true", help="do not compute target_token_id and target_logsumexp with the head")
+    info.add_argument("--head-device", default="auto", metavar="DEVICE", help="of that head: cpu, cuda, cuda:1 (default: a GPU if any)")
+    info.add_argument("--cast", choices=("bfloat16", "float16", "float32"), help="convert hidden states of other dtypes, with rounding")
     work = parser.add_argument_group("how to work")
     work.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (default: %(default)s)")
     work.add_argument("--strict", action="store_true", help="stop at the first rejected file")
@@ -220,10 +220,10 @@ def show_prediction(console: Console, summary: Summary, prediction: Prediction |
         table.add_row("predicted time", f"{timedelta(seconds=round(prediction.seconds))} if the disk keeps up")
         if prediction.head_s > 0.1 * prediction.seconds:
             table.add_row("of which the target's head", f"{timedelta(seconds=round(prediction.head_s))} (--skip-head leaves it out)")
-    if summary.facts is not None:
-        facts = summary.facts
-        table.add_row("target, layers", f"{facts.target}, {list(facts.aux_layer_ids)}")
-        table.add_row("hidden size, dtype", f"{facts.hidden_size}, {facts.dtype}")
+    if summary.info is not None:
+        info = summary.info
+        table.add_row("target, layers", f"{info.target}, {list(info.aux_layer_ids)}")
+        table.add_row("hidden size, dtype", f"{info.hidden_size}, {info.dtype}")
     console.print(table)
 
 

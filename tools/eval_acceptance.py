@@ -86,9 +86,9 @@ def run(args: argparse.Namespace) -> None:
     if out is None:
         raise ValueError(f"{draft.folder} lies in no run folder; give --out for acceptance.json and acceptance.png")
     job = describe_job(args, recipe, draft, baseline)
-    measured, facts = measure_drafts(args, recipe, job)
-    facts |= {"draft": str(draft.folder), "baseline": args.baseline}
-    write(measured, facts, out)
+    measured, info = measure_drafts(args, recipe, job)
+    info |= {"draft": str(draft.folder), "baseline": args.baseline}
+    write(measured, info, out)
 
 
 def describe_job(args: argparse.Namespace, recipe: Recipe | None, draft: DraftOnDisk, baseline: DraftOnDisk | None) -> DecodingJob:
@@ -111,7 +111,7 @@ def describe_job(args: argparse.Namespace, recipe: Recipe | None, draft: DraftOn
         raise ValueError(f"--processes {args.processes} shares out the cores of a CPU; leave it out on a GPU, or add --device cpu")
     dtype = args.dtype or ("float32" if on_cpu else recipe.target.dtype if recipe else "bfloat16")
     files = TargetFiles.open(model, recipe.target.revision if recipe and not args.target else None)
-    check_aux_ids(layers, files.facts.num_layers)
+    check_aux_ids(layers, files.info.num_layers)
     untrained = args.baseline == "untrained"
     baseline = starting_point(draft, recipe) if untrained else baseline
     drafts = ({"untrained" if untrained else "baseline": baseline} if baseline else {}) | {"trained" if untrained else "draft": draft}
@@ -130,12 +130,12 @@ def measure_drafts(args: argparse.Namespace, recipe: Recipe | None, job: Decodin
     path = args.prompts or (recipe.data.eval_conversations if recipe else None)
     if path is None:
         raise ValueError("no prompts are named; give --prompts, or a recipe with data.eval_conversations")
-    room = job.target.facts.max_position_embeddings - args.max_new_tokens
+    room = job.target.info.max_position_embeddings - args.max_new_tokens
     found = load_prompts(path, job.target.encoder, args.num_prompts, min(args.max_prompt_tokens or room, room), args.turn)
     total = len(found.prompts) * args.max_new_tokens * (1 + len(job.drafts))
     with tqdm(total=total, unit="token", smoothing=0.05, desc="decoding") as bar:
         measured = measure_job(job, found.prompts, args.processes, bar.update)
-    facts = {
+    info = {
         "target": args.target or recipe.target.model,
         "dtype": job.dtype,
         "device": ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device,
@@ -144,7 +144,7 @@ def measure_drafts(args: argparse.Namespace, recipe: Recipe | None, job: Decodin
         "passed_over": {"too_long": found.too_long, "unusable": found.unusable},
         "measured_at": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    return measured, facts
+    return measured, info
 
 
 def starting_point(draft: DraftOnDisk, recipe: Recipe | None) -> DraftOnDisk:
@@ -156,11 +156,11 @@ def starting_point(draft: DraftOnDisk, recipe: Recipe | None) -> DraftOnDisk:
     return untrained_draft(draft.arch, draft.vocab, recipe.training.seed if recipe else 0)
 
 
-def write(measured: Measurement, facts: dict[str, Any], out: Path) -> None:
+def write(measured: Measurement, info: dict[str, Any], out: Path) -> None:
     """acceptance.json, acceptance.png, and a table on the terminal."""
     from eagle_ds.reporting.figures import acceptance_figure
 
-    result = {"schema": 1, **facts, **measured.summary()}
+    result = {"schema": 1, **info, **measured.summary()}
     out.mkdir(parents=True, exist_ok=True)
     temp = out / ".acceptance.json"
     temp.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

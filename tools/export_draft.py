@@ -47,10 +47,10 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> Path:
     from eagle_ds.config.outputs import check_output_folder
-    from eagle_ds.drafts.export import ExportPlan, export_draft
+    from eagle_ds.drafts.export import ExportSettings, export_draft
     from eagle_ds.drafts.folder import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
-    from eagle_ds.target.files import TargetFacts, resolve_target
+    from eagle_ds.target.files import TargetInfo, resolve_target
 
     enter_repository(args)
     if args.out:
@@ -65,14 +65,14 @@ def run(args: argparse.Namespace) -> Path:
     if args.out is None and run_dir is None:
         raise ValueError(f"{draft.folder} lies in no run folder; give --out")
     try:
-        facts = TargetFacts.from_folder(resolve_target(target, recipe.target.revision if recipe else None, weights=False))
+        info = TargetInfo.from_folder(resolve_target(target, recipe.target.revision if recipe else None, weights=False))
     except ValueError as error:
         if args.target:
             raise
         logging.getLogger(__name__).warning("%s; its token ids are left out and its sizes are not checked", error)
-        facts = None
+        info = None
     out = args.out or run_dir / ("draft-vllm" if args.vllm else "draft")
-    return export_draft(draft, out, ExportPlan(target, layers, facts, args.dtype, args.vllm, args.num_steps))
+    return export_draft(draft, out, ExportSettings(target, layers, info, args.dtype, args.vllm, args.num_steps))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def show(console: Console, report: Report) -> None:
 
 def rows(report: Report) -> list[tuple[str, str]]:
     """The table's lines: what it is made from, and how much of it there is."""
-    about = report.facts or report.header
+    about = report.info or report.header
     lines = [("samples", f"{len(report.lengths):,}"), ("tokens", f"{int(report.lengths.sum()):,}")]
     if len(report.lengths) > 1:
         low, middle, high = np.percentile(report.lengths, (0, 50, 100)).astype(int)
@@ -107,8 +107,8 @@ def rows(report: Report) -> list[tuple[str, str]]:
         layers = ", ".join(map(str, about.aux_layer_ids))
         lines += [("target", about.target), ("target hash", about.target_hash or "not known"), ("aux layers (outputs of)", layers)]
         lines += [("hidden size, dtype", f"{about.hidden_size}, {about.dtype}"), ("encoder", about.encoder)]
-    if report.facts is not None:
-        lines.append(("vocabulary, head rows", f"{report.facts.vocab_size:,}, {report.facts.head_size:,}"))
+    if report.info is not None:
+        lines.append(("vocabulary, head rows", f"{report.info.vocab_size:,}, {report.info.head_size:,}"))
     return lines
 
 

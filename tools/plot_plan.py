@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eagle_ds.config.outputs import PICTURES, check_output_file
 from eagle_ds.config.recipe import load_recipe
 from eagle_ds.estimate.plan import heaviest_sequence
-from eagle_ds.estimate.planner import choose_ring_mode, in_turns, plan_for
+from eagle_ds.estimate.planner import choose_ring_mode, in_turns, sharding_for
 from eagle_ds.launch import enter_repository
 from eagle_ds.sharding.ranges import Ranges
-from eagle_ds.sharding.sequence import SequencePlan
+from eagle_ds.sharding.sequence import SequenceSharding
 
 BANDS = (("context", "#4c72b0"), ("query", "#dd8452"), ("target", "#55a868"))
 
@@ -44,13 +44,13 @@ def main() -> None:
         else:
             documents = [in_turns(recipe.data.max_length, options.fraction, options.turn)]
         mode = choose_ring_mode(recipe, sum(d.num_tokens for d in documents), 2, float("inf"))
-        draw(plan_for(recipe, documents, mode), recipe.name, options.png)
+        draw(sharding_for(recipe, documents, mode), recipe.name, options.png)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {options.png}")
 
 
-def draw(plan: SequencePlan, name: str, png: Path) -> None:
+def draw(plan: SequenceSharding, name: str, png: Path) -> None:
     """One band a rank and kind of row, over the rows of the sequence."""
     import matplotlib
 

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from eagle_ds.capture.run import plan_capture, require_space
+    from eagle_ds.capture.run import estimate_capture, require_space
     from eagle_ds.config.outputs import check_output_folder
     from eagle_ds.launch import enter_repository
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if not args.dry_run:
         for job in captures:
             check_output_folder(Path(job.store), "store")
-    plans = [plan_capture(job) for job in captures]  # what is wrong with the last one is said before the first takes hours
+    plans = [estimate_capture(job) for job in captures]  # what is wrong with the last one is said before the first takes hours
     for plan in plans:
         job = plan.job
         print(f"{job.conversations} -> {job.store}: {plan.stats}; {plan.done} samples stored already, {len(plan.todo)} to do", flush=True)

@@ -19,7 +19,7 @@ from eagle_ds.bench.python_group import Pending, PythonGroup
 from eagle_ds.config.deepspeed import read_ds_json, zero_stage
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.estimate.memory import Rows
-from eagle_ds.estimate.planner import DEVICES, floor_seconds, plan_for
+from eagle_ds.estimate.planner import DEVICES, floor_seconds, sharding_for
 from eagle_ds.parallel.topology import Topology, make_groups
 from eagle_ds.sharding.sequence import Document
 from eagle_ds.training.agreement import Agreement
@@ -52,12 +52,12 @@ def alone_world(recipe: Recipe, documents: Sequence[Document], local_rank: int, 
 
 def busiest_rank(recipe: Recipe, documents: Sequence[Document]) -> int:
     """The rank whose rows have the longest floor, whatever the ring's mode."""
-    plan = plan_for(recipe, list(documents))
+    sharding = sharding_for(recipe, list(documents))
 
     def floor(rank: int) -> float:
-        return sum(floor_seconds(recipe, plan, DEVICES["h200"], Rows.of_rank(plan, rank)).values())
+        return sum(floor_seconds(recipe, sharding, DEVICES["h200"], Rows.of_rank(sharding, rank)).values())
 
-    return max(range(plan.world), key=floor)
+    return max(range(sharding.world), key=floor)
 
 
 def _make_group(options: Any, _: Any) -> AloneGroup:

@@ -17,7 +17,7 @@ from eagle_ds.bench.formats import Format, GzipTorch, MappedTorch
 from eagle_ds.bench.io import Goal, forget
 from eagle_ds.bench.states import States, make_sample
 from eagle_ds.store.format import CHUNK_ROWS, Sample
-from eagle_ds.store.manifest import StoreFacts
+from eagle_ds.store.manifest import StoreInfo
 from eagle_ds.store.sink import DiskSink
 from eagle_ds.store.store import Store
 
@@ -71,19 +71,19 @@ class Tree:
         return sum(path.stat().st_size for path in self.paths)
 
 
-def measure_conversions(states: States, facts: StoreFacts, files: int, num_tokens: int, workers: int, folder: Path) -> Iterator[Conversion]:
+def measure_conversions(states: States, info: StoreInfo, files: int, num_tokens: int, workers: int, folder: Path) -> Iterator[Conversion]:
     """Plain files from the page cache, from the disk, and compared with ``--verify``; then a quarter as many gzip'd ones."""
-    small = _write_tree(folder / "small", MappedTorch(), make_sample(states, CHUNK_ROWS), facts, workers, 1)
-    start_s = _run("next to nothing", small, facts, workers)
+    small = _write_tree(folder / "small", MappedTorch(), make_sample(states, CHUNK_ROWS), info, workers, 1)
+    start_s = _run("next to nothing", small, info, workers)
     sample = make_sample(states, num_tokens)
-    plain = _write_tree(folder / "plain", MappedTorch(), sample, facts, files, 1)
-    yield (cached := _convert("plain files, cached", plain, facts, workers, start_s))
+    plain = _write_tree(folder / "plain", MappedTorch(), sample, info, files, 1)
+    yield (cached := _convert("plain files, cached", plain, info, workers, start_s))
     disk = _disk_alone(plain, cached.stored_bytes, workers)
-    yield _convert("plain files, from the disk", plain, facts, workers, start_s, disk=disk)
-    yield _convert("plain files, from the disk, --verify", plain, facts, workers, start_s, ["--verify"], disk=disk)
+    yield _convert("plain files, from the disk", plain, info, workers, start_s, disk=disk)
+    yield _convert("plain files, from the disk, --verify", plain, info, workers, start_s, ["--verify"], disk=disk)
     shutil.rmtree(plain.root)
-    gzipped = _write_tree(folder / "gzip", GzipTorch(), sample, facts, max(1, files // 4), workers)
-    yield _convert("gzip -6 files, cached", gzipped, facts, workers, start_s)
+    gzipped = _write_tree(folder / "gzip", GzipTorch(), sample, info, max(1, files // 4), workers)
+    yield _convert("gzip -6 files, cached", gzipped, info, workers, start_s)
 
 
 def goals(results: Sequence[Conversion]) -> list[Goal]:
@@ -106,13 +106,13 @@ def as_record(result: Conversion) -> dict[str, object]:
     return {**asdict(result), **{name: getattr(result, name) for name in speeds}}
 
 
-def _write_tree(root: Path, kind: Format, sample: Sample, facts: StoreFacts, files: int, threads: int) -> Tree:
+def _write_tree(root: Path, kind: Format, sample: Sample, info: StoreInfo, files: int, threads: int) -> Tree:
     logger.info("writing %d files of %d tokens: %s", files, sample.num_tokens, kind.title)
 
     def write(number: int) -> Path:
         folder = root / f"rows_{number}-{number + 1}"
         folder.mkdir(parents=True)
-        return kind.write(sample, folder, facts)
+        return kind.write(sample, folder, info)
 
     with ThreadPoolExecutor(threads) as pool:
         paths = list(pool.map(write, range(files)))
@@ -121,12 +121,12 @@ def _write_tree(root: Path, kind: Format, sample: Sample, facts: StoreFacts, fil
 
 
 def _convert(
-    title: str, tree: Tree, facts: StoreFacts, workers: int, start_s: float, flags: Sequence[str] = (), disk: float | None = None
+    title: str, tree: Tree, info: StoreInfo, workers: int, start_s: float, flags: Sequence[str] = (), disk: float | None = None
 ) -> Conversion:
     os.sync()
     for path in tree.paths if disk else []:
         forget(path)
-    seconds = _run(title, tree, facts, workers, flags)
+    seconds = _run(title, tree, info, workers, flags)
     store = _store_of(tree)
     stored = sum(entry.bytes for entry in Store(store).entries)
     shutil.rmtree(store)
@@ -156,11 +156,11 @@ def _disk_alone(tree: Tree, written_bytes: int, threads: int) -> float:
     return tree.source_bytes / 1e6 / seconds
 
 
-def _run(title: str, tree: Tree, facts: StoreFacts, workers: int, flags: Sequence[str] = ()) -> float:
+def _run(title: str, tree: Tree, info: StoreInfo, workers: int, flags: Sequence[str] = ()) -> float:
     """Run the tool; its seconds. Raises CalledProcessError unless every file was converted."""
     logger.info("converting: %s", title)
-    layers = ",".join(map(str, facts.aux_layer_ids))
-    said = ["--target-name", facts.target, "--aux-layer-ids", layers, "--vocab-size", str(facts.vocab_size), "--workers", str(workers)]
+    layers = ",".join(map(str, info.aux_layer_ids))
+    said = ["--target-name", info.target, "--aux-layer-ids", layers, "--vocab-size", str(info.vocab_size), "--workers", str(workers)]
     begin = time.perf_counter()
     subprocess.run([sys.executable, TOOL, tree.root, _store_of(tree), *said, *flags], check=True, capture_output=True)
     return time.perf_counter() - begin

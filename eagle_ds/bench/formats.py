@@ -16,7 +16,7 @@ import torch
 
 from eagle_ds.store.chunks import RowRange
 from eagle_ds.store.format import CHUNK_ROWS, WIDE_NAMES, Sample, raw_view, storage_type
-from eagle_ds.store.manifest import StoreFacts
+from eagle_ds.store.manifest import StoreInfo
 from eagle_ds.store.reader import SampleReader, read_rows_h5py
 from eagle_ds.store.store import Store, StoreWriter
 
@@ -59,7 +59,7 @@ class Format(ABC):
     title: str
 
     @abstractmethod
-    def write(self, sample: Sample, folder: Path, facts: StoreFacts) -> Path:
+    def write(self, sample: Sample, folder: Path, info: StoreInfo) -> Path:
         """Durably; returns the file."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class GzipTorch(Format):
 
     name, title = "gzip_torch", "torch file, gzip -6, read whole"
 
-    def write(self, sample: Sample, folder: Path, facts: StoreFacts) -> Path:
+    def write(self, sample: Sample, folder: Path, info: StoreInfo) -> Path:
         path = folder / "data_0.ckpt.gz"
         with _synced(path), gzip.open(path, "wb", compresslevel=GZIP_LEVEL) as file:
             torch.save(_as_dict(sample), file)
@@ -91,7 +91,7 @@ class MappedTorch(Format):
 
     name, title = "mmap_torch", "torch file, uncompressed, memory map"
 
-    def write(self, sample: Sample, folder: Path, facts: StoreFacts) -> Path:
+    def write(self, sample: Sample, folder: Path, info: StoreInfo) -> Path:
         path = folder / "data_0.ckpt"
         with _synced(path):
             torch.save(_as_dict(sample), path)
@@ -109,7 +109,7 @@ class FilteredHdf5(Format):
 
     name, title = "hdf5_gzip", "h5py, shuffle + gzip -6"
 
-    def write(self, sample: Sample, folder: Path, facts: StoreFacts) -> Path:
+    def write(self, sample: Sample, folder: Path, info: StoreInfo) -> Path:
         path = folder / "plain.h5"
         with _synced(path), h5py.File(path, "w", libver=("v110", "v110")) as file:
             for name in WIDE_NAMES:
@@ -117,8 +117,8 @@ class FilteredHdf5(Format):
                 dataset = file.create_dataset(
                     name,
                     values.shape,
-                    h5py.Datatype(storage_type(facts.dtype)),
-                    chunks=(CHUNK_ROWS, facts.hidden_size),
+                    h5py.Datatype(storage_type(info.dtype)),
+                    chunks=(CHUNK_ROWS, info.hidden_size),
                     shuffle=True,
                     compression="gzip",
                     compression_opts=GZIP_LEVEL,
@@ -138,8 +138,8 @@ class OurStore(Format):
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
-    def write(self, sample: Sample, folder: Path, facts: StoreFacts) -> Path:
-        with StoreWriter(folder, facts, workers=self.threads) as writer:
+    def write(self, sample: Sample, folder: Path, info: StoreInfo) -> Path:
+        with StoreWriter(folder, info, workers=self.threads) as writer:
             return folder / writer.add(sample).path
 
     def read(self, path: Path, rows: RankRows) -> RankRead:

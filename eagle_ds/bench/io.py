@@ -16,7 +16,7 @@ import torch
 from eagle_ds.bench.formats import FilteredHdf5, Format, GzipTorch, MappedTorch, OurStore, OurStoreByH5py, RankRead, RankRows
 from eagle_ds.bench.states import States, make_sample
 from eagle_ds.store.format import Sample, raw_view
-from eagle_ds.store.manifest import StoreFacts
+from eagle_ds.store.manifest import StoreInfo
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Goal:
 
 
 def measure_all(
-    states: States, facts: StoreFacts, num_tokens: int, ranks: int, threads: int, tries: int, folder: Path
+    states: States, info: StoreInfo, num_tokens: int, ranks: int, threads: int, tries: int, folder: Path
 ) -> Iterator[Measurement]:
     """Every format in turn; only one file and one copy of the sample exist at a time."""
     for kind in (GzipTorch(), MappedTorch(), FilteredHdf5(), OurStoreByH5py(threads), OurStore(threads)):
@@ -78,7 +78,7 @@ def measure_all(
         place = folder / kind.name
         place.mkdir(parents=True)
         try:
-            yield _measure(kind, states, facts, num_tokens, ranks, tries, place)
+            yield _measure(kind, states, info, num_tokens, ranks, tries, place)
         finally:
             shutil.rmtree(place)
 
@@ -107,11 +107,11 @@ def as_record(measurement: Measurement) -> dict[str, object]:
     return {**asdict(measurement), "saved": measurement.saved, "amplification": measurement.amplification}
 
 
-def _measure(kind: Format, states: States, facts: StoreFacts, num_tokens: int, ranks: int, tries: int, folder: Path) -> Measurement:
-    path, raw_bytes, write = _write(kind, make_sample(states, num_tokens), folder, facts)
+def _measure(kind: Format, states: States, info: StoreInfo, num_tokens: int, ranks: int, tries: int, folder: Path) -> Measurement:
+    path, raw_bytes, write = _write(kind, make_sample(states, num_tokens), folder, info)
     whole = isinstance(kind, GzipTorch)  # reads the same whoever asks: one rank stands for all
     plans = [RankRows.of(rank, ranks, num_tokens) for rank in range(1 if whole else ranks)]
-    reads = [_read(kind, path, plan, states, tries) for plan in plans]
+    reads = [_read(kind, path, wanted, states, tries) for wanted in plans]
     return Measurement(
         name=kind.name,
         title=kind.title,
@@ -128,9 +128,9 @@ def _measure(kind: Format, states: States, facts: StoreFacts, num_tokens: int, r
     )
 
 
-def _write(kind: Format, sample: Sample, folder: Path, facts: StoreFacts) -> tuple[Path, int, Cost]:
+def _write(kind: Format, sample: Sample, folder: Path, info: StoreInfo) -> tuple[Path, int, Cost]:
     with _Watch() as watch:
-        path = kind.write(sample, folder, facts)
+        path = kind.write(sample, folder, info)
     return path, sample.aux_hidden_state.nbytes + sample.hidden_state.nbytes, watch.cost
 
 
@@ -145,17 +145,17 @@ class _Reads:
     inflated: int
 
 
-def _read(kind: Format, path: Path, plan: RankRows, states: States, tries: int) -> _Reads:
+def _read(kind: Format, path: Path, wanted: RankRows, states: States, tries: int) -> _Reads:
     forget(path)
     with _Watch() as cold:
-        read = kind.read(path, plan)
-    _check(read, plan, states)
+        read = kind.read(path, wanted)
+    _check(read, wanted, states)
     used = sum(part.nbytes for part in read.rows.values())
     read.rows.clear()
     warm = []
     for _ in range(tries):
         with _Watch() as watch:
-            kind.read(path, plan)
+            kind.read(path, wanted)
         warm.append(watch.cost)
     return _Reads(cold.cost, min(warm, key=lambda cost: cost.wall_s), used, read.bytes_read, read.bytes_inflated)
 
@@ -185,8 +185,8 @@ def forget(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check(read: RankRead, plan: RankRows, states: States) -> None:
+def _check(read: RankRead, wanted: RankRows, states: States) -> None:
     """A benchmark of wrong rows is worth nothing."""
-    for (name, (start, stop)), whole in zip(plan.ranges(), states, strict=True):
+    for (name, (start, stop)), whole in zip(wanted.ranges(), states, strict=True):
         expected = whole[torch.arange(start, stop) % len(whole)]
         assert (raw_view(read.rows[name]) == raw_view(expected)).all(), f"{name} rows {start}:{stop} came back wrong"

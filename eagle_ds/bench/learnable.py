@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from eagle_ds.estimate.planner import in_turns
 from eagle_ds.sharding.ranges import rows
-from eagle_ds.store.store import Sample, StoreFacts, StoreWriter
+from eagle_ds.store.store import Sample, StoreInfo, StoreWriter
 from eagle_ds.target.files import target_hash
 
 LAYERS, AUX_LAYERS = 8, (1, 3, 4)
@@ -61,8 +61,8 @@ class Playground:
         follower = torch.randperm(sizes.vocab, generator=generator)
         if not self.target.exists():
             _write_target(self.target, sizes, embedding, head)
-        facts = StoreFacts("made up", target_hash(self.target), "none", sizes.hidden, AUX_LAYERS, sizes.vocab)
-        with StoreWriter(self.store, facts) as writer:
+        info = StoreInfo("made up", target_hash(self.target), "none", sizes.hidden, AUX_LAYERS, sizes.vocab)
+        with StoreWriter(self.store, info) as writer:
             for number in range(sizes.samples):
                 sample = _sample(number, sizes, embedding, head, follower)
                 if sample.id not in writer.done_ids:

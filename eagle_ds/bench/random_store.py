@@ -19,8 +19,8 @@ from eagle_ds.config.recipe import Recipe
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import Document
 from eagle_ds.store.format import TORCH_DTYPES, Sample
-from eagle_ds.store.manifest import FACTS_NAME
-from eagle_ds.store.store import Store, StoreFacts, StoreWriter
+from eagle_ds.store.manifest import STORE_JSON
+from eagle_ds.store.store import Store, StoreInfo, StoreWriter
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +42,21 @@ def random_store(root: Path, recipe: Recipe, document: Document, count: int, *, 
     a store of other widths lies there, if its samples have another shape, or if the disk has no room.
     """
     target = recipe.target
-    facts = StoreFacts("random", "random", "random", target.hidden_size, target.aux_ids, target.vocab_size, dtype=dtype)
+    info = StoreInfo("random", "random", "random", target.hidden_size, target.aux_ids, target.vocab_size, dtype=dtype)
     names = [f"random-{number}" for number in range(count)]
-    if not _holds(root, facts, names):
-        with StoreWriter(root, facts, workers=min(os.cpu_count() or 1, MAX_WORKERS)) as writer:
+    if not _holds(root, info, names):
+        with StoreWriter(root, info, workers=min(os.cpu_count() or 1, MAX_WORKERS)) as writer:
             _fill(writer, [name for name in names if name not in writer.done_ids], document)
     store = Store(root)
     check_shape(store, document)
     return store
 
 
-def _holds(root: Path, facts: StoreFacts, names: list[str]) -> bool:
-    if not (root / FACTS_NAME).is_file():
+def _holds(root: Path, info: StoreInfo, names: list[str]) -> bool:
+    if not (root / STORE_JSON).is_file():
         return False
     store = Store(root)
-    return store.facts == facts and {entry.id for entry in store.entries} >= set(names)
+    return store.info == info and {entry.id for entry in store.entries} >= set(names)
 
 
 def check_shape(store: Store, document: Document) -> None:
@@ -70,18 +70,18 @@ def check_shape(store: Store, document: Document) -> None:
 
 
 def _fill(writer: StoreWriter, names: list[str], document: Document) -> None:
-    facts, size = writer.facts, document.num_tokens
-    width = (len(facts.aux_layer_ids) + 1) * facts.hidden_size
-    num_bytes = len(names) * size * width * TORCH_DTYPES[facts.dtype].itemsize
+    info, size = writer.info, document.num_tokens
+    width = (len(info.aux_layer_ids) + 1) * info.hidden_size
+    num_bytes = len(names) * size * width * TORCH_DTYPES[info.dtype].itemsize
     _check_room(writer.root, num_bytes)
     logger.info("writing %d random samples of %d tokens (%.1f GB) into %s", len(names), size, num_bytes / 1e9, writer.root)
     started = time.perf_counter()
-    states = _tiled(size, width, TORCH_DTYPES[facts.dtype])
-    aux, hidden = states[:, : -facts.hidden_size], states[:, -facts.hidden_size :]
+    states = _tiled(size, width, TORCH_DTYPES[info.dtype])
+    aux, hidden = states[:, : -info.hidden_size], states[:, -info.hidden_size :]
     mask = np.zeros(size, dtype=np.uint8)
     mask[rg.rows(document.trained_spans)] = 1
     for name in names:
-        ids = np.random.default_rng(len(writer.done_ids)).integers(0, facts.vocab_size, (2, size), dtype=np.int32)
+        ids = np.random.default_rng(len(writer.done_ids)).integers(0, info.vocab_size, (2, size), dtype=np.int32)
         labels = torch.from_numpy(ids[1]), torch.full((size,), 10.0)
         writer.add(Sample(name, torch.from_numpy(ids[0]), torch.from_numpy(mask), aux, hidden, *labels))
     seconds = time.perf_counter() - started

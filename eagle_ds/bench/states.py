@@ -15,7 +15,7 @@ from pydoc_data.topics import topics
 import torch
 
 from eagle_ds.store.format import Sample
-from eagle_ds.store.manifest import StoreFacts
+from eagle_ds.store.manifest import StoreInfo
 from eagle_ds.target.files import read_config
 
 logger = logging.getLogger(__name__)
@@ -57,11 +57,11 @@ def make_sample(states: States, num_tokens: int, turn_tokens: int = 2048) -> Sam
     return Sample(f"bench-{num_tokens}", ids, mask, aux, hidden, ids.clone(), torch.randn(num_tokens, generator=generator))
 
 
-def facts_for(folder: Path, width: int) -> StoreFacts:
+def info_for(folder: Path, width: int) -> StoreInfo:
     """Facts of a store of such samples."""
     config = read_config(folder)
     layers = aux_layers(config["num_hidden_layers"])
-    return StoreFacts(f"{folder.name}, widened", "bench", "bench", width, layers, config["vocab_size"])
+    return StoreInfo(f"{folder.name}, widened", "bench", "bench", width, layers, config["vocab_size"])
 
 
 def aux_layers(num_layers: int) -> tuple[int, int, int]:

@@ -25,12 +25,12 @@ from eagle_ds.bench.sources import Source
 from eagle_ds.config.deepspeed import bf16_enabled
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.batch import Batch
-from eagle_ds.estimate.planner import GIB, Device, choose_ring_mode, floor_seconds, plan_for
+from eagle_ds.estimate.planner import GIB, Device, choose_ring_mode, floor_seconds, sharding_for
 from eagle_ds.kernels.attention_cuda import choose_attention
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.model.loss import TargetHead, uniform_decay
-from eagle_ds.sharding.sequence import Document, SequencePlan
+from eagle_ds.sharding.sequence import Document, SequenceSharding
 from eagle_ds.training.metrics import step_weights
 from eagle_ds.training.step import MicroBatchRunner
 from eagle_ds.training.world import World
@@ -76,7 +76,7 @@ class StepBench:
                 model.embed_tokens.to(self.dtype)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
         mode = choose_ring_mode(recipe, sum(d.num_tokens for d in documents), self.dtype.itemsize, world.memory_bytes)
-        self.plan = plan_for(recipe, documents, mode)
+        self.sharding = sharding_for(recipe, documents, mode)
         kernel = choose_attention(world.device, self.dtype, arch.head_dim)
         self.runner = MicroBatchRunner(_LossMarked(self.engine), arch, self._head(arch), kernel, recipe.training, world)
         self.source: Source | None = None
@@ -219,31 +219,31 @@ def forget_benches(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def summary(recipe: Recipe, plan: SequencePlan, times: StepTimes, device: Device | None) -> dict[str, Any]:
+def summary(recipe: Recipe, sharding: SequenceSharding, times: StepTimes, device: Device | None) -> dict[str, Any]:
     """One JSON line: times, rates, and with ``device`` the floor of this shape and the ratio to it."""
-    seconds, world = times.step_ms / 1e3, plan.world
+    seconds, world = times.step_ms / 1e3, sharding.world
     line: dict[str, Any] = {
-        "tokens": plan.num_tokens,
-        "documents": len(plan.documents),
-        "trained_rows": plan.num_queries,
-        "layout": f"U{plan.ulysses} R{plan.ring}" + (f" {plan.ring_mode}" if plan.ring > 1 else ""),
-        "ttt_steps": plan.ttt_steps,
+        "tokens": sharding.num_tokens,
+        "documents": len(sharding.documents),
+        "trained_rows": sharding.num_queries,
+        "layout": f"U{sharding.ulysses} R{sharding.ring}" + (f" {sharding.ring_mode}" if sharding.ring > 1 else ""),
+        "ttt_steps": sharding.ttt_steps,
         "recompute": recipe.training.recompute,
         **{name: round(value, 2) for name, value in asdict(times).items()},
-        "tokens_per_s_per_gpu": round(plan.num_tokens / seconds / world),
-        "trained_rows_per_s": round(plan.num_queries / seconds),
+        "tokens_per_s_per_gpu": round(sharding.num_tokens / seconds / world),
+        "trained_rows_per_s": round(sharding.num_queries / seconds),
     }
     if device is None:
         return line
-    floor = floor_seconds(recipe, plan, device)
+    floor = floor_seconds(recipe, sharding, device)
     at_one_rate = replace(device, attention_forward_tflops=device.matmul_tflops, attention_backward_tflops=device.matmul_tflops)
-    flops = sum(floor_seconds(recipe, plan, at_one_rate).values()) * device.matmul_tflops * 1e12
+    flops = sum(floor_seconds(recipe, sharding, at_one_rate).values()) * device.matmul_tflops * 1e12
     peak = data_sheet_tflops(device.name)
     return line | {
         "floor_ms": round(1e3 * sum(floor.values()), 2),
         "ratio_to_floor": round(seconds / sum(floor.values()), 3),
         "tflops_per_gpu": round(flops / seconds / 1e12, 1),
-        "mfu": round(model_flops(recipe, plan) / (seconds * world * peak * 1e12), 4) if peak else None,
+        "mfu": round(model_flops(recipe, sharding) / (seconds * world * peak * 1e12), 4) if peak else None,
         "ceilings_tflops": [round(x) for x in (device.matmul_tflops, device.attention_forward_tflops, device.attention_backward_tflops)],
         "gpu": device.name,
         "gpu_gib": round(device.memory_gib, 1),

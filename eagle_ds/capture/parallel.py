@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from eagle_ds.capture.run import Plan, compute, disk_errors, load_states, require_space
+from eagle_ds.capture.run import CaptureEstimate, compute, disk_errors, load_states, require_space
 from eagle_ds.store.store import StoreWriter
 from eagle_ds.store.writer import SampleFiles
 
@@ -26,21 +26,21 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0
 
 
-def capture_on(plan: Plan, devices: Sequence[str], progress: Callable[[int], None] = lambda tokens: None) -> int:
+def capture_on(estimate: CaptureEstimate, devices: Sequence[str], progress: Callable[[int], None] = lambda tokens: None) -> int:
     """As :func:`eagle_ds.capture.run.capture`, with a process for each of ``devices``."""
-    require_space(plan)
-    with disk_errors(plan.job.store), StoreWriter(plan.job.store, plan.facts) as writer:
+    require_space(estimate)
+    with disk_errors(estimate.job.store), StoreWriter(estimate.job.store, estimate.info) as writer:
         context = multiprocessing.get_context("spawn")
         results = context.Queue()
-        shares = [share for share in shares_of(plan, devices) if share.todo]
+        shares = [share for share in shares_of(estimate, devices) if share.todo]
         threads = max(1, torch.get_num_threads() // len(devices))
         workers = [context.Process(target=work, args=(share, os.getpid(), threads, results), daemon=True) for share in shares]
         with running(workers):
-            for _ in plan.todo:
+            for _ in estimate.todo:
                 entry = next_result(results, workers)
                 writer.register(entry)
                 progress(entry.num_tokens)
-    return len(plan.todo)
+    return len(estimate.todo)
 
 
 @contextlib.contextmanager
@@ -59,19 +59,19 @@ def running(workers: Sequence[multiprocessing.process.BaseProcess]) -> Iterator[
             worker.join()
 
 
-def shares_of(plan: Plan, devices: Sequence[str]) -> list[Plan]:
+def shares_of(estimate: CaptureEstimate, devices: Sequence[str]) -> list[CaptureEstimate]:
     """The plan dealt out: samples are sorted by length, so every share gets its part of the long ones."""
     count = len(devices)
-    jobs = [dataclasses.replace(plan.job, device=device) for device in devices]
-    return [dataclasses.replace(plan, job=job, todo=plan.todo[i::count]) for i, job in enumerate(jobs)]
+    jobs = [dataclasses.replace(estimate.job, device=device) for device in devices]
+    return [dataclasses.replace(estimate, job=job, todo=estimate.todo[i::count]) for i, job in enumerate(jobs)]
 
 
-def work(plan: Plan, parent: int, threads: int, results: Any) -> None:
+def work(estimate: CaptureEstimate, parent: int, threads: int, results: Any) -> None:
     """Body of a process: entries, or the exception that ended it, go into ``results``."""
     torch.set_num_threads(threads)
     try:
-        with SampleFiles(plan.job.store, plan.facts) as files:
-            for sample in compute(plan, load_states(plan)):
+        with SampleFiles(estimate.job.store, estimate.info) as files:
+            for sample in compute(estimate, load_states(estimate)):
                 if os.getppid() != parent:  # the capture was killed; a new one may be at work on this store
                     return
                 results.put(files.write(sample))

@@ -26,9 +26,9 @@ from eagle_ds.capture.hf import ForwardLimits, HiddenStates, load_model
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.chat import ChatEncoder, EncodeStats, load_tokenizer
 from eagle_ds.data.conversations import ConversationFile, require_samples
-from eagle_ds.store.manifest import FACTS_NAME, SampleEntry, StoreFacts
+from eagle_ds.store.manifest import STORE_JSON, SampleEntry, StoreInfo
 from eagle_ds.store.store import Sample, Store, StoreWriter
-from eagle_ds.target.files import TargetFacts, check_aux_ids, resolve_target, target_hash, tokenizer_hash
+from eagle_ds.target.files import TargetInfo, check_aux_ids, resolve_target, target_hash, tokenizer_hash
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +90,12 @@ class Planned:
 
 
 @dataclass
-class Plan:
+class CaptureEstimate:
     """Everything known before the target is loaded."""
 
     job: CaptureJob
     folder: Path
-    facts: StoreFacts
+    info: StoreInfo
     file: ConversationFile
     encoder: ChatEncoder
     stats: EncodeStats
@@ -109,7 +109,7 @@ class Plan:
     @property
     def raw_bytes(self) -> int:
         """Hidden states of what is to do, uncompressed."""
-        return self.tokens * (len(self.facts.aux_layer_ids) + 1) * self.facts.hidden_size * 2
+        return self.tokens * (len(self.info.aux_layer_ids) + 1) * self.info.hidden_size * 2
 
     @property
     def store_bytes(self) -> int:
@@ -122,14 +122,14 @@ class Plan:
         return shutil.disk_usage(folder).free
 
 
-def plan_capture(job: CaptureJob) -> Plan:
+def estimate_capture(job: CaptureJob) -> CaptureEstimate:
     """Resolve the target, encode every conversation, and see what the store has.  Writes nothing.
 
     Raises ValueError for whatever is wrong with target, tokenizer, conversations or an existing store.
     """
     folder = resolve_target(job.target, job.revision)
-    facts = store_facts(job, folder)
-    present = stored_entries(job.store, facts)
+    info = store_info(job, folder)
+    present = stored_entries(job.store, info)
     encoder = ChatEncoder(load_tokenizer(folder), job.max_length, job.overlong)
     file = ConversationFile(job.conversations)
     planned = []
@@ -140,20 +140,20 @@ def plan_capture(job: CaptureJob) -> Plan:
     require_samples(job.conversations, encoder.stats)
     todo = [sample for sample in planned if not is_stored(sample, present, job.store)]
     todo.sort(key=lambda sample: (-sample.num_tokens, sample.id))
-    return Plan(job, folder, facts, file, encoder, replace(encoder.stats), todo, len(planned) - len(todo))
+    return CaptureEstimate(job, folder, info, file, encoder, replace(encoder.stats), todo, len(planned) - len(todo))
 
 
 def check_recipe_target(recipe: Recipe) -> None:
     """ValueError unless the recipe states the sizes that its target has; reads config.json only."""
     folder = resolve_target(recipe.target.model, recipe.target.revision, weights=False)
-    TargetFacts.from_folder(folder).check_against(recipe.target)
+    TargetInfo.from_folder(folder).check_against(recipe.target)
 
 
-def store_facts(job: CaptureJob, folder: Path) -> StoreFacts:
-    target = TargetFacts.from_folder(folder)
+def store_info(job: CaptureJob, folder: Path) -> StoreInfo:
+    target = TargetInfo.from_folder(folder)
     aux_ids = job.aux_layer_ids or target.aux_ids
     check_aux_ids(aux_ids, target.num_layers)
-    return StoreFacts(
+    return StoreInfo(
         target=job.target,
         target_hash=target_hash(folder),
         tokenizer_hash=tokenizer_hash(folder),
@@ -164,13 +164,13 @@ def store_facts(job: CaptureJob, folder: Path) -> StoreFacts:
     )
 
 
-def stored_entries(root: Path, facts: StoreFacts) -> dict[str, SampleEntry]:
+def stored_entries(root: Path, info: StoreInfo) -> dict[str, SampleEntry]:
     """What an existing store holds whole, by id; ValueError if it is about another target or other layers."""
-    if not (root / FACTS_NAME).exists():
+    if not (root / STORE_JSON).exists():
         return {}
     store = Store(root)
-    if store.facts != facts:
-        with StoreWriter(root, facts):  # raises, naming the facts that differ
+    if store.info != info:
+        with StoreWriter(root, info):  # raises, naming the facts that differ
             pass
     return {entry.id: entry for entry in store.entries if _size(root / entry.path) == entry.bytes}
 
@@ -192,32 +192,32 @@ def is_stored(sample: Planned, present: dict[str, SampleEntry], root: Path) -> b
     return True
 
 
-def capture(plan: Plan, progress: Callable[[int], None] = lambda tokens: None) -> int:
+def capture(estimate: CaptureEstimate, progress: Callable[[int], None] = lambda tokens: None) -> int:
     """Write every sample of the plan; ``progress`` is told the tokens of each as it is stored.  Returns the sample count.
 
     Stopped at any moment, a new plan goes on with what is missing.
     """
-    require_space(plan)
-    with disk_errors(plan.job.store), StoreWriter(plan.job.store, plan.facts) as writer:
-        if not plan.todo:
+    require_space(estimate)
+    with disk_errors(estimate.job.store), StoreWriter(estimate.job.store, estimate.info) as writer:
+        if not estimate.todo:
             return 0
-        states = load_states(plan)
+        states = load_states(estimate)
         with ThreadPoolExecutor(1) as background:
             writes: deque[Future[SampleEntry]] = deque()
-            for sample in compute(plan, states):
+            for sample in compute(estimate, states):
                 writes.append(background.submit(writer.add, sample))
                 if len(writes) > WRITES_AHEAD:
                     progress(writes.popleft().result().num_tokens)
             for write in writes:
                 progress(write.result().num_tokens)
-    return len(plan.todo)
+    return len(estimate.todo)
 
 
-def require_space(plan: Plan) -> None:
-    if plan.store_bytes + MARGIN_BYTES > plan.free_bytes:
+def require_space(estimate: CaptureEstimate) -> None:
+    if estimate.store_bytes + MARGIN_BYTES > estimate.free_bytes:
         raise ValueError(
-            f"the disk of {plan.job.store} has {plan.free_bytes / 1e9:.1f} GB free but the capture needs about "
-            f"{plan.store_bytes / 1e9:.1f} GB; free some, or choose another folder"
+            f"the disk of {estimate.job.store} has {estimate.free_bytes / 1e9:.1f} GB free but the capture needs about "
+            f"{estimate.store_bytes / 1e9:.1f} GB; free some, or choose another folder"
         )
 
 
@@ -232,16 +232,16 @@ def disk_errors(store: Path) -> Iterator[None]:
         raise
 
 
-def load_states(plan: Plan) -> HiddenStates:
-    job = plan.job
-    model = load_model(plan.folder, job.dtype, job.device, job.attention)
-    return HiddenStates(model, plan.facts.aux_layer_ids, getattr(torch, job.store_dtype), job.limits)
+def load_states(estimate: CaptureEstimate) -> HiddenStates:
+    job = estimate.job
+    model = load_model(estimate.folder, job.dtype, job.device, job.attention)
+    return HiddenStates(model, estimate.info.aux_layer_ids, getattr(torch, job.store_dtype), job.limits)
 
 
-def compute(plan: Plan, states: HiddenStates) -> Iterator[Sample]:
+def compute(estimate: CaptureEstimate, states: HiddenStates) -> Iterator[Sample]:
     """Samples of the plan, longest first, with their hidden states."""
-    for batch in batches(plan.todo, states.limits):
-        encoded = [plan.encoder.encode(plan.file.read(sample.offset)) for sample in batch]
+    for batch in batches(estimate.todo, states.limits):
+        encoded = [estimate.encoder.encode(estimate.file.read(sample.offset)) for sample in batch]
         ids = [torch.from_numpy(one.input_ids) for one in encoded if one is not None]
         for one, input_ids, captured in zip(encoded, ids, states(ids), strict=True):
             yield Sample(
@@ -268,16 +268,16 @@ def batches(samples: Sequence[Planned], limits: ForwardLimits) -> Iterator[list[
         yield batch
 
 
-def probe_seconds(plan: Plan) -> float:
+def probe_seconds(estimate: CaptureEstimate) -> float:
     """Seconds that the plan will take on this machine, writing aside: seconds(S) = a S + b S^2 fitted to two timed passes."""
-    states = load_states(plan)
-    longest = max(sample.num_tokens for sample in plan.todo)
+    states = load_states(estimate)
+    longest = max(sample.num_tokens for sample in estimate.todo)
     short, long = min(longest, 512), min(longest, 2 * states.limits.chunk_tokens)
     _time_forward(states, short)  # warms up
     times = {length: _time_forward(states, length) for length in {short, long}}
     quadratic = max(0.0, (times[long] / long - times[short] / short) / (long - short)) if long > short else 0.0
     linear = times[short] / short - quadratic * short
-    return sum(linear * sample.num_tokens + quadratic * sample.num_tokens**2 for sample in plan.todo)
+    return sum(linear * sample.num_tokens + quadratic * sample.num_tokens**2 for sample in estimate.todo)
 
 
 def _time_forward(states: HiddenStates, length: int) -> float:

@@ -7,6 +7,8 @@ is derived in ``eagle_ds/config/deepspeed.py``.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -299,3 +301,10 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
 def divisors(number: int) -> list[int]:
     """Every positive divisor, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def capture_command(recipe_json: Path, overrides: Sequence[str] = ()) -> str:
+    """What makes the stores of a recipe; of the overrides it repeats those that a capture reads."""
+    read = {name: value for name, value in parse_overrides(Recipe, overrides).items() if name.startswith(("target.", "data."))}
+    again = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in read.items()]
+    return shlex.join(["python", "tools/prepare_hidden_states.py", "--recipe", str(recipe_json), *again])

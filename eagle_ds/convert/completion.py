@@ -57,7 +57,7 @@ class Completer:
         normed = self._normed(place, last, raw.before_norm)
         if normed is not last:
             check_finite(place, "hidden_state", normed, "once normed; check --target and --final-norm")
-        token, logsumexp = self._token_facts(place, raw, normed)
+        token, logsumexp = self._token_labels(place, raw, normed)
         return Sample(sample_id, ids, mask, aux, normed, token, logsumexp)
 
     def head(self) -> torch.Tensor | None:
@@ -130,7 +130,7 @@ class Completer:
             _check_normed(place, norm, last, expected=not apply)
         return norm(last) if norm is not None and apply else last
 
-    def _token_facts(self, place: str, raw: RawSample, last: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _token_labels(self, place: str, raw: RawSample, last: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if (head := self.head()) is not None:
             return head_facts(last, head)
         for name, kinds in (("target_token_id", INTEGERS), ("target_logsumexp", (torch.float32,))):
@@ -217,13 +217,13 @@ def _blocks(length: int, size: int) -> Iterator[slice]:
 @functools.cache
 def _final_norm(target: Path) -> FinalRmsNorm | None:
     """None where the target's last norm is of another kind: then nothing can be checked or applied."""
-    from eagle_ds.target.files import TargetFacts, load_target_weights, read_config
+    from eagle_ds.target.files import TargetInfo, load_target_weights, read_config
 
     if "rms_norm_eps" not in read_config(target):
         return None
-    facts = TargetFacts.from_folder(target)
+    info = TargetInfo.from_folder(target)
     weight = load_target_weights(target, names=("norm",))["norm"]
-    return FinalRmsNorm(weight, facts.rms_norm_eps, one_plus=facts.model_type.startswith("gemma"))
+    return FinalRmsNorm(weight, info.rms_norm_eps, one_plus=info.model_type.startswith("gemma"))
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from eagle_ds.convert.setup import ConvertOptions, index_masks, settle
 from eagle_ds.convert.sources import SourceItem, iter_source
 from eagle_ds.convert.survey import Prediction, head_s_per_row, predict, survey
 from eagle_ds.convert.work import Job, Outcome, Worker, run_jobs
-from eagle_ds.store.manifest import FACTS_NAME, SampleEntry, StoreFacts, read_manifest
+from eagle_ds.store.manifest import STORE_JSON, SampleEntry, StoreInfo, read_manifest
 from eagle_ds.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class ConversionStopped(RuntimeError):
 class Summary:
     """What a conversion did. "raw" bytes are the hidden states as they are in memory."""
 
-    facts: StoreFacts | None = None
+    info: StoreInfo | None = None
     found: int = 0
     converted: int = 0
     already_done: int = 0
@@ -83,12 +83,12 @@ def convert(options: ConvertOptions, on_progress: Callable[[Progress], None] = l
             for rejected in unreadable:
                 _reject(summary, log, rejected)
     else:
-        summary.facts, completer = settle(options, seen)
+        summary.info, completer = settle(options, seen)
         completer = replace(completer, masks=index_masks(options))
         _warn_of_slow_head(completer)
         worker = Worker(
             options.destination,
-            summary.facts,
+            summary.info,
             completer,
             verify=options.verify or options.delete_source,
             encoders=max(1, (os.cpu_count() or 1) // options.workers),
@@ -99,7 +99,7 @@ def convert(options: ConvertOptions, on_progress: Callable[[Progress], None] = l
     return summary
 
 
-def plan(options: ConvertOptions) -> tuple[Summary, Prediction | None]:
+def predict_conversion(options: ConvertOptions) -> tuple[Summary, Prediction | None]:
     """``--dry-run``: the same checks of flags and a few files, and a prediction; writes nothing."""
     found = _unique(iter_source(options.source, options.mapping))
     items = found.items
@@ -108,7 +108,7 @@ def plan(options: ConvertOptions) -> tuple[Summary, Prediction | None]:
     if seen is None:
         summary.rejected += unreadable
         return summary, None
-    summary.facts, completer = settle(options, seen)
+    summary.info, completer = settle(options, seen)
     done = _stored(options.destination)
     pending = [item for item in items if item.id not in done]
     summary.already_done = len(items) - len(pending)
@@ -134,7 +134,7 @@ def _run(
     """Convert what is not stored yet; compare what is, if asked to. Writes nothing before the store is ours alone."""
     items = found.items
     deleter = _Deleter(found) if options.delete_source else None
-    with StoreWriter(worker.root, worker.facts, workers=1) as writer, _RejectLog(worker.root / REJECTED_NAME, found.duplicates) as log:
+    with StoreWriter(worker.root, worker.info, workers=1) as writer, _RejectLog(worker.root / REJECTED_NAME, found.duplicates) as log:
         entries = {entry.id: entry for entry in read_manifest(worker.root)[0]}
         jobs = _jobs(items, {name: entries[name] for name in writer.done_ids}, compare=worker.verify)
         summary.already_done = len(writer.done_ids & {item.id for item in items})
@@ -210,7 +210,7 @@ def _unique(source: Iterator[SourceItem]) -> _Found:
 
 def _stored(root: Path) -> set[str]:
     """Ids that the store at ``root`` holds, if there is one."""
-    if not (root / FACTS_NAME).exists():
+    if not (root / STORE_JSON).exists():
         return set()
     return {entry.id for entry in read_manifest(root)[0] if (root / entry.path).exists()}
 
@@ -243,10 +243,10 @@ class _Deleter:
 def _stamp(path: Path) -> tuple[int, int] | None:
     """(size, time of the last change), None where there is no file."""
     try:
-        facts = path.stat()
+        info = path.stat()
     except OSError:
         return None
-    return facts.st_size, facts.st_mtime_ns
+    return info.st_size, info.st_mtime_ns
 
 
 class _RejectLog:

@@ -13,8 +13,8 @@ from eagle_ds.convert.completion import Completer, FinalNorm
 from eagle_ds.convert.hdf5_files import Hdf5Map
 from eagle_ds.convert.masks import ConversationMasks
 from eagle_ds.convert.survey import Survey
-from eagle_ds.store.manifest import FACTS_NAME, StoreFacts, check_same_facts, read_facts
-from eagle_ds.target.files import TargetFacts, check_aux_ids, load_target_weights, resolve_target, target_hash, tokenizer_hash
+from eagle_ds.store.manifest import STORE_JSON, StoreInfo, check_same_store, read_store_info
+from eagle_ds.target.files import TargetInfo, check_aux_ids, load_target_weights, resolve_target, target_hash, tokenizer_hash
 
 OWN_FOLDERS = ("writing", "samples")  # of a store
 
@@ -62,13 +62,13 @@ class ConvertOptions:
             raise ValueError("--cast loses bits that the source still has, so --delete-source is refused with it; drop one of them")
 
 
-def settle(options: ConvertOptions, survey: Survey) -> tuple[StoreFacts, Completer]:
+def settle(options: ConvertOptions, survey: Survey) -> tuple[StoreInfo, Completer]:
     """The store's facts, and the rule for completing samples (still without masks from a dataset, which take long to index).
 
     Raises ValueError where something is missing or contradicts the files.
     """
-    is_store = (options.destination / FACTS_NAME).exists()
-    existing = read_facts(options.destination) if is_store else None
+    is_store = (options.destination / STORE_JSON).exists()
+    existing = read_store_info(options.destination) if is_store else None
     before_norm = options.final_norm == "apply" or (options.final_norm == "auto" and survey.before_norm)
     folder = None
     if options.target is not None:
@@ -77,16 +77,16 @@ def settle(options: ConvertOptions, survey: Survey) -> tuple[StoreFacts, Complet
         raise ValueError("these files hold the last state from before the target's final norm; give the target with --target")
     if not survey.has_mask and options.dataset is None:
         raise ValueError("these files have no loss mask; give the conversations they were captured from with --dataset, and --target")
-    facts = _facts(options, survey, existing, folder)
+    info = _info(options, survey, existing, folder)
     if is_store:
-        check_same_facts(options.destination, facts)
+        check_same_store(options.destination, info)
     has_weights = folder is not None and any(folder.glob("*.safetensors"))
-    return facts, Completer(
-        hidden_size=facts.hidden_size,
-        num_aux=len(facts.aux_layer_ids),
-        dtype=facts.dtype,
+    return info, Completer(
+        hidden_size=info.hidden_size,
+        num_aux=len(info.aux_layer_ids),
+        dtype=info.dtype,
         cast=options.cast is not None,
-        vocab_size=facts.vocab_size,
+        vocab_size=info.vocab_size,
         target=folder if has_weights else None,
         final_norm=options.final_norm,
         token_facts=has_weights and options.token_facts,
@@ -103,30 +103,30 @@ def index_masks(options: ConvertOptions) -> ConversationMasks | None:
     return ConversationMasks.index(options.dataset, folder, options.max_length, options.workers)
 
 
-def _facts(options: ConvertOptions, survey: Survey, existing: StoreFacts | None, folder: Path | None) -> StoreFacts:
+def _info(options: ConvertOptions, survey: Survey, existing: StoreInfo | None, folder: Path | None) -> StoreInfo:
     if folder is not None:
-        facts = _facts_of_target(options, survey, folder)
+        info = _info_of_target(options, survey, folder)
     elif existing is not None:
-        facts = replace(existing, **_said(options))
+        info = replace(existing, **_said(options))
     else:
-        facts = _facts_of_flags(options, survey)
-    if facts.hidden_size != survey.hidden_size:
+        info = _info_of_flags(options, survey)
+    if info.hidden_size != survey.hidden_size:
         where = f"target {options.target}" if folder is not None else f"the store {options.destination}"
-        raise ValueError(f"the files have hidden size {survey.hidden_size}, {where} has {facts.hidden_size}; check --target")
-    if len(facts.aux_layer_ids) != survey.num_aux:
-        expected = list(facts.aux_layer_ids)
+        raise ValueError(f"the files have hidden size {survey.hidden_size}, {where} has {info.hidden_size}; check --target")
+    if len(info.aux_layer_ids) != survey.num_aux:
+        expected = list(info.aux_layer_ids)
         raise ValueError(f"the files hold {survey.num_aux} aux layers, expected {expected}; name theirs with --aux-layer-ids")
-    return facts
+    return info
 
 
-def _facts_of_target(options: ConvertOptions, survey: Survey, folder: Path) -> StoreFacts:
-    target = TargetFacts.from_folder(folder)
+def _info_of_target(options: ConvertOptions, survey: Survey, folder: Path) -> StoreInfo:
+    target = TargetInfo.from_folder(folder)
     aux_ids = options.aux_layer_ids or target.aux_ids
     check_aux_ids(aux_ids, target.num_layers)
     if options.aux_layer_ids is None:
         logger.info("aux layers taken to be %s, the default of a target of %d layers", list(aux_ids), target.num_layers)
     weights = any(folder.glob("*.safetensors"))
-    return StoreFacts(
+    return StoreInfo(
         target=options.target_name or str(options.target),
         target_hash=target_hash(folder) if weights else "",
         tokenizer_hash=tokenizer_hash(folder),
@@ -144,7 +144,7 @@ def _said(options: ConvertOptions) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def _facts_of_flags(options: ConvertOptions, survey: Survey) -> StoreFacts:
+def _info_of_flags(options: ConvertOptions, survey: Survey) -> StoreInfo:
     flags = {"--target-name": options.target_name, "--aux-layer-ids": options.aux_layer_ids, "--vocab-size": options.vocab_size}
     if missing := [flag for flag, value in flags.items() if value is None]:
         raise ValueError(
@@ -153,4 +153,4 @@ def _facts_of_flags(options: ConvertOptions, survey: Survey) -> StoreFacts:
         )
     assert options.target_name and options.aux_layer_ids and options.vocab_size
     dtype = options.cast or survey.dtype
-    return StoreFacts(options.target_name, "", "", survey.hidden_size, options.aux_layer_ids, options.vocab_size, dtype=dtype)
+    return StoreInfo(options.target_name, "", "", survey.hidden_size, options.aux_layer_ids, options.vocab_size, dtype=dtype)

@@ -23,7 +23,7 @@ from eagle_ds.convert.completion import Completer
 from eagle_ds.convert.rejected import Reason, Rejected
 from eagle_ds.convert.sources import SourceItem
 from eagle_ds.store.format import SMALL_DTYPES, WIDE_NAMES, Sample
-from eagle_ds.store.manifest import SampleEntry, StoreError, StoreFacts
+from eagle_ds.store.manifest import SampleEntry, StoreError, StoreInfo
 from eagle_ds.store.processes import fork_server
 from eagle_ds.store.reader import SampleReader
 from eagle_ds.store.writer import SampleFiles
@@ -58,7 +58,7 @@ class Worker:
     """Converts items into files under ``root``. Pickles to its process."""
 
     root: Path
-    facts: StoreFacts
+    info: StoreInfo
     completer: Completer
     verify: bool
     encoders: int
@@ -69,7 +69,7 @@ class Worker:
             entry = job.entry or files.write(sample)
             if self.verify:
                 names = SOURCE_NAMES if job.entry else tuple(SMALL_DTYPES)
-                compare(sample, names, self.root, entry, self.facts, job.item.place)
+                compare(sample, names, self.root, entry, self.info, job.item.place)
         except Rejected as error:
             return Outcome(job, rejected=error)
         except OSError as error:
@@ -82,13 +82,13 @@ class Worker:
         return Outcome(job, entry, raw_bytes=sample.aux_hidden_state.nbytes + sample.hidden_state.nbytes)
 
 
-def compare(sample: Sample, names: Sequence[str], root: Path, entry: SampleEntry, facts: StoreFacts, place: str) -> None:
+def compare(sample: Sample, names: Sequence[str], root: Path, entry: SampleEntry, info: StoreInfo, place: str) -> None:
     """Read the stored file back from the disk and hold the hidden states and the small datasets ``names`` against the
     sample, bit for bit; `Rejected` where they differ."""
     path = root / entry.path
     _advise(path, os.POSIX_FADV_DONTNEED)  # what is compared comes from the disk, not from the page cache
     try:
-        with SampleReader(path, entry, facts, threads=1) as reader:
+        with SampleReader(path, entry, info, threads=1) as reader:
             difference = _difference(sample, names, reader)
     except StoreError as error:
         difference = str(error)
@@ -124,7 +124,7 @@ def run_jobs(jobs: Iterable[Job], worker: Worker, workers: int) -> Iterator[Outc
     """Outcomes in the order they come. One worker runs here, in this process. Closing the generator ends the workers."""
     jobs = _read_ahead(iter(jobs), workers)
     if workers == 1:
-        with SampleFiles(worker.root, worker.facts, workers=worker.encoders) as files:
+        with SampleFiles(worker.root, worker.info, workers=worker.encoders) as files:
             for job in jobs:
                 outcome = worker.run(job, files)
                 _let_go(job)
@@ -241,7 +241,7 @@ def _serve(connection: Connection, worker: Worker) -> None:
     """A worker process: one job after the other until the parent goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
-    with SampleFiles(worker.root, worker.facts, workers=worker.encoders) as files:
+    with SampleFiles(worker.root, worker.info, workers=worker.encoders) as files:
         while True:
             try:
                 job = connection.recv()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from eagle_ds.sharding import ranges as rg
-from eagle_ds.sharding.sequence import Alignment, SequencePlan
+from eagle_ds.sharding.sequence import Alignment, SequenceSharding
 
 
 @dataclass
-class TokenFacts:
+class TokenLabels:
     """The small per-token arrays of one document, whole (every rank reads them)."""
 
     input_ids: np.ndarray  # int32 [S]
@@ -31,7 +31,7 @@ class Batch:
     ``target_token`` and ``target_logsumexp`` are None where the store lacks them; ``loss.label_facts`` makes them then.
     """
 
-    plan: SequencePlan
+    sharding: SequenceSharding
     names: tuple[str, ...]
     aux: Tensor  # [M_aux, A*H]
     context_index: Tensor | None  # int64 [C], into aux; None: all of it in order
@@ -74,9 +74,9 @@ def trained_steps(loss_mask: np.ndarray, rows: np.ndarray, ttt_steps: int, align
 
 
 def assemble(
-    plan: SequencePlan,
+    sharding: SequenceSharding,
     rank: int,
-    facts: Sequence[TokenFacts],
+    info: Sequence[TokenLabels],
     aux: Tensor,
     target_hidden: Tensor,
     *,
@@ -84,40 +84,40 @@ def assemble(
     names: Sequence[str] = (),
 ) -> Batch:
     """Batch of sequence-parallel rank ``rank``. ``aux`` holds ``plan.aux_rows(rank)``, ``target_hidden`` ``plan.target_rows(rank)``."""
-    steps = plan.ttt_steps
-    context, queries, targets = plan.context[rank], plan.queries[rank], plan.target_rows(rank)
-    assert aux.shape[0] == rg.count(plan.aux_rows(rank)) and target_hidden.shape[0] == rg.count(targets)
+    steps = sharding.ttt_steps
+    context, queries, targets = sharding.context[rank], sharding.queries[rank], sharding.target_rows(rank)
+    assert aux.shape[0] == rg.count(sharding.aux_rows(rank)) and target_hidden.shape[0] == rg.count(targets)
     trained, positions = [], []
-    for number, rows in plan.file_rows(queries):
+    for number, rows in sharding.file_rows(queries):
         p = rg.rows(rows)
-        trained.append(trained_steps(facts[number].loss_mask, p, steps, alignment))
+        trained.append(trained_steps(info[number].loss_mask, p, steps, alignment))
         positions.append(p)
     context_ids, context_positions = [], []
-    for number, rows in plan.file_rows(context):
+    for number, rows in sharding.file_rows(context):
         p = rg.rows(rows)
-        context_ids.append(np.append(facts[number].input_ids, 0)[p + 1])
+        context_ids.append(np.append(info[number].input_ids, 0)[p + 1])
         context_positions.append(p)
-    ids = [facts[number].input_ids[rg.rows(rows)] for number, rows in plan.file_rows(targets)]
+    ids = [info[number].input_ids[rg.rows(rows)] for number, rows in sharding.file_rows(targets)]
     wanted = rg.rows(queries)[:, None] + 1 + np.arange(steps)
     index = rg.rank_of(wanted.reshape(-1), targets).reshape(wanted.shape)
-    ends = np.array([stop for _, stop in plan.document_bounds()])
+    ends = np.array([stop for _, stop in sharding.document_bounds()])
     inside = wanted < ends[np.searchsorted(ends, wanted[:, :1] - 1, side="right")]
     return Batch(
-        plan=plan,
+        sharding=sharding,
         names=tuple(names),
         aux=aux,
-        context_index=_index(context, plan.aux_rows(rank)),
+        context_index=_index(context, sharding.aux_rows(rank)),
         context_ids=_stack(context_ids),
         context_positions=_stack(context_positions),
-        query_index=_index(queries, plan.aux_rows(rank)),
+        query_index=_index(queries, sharding.aux_rows(rank)),
         token_ids=_stack([*ids, np.zeros(1, dtype=np.int32)]),
         token_index=torch.from_numpy(np.ascontiguousarray(np.where(inside, index, rg.count(targets)).T)),
         query_positions=_stack(positions),
         target_hidden=target_hidden,
         target_index=torch.from_numpy(np.minimum(index, max(rg.count(targets) - 1, 0))),
         trained=torch.from_numpy(np.concatenate(trained)) if trained else torch.zeros(0, steps, dtype=torch.bool),
-        target_token=_target_facts(plan, facts, targets, "target_token_id", torch.int64),
-        target_logsumexp=_target_facts(plan, facts, targets, "target_logsumexp", torch.float32),
+        target_token=_target_facts(sharding, info, targets, "target_token_id", torch.int64),
+        target_logsumexp=_target_facts(sharding, info, targets, "target_logsumexp", torch.float32),
     )
 
 
@@ -129,9 +129,9 @@ def _stack(parts: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64))
 
 
-def _target_facts(plan: SequencePlan, facts: Sequence[TokenFacts], targets: rg.Ranges, name: str, dtype: torch.dtype) -> Tensor | None:
+def _target_facts(sharding: SequenceSharding, info: Sequence[TokenLabels], targets: rg.Ranges, name: str, dtype: torch.dtype) -> Tensor | None:
     """The stored label facts of the target rows; None unless every document has them."""
-    if any(getattr(f, name) is None for f in facts):
+    if any(getattr(f, name) is None for f in info):
         return None
-    parts = [getattr(facts[number], name)[rg.rows(rows)] for number, rows in plan.file_rows(targets)]
+    parts = [getattr(info[number], name)[rg.rows(rows)] for number, rows in sharding.file_rows(targets)]
     return torch.from_numpy(np.concatenate(parts)).to(dtype) if parts else torch.zeros(0, dtype=dtype)

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds.data.batch import Batch, TokenFacts, assemble
+from eagle_ds.data.batch import Batch, TokenLabels, assemble
 from eagle_ds.data.packing import Pack, TrainSample
 from eagle_ds.data.read_pool import ReadPool, RowsWanted
-from eagle_ds.data.sampler import Step
+from eagle_ds.data.sampler import GlobalBatch
 from eagle_ds.sharding import ranges as rg
-from eagle_ds.sharding.sequence import Alignment, RingMode, SequencePlan, plan_sequence
+from eagle_ds.sharding.sequence import Alignment, RingMode, SequenceSharding, shard_sequence
 from eagle_ds.store.format import TORCH_DTYPES
 from eagle_ds.store.store import ReadStats, SampleReader, Store, StoreError
 
@@ -35,7 +35,7 @@ _Wanted = tuple[str, rg.Ranges, int]
 
 
 @dataclass(frozen=True)
-class PlanSettings:
+class ShardingSettings:
     """What a sharding plan depends on besides the documents."""
 
     ulysses: int = 1
@@ -45,9 +45,9 @@ class PlanSettings:
     alignment: Alignment = "serving"
     trained_rows_only: bool = True
 
-    def plan(self, samples: Sequence[TrainSample]) -> SequencePlan:
+    def sharding(self, samples: Sequence[TrainSample]) -> SequenceSharding:
         """The plan of ``samples`` laid end to end."""
-        return plan_sequence(
+        return shard_sequence(
             [s.document for s in samples],
             ulysses=self.ulysses,
             ring=self.ring,
@@ -62,7 +62,7 @@ class PlanSettings:
 class MicroBatch:
     """One rank's share of one pack, and what must be known about the step that it belongs to."""
 
-    step: Step
+    step: GlobalBatch
     index: int  # of the micro-batch in its step
     batch: Batch
     counted: Tensor  # int64 [T]: rows of the whole step that this rank counts; the same in all its micro-batches
@@ -78,7 +78,7 @@ class MicroBatch:
 
     def fingerprints(self) -> tuple[int, int]:
         """63-bit hashes that must agree: (place and samples, over all ranks; plan, over one sequence-parallel group)."""
-        return _hash63(self.step.number, self.index, self.global_names), _hash63(self.batch.names, self.batch.plan.digest)
+        return _hash63(self.step.number, self.index, self.global_names), _hash63(self.batch.names, self.batch.sharding.digest)
 
 
 class RankDataset:
@@ -92,7 +92,7 @@ class RankDataset:
         self,
         store: Store,
         samples: Sequence[TrainSample],
-        settings: PlanSettings,
+        settings: ShardingSettings,
         *,
         t2d: Tensor,
         dp_rank: int = 0,
@@ -104,14 +104,14 @@ class RankDataset:
         self.store, self.samples, self.settings, self.t2d = store, samples, settings, t2d
         self.dp_rank, self.sp_rank = dp_rank, sp_rank
         self.labeler, self.pool, self.pin = labeler, pool, pin
-        self.dtype = TORCH_DTYPES[store.facts.dtype]
+        self.dtype = TORCH_DTYPES[store.info.dtype]
 
-    def batches(self, steps: Iterable[Step]) -> Iterator[MicroBatch]:
+    def batches(self, steps: Iterable[GlobalBatch]) -> Iterator[MicroBatch]:
         """Every micro-batch of ``steps`` in order. Raises StoreError for a file that cannot be read."""
         for step in steps:
             yield from self._step(step)
 
-    def _step(self, step: Step) -> Iterator[MicroBatch]:
+    def _step(self, step: GlobalBatch) -> Iterator[MicroBatch]:
         opened = deque(_OpenPack(self, packs[self.dp_rank]) for packs in step.packs)
         if not all(pack.has_labels for pack in opened):
             for pack in opened:
@@ -134,14 +134,14 @@ class _OpenPack:
         self.samples = [dataset.samples[number] for number in pack]
         by_processes = dataset.pool is not None
         self.readers = [dataset.store.reader(s.entry, threads=1, rows=not by_processes) for s in self.samples]
-        self.plan = dataset.settings.plan(self.samples)
+        self.sharding = dataset.settings.sharding(self.samples)
         self.filled = False
         self.stats = ReadStats()  # of the pool's processes
         rank, settings = dataset.sp_rank, dataset.settings
-        aux, hidden = (torch.empty(rg.count(rows), 0) for rows in (self.plan.aux_rows(rank), self.plan.target_rows(rank)))
-        facts = [_token_facts(s, reader) for s, reader in zip(self.samples, self.readers, strict=True)]
+        aux, hidden = (torch.empty(rg.count(rows), 0) for rows in (self.sharding.aux_rows(rank), self.sharding.target_rows(rank)))
+        info = [_token_labels(s, reader) for s, reader in zip(self.samples, self.readers, strict=True)]
         names = tuple(s.entry.id for s in self.samples)
-        self.batch = assemble(self.plan, rank, facts, aux, hidden, alignment=settings.alignment, names=names)
+        self.batch = assemble(self.sharding, rank, info, aux, hidden, alignment=settings.alignment, names=names)
         self.read_s = time.perf_counter() - started
 
     @property
@@ -160,10 +160,10 @@ class _OpenPack:
         if self.filled:
             return
         started = time.perf_counter()
-        rank, facts = self.dataset.sp_rank, self.dataset.store.facts
+        rank, info = self.dataset.sp_rank, self.dataset.store.info
         aux, hidden = (self._read if self.dataset.pool is None else self._read_by_processes)(
-            ("aux_hidden_state", self.plan.aux_rows(rank), len(facts.aux_layer_ids) * facts.hidden_size),
-            ("hidden_state", self.plan.target_rows(rank), facts.hidden_size),
+            ("aux_hidden_state", self.sharding.aux_rows(rank), len(info.aux_layer_ids) * info.hidden_size),
+            ("hidden_state", self.sharding.target_rows(rank), info.hidden_size),
         )
         self.batch = replace(self.batch, aux=aux, target_hidden=hidden)
         if not self.has_labels:
@@ -177,7 +177,7 @@ class _OpenPack:
         self.filled = True
         self.read_s += time.perf_counter() - started
 
-    def finish(self, step: Step, index: int, counted: Tensor, names: tuple[tuple[str, ...], ...], tokens: int) -> MicroBatch:
+    def finish(self, step: GlobalBatch, index: int, counted: Tensor, names: tuple[tuple[str, ...], ...], tokens: int) -> MicroBatch:
         """The filled batch with its step's facts; the files are closed."""
         self.fill()
         stats = sum((reader.stats for reader in self.readers), self.stats)
@@ -192,7 +192,7 @@ class _OpenPack:
     def _rows(self, name: str, rows: rg.Ranges, width: int) -> Tensor:
         out = torch.empty(rg.count(rows), width, dtype=self.dataset.dtype, pin_memory=self.dataset.pin)
         done = 0
-        for number, ranges in self.plan.file_rows(rows):
+        for number, ranges in self.sharding.file_rows(rows):
             stop = done + rg.count(ranges)
             self.readers[number].read_rows(name, ranges, out[done:stop])
             done = stop
@@ -203,9 +203,9 @@ class _OpenPack:
         assert self.dataset.pool is not None
         store, dtype = self.dataset.store, self.dataset.dtype
         parts = [
-            RowsWanted(self.readers[n].path, self.samples[n].entry, store.facts, name, tuple(ranges), (rg.count(ranges), width), dtype)
+            RowsWanted(self.readers[n].path, self.samples[n].entry, store.info, name, tuple(ranges), (rg.count(ranges), width), dtype)
             for name, rows, width in wanted
-            for n, ranges in self.plan.file_rows(rows)
+            for n, ranges in self.sharding.file_rows(rows)
         ]
         both = torch.empty(sum(part.nbytes for part in parts), dtype=torch.uint8, pin_memory=self.dataset.pin)
         self.stats = self.dataset.pool.read(parts, both)
@@ -213,14 +213,14 @@ class _OpenPack:
         return [part.view(dtype).view(-1, width) for part, (*_, width) in zip(both.split(sizes), wanted, strict=True)]
 
 
-def _token_facts(sample: TrainSample, reader: SampleReader) -> TokenFacts:
+def _token_labels(sample: TrainSample, reader: SampleReader) -> TokenLabels:
     """The small arrays, cut to what is trained on."""
     size = sample.document.num_tokens
     arrays: dict[str, np.ndarray | None] = {}
     for name in ("input_ids", "loss_mask", "target_token_id", "target_logsumexp"):
         values = reader.read_small(name)
         arrays[name] = None if values is None else values[:size].numpy()
-    return TokenFacts(**arrays)
+    return TokenLabels(**arrays)
 
 
 def _hash63(*values: object) -> int:

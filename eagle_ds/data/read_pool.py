@@ -30,7 +30,7 @@ from torch import Tensor
 import eagle_ds
 from eagle_ds.store.chunks import RowRange
 from eagle_ds.store.format import CHUNK_ROWS
-from eagle_ds.store.manifest import SampleEntry, StoreError, StoreFacts
+from eagle_ds.store.manifest import SampleEntry, StoreError, StoreInfo
 from eagle_ds.store.reader import ReadStats
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class RowsWanted:
 
     path: Path
     entry: SampleEntry
-    facts: StoreFacts
+    info: StoreInfo
     name: str
     ranges: tuple[RowRange, ...]
     shape: tuple[int, int]

@@ -36,7 +36,7 @@ def fill(memory: mmap.mmap, share: list[RowsWanted]) -> ReadStats:
     readers: dict[Path, SampleReader] = {}
     for rows in share:
         if rows.path not in readers:
-            readers[rows.path] = SampleReader(rows.path, rows.entry, rows.facts, threads=1)
+            readers[rows.path] = SampleReader(rows.path, rows.entry, rows.info, threads=1)
         readers[rows.path].read_rows(rows.name, rows.ranges, rows.view(memory))
     return sum((reader.stats for reader in readers.values()), ReadStats())
 

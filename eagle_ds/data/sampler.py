@@ -18,7 +18,7 @@ MATCH_WINDOW = 64  # global micro-batches within which data-parallel ranks are g
 
 
 @dataclass(frozen=True)
-class Step:
+class GlobalBatch:
     """One optimizer step: ``packs[micro_batch][dp_rank]``."""
 
     number: int
@@ -81,7 +81,7 @@ class Sampler:
             total *= epochs
         return total if max_steps is None else min(total, max_steps)
 
-    def steps(self, start: int, stop: int) -> Iterator[Step]:
+    def steps(self, start: int, stop: int) -> Iterator[GlobalBatch]:
         """Steps number ``start`` to ``stop`` (exclusive), over as many epochs as that takes."""
         epoch, first = 0, 0
         while first < stop:
@@ -90,10 +90,10 @@ class Sampler:
                 yield self._step(number, epoch, number - first)
             epoch, first = epoch + 1, first + here
 
-    def _step(self, number: int, epoch: int, place: int) -> Step:
+    def _step(self, number: int, epoch: int, place: int) -> GlobalBatch:
         packs, per_step = self.epoch_packs(epoch), self.dp * self.accumulation
         own = packs[place * per_step : (place + 1) * per_step]
-        return Step(number, epoch, tuple(tuple(own[i : i + self.dp]) for i in range(0, per_step, self.dp)))
+        return GlobalBatch(number, epoch, tuple(tuple(own[i : i + self.dp]) for i in range(0, per_step, self.dp)))
 
     def _pack(self, order: np.ndarray, rng: np.random.Generator) -> list[Pack]:
         if self.pack_tokens is None:

@@ -123,6 +123,6 @@ def load_or_build(store: Store, draft_vocab_size: int) -> VocabMap:
             if (archive.metadata() or {}).get("manifest_hash") == store.manifest_hash:
                 return VocabMap.load(path)
         log.info("%s was made from another state of the store: counting again", path)
-    vocab = build_vocab_map(count_trained_tokens(store, store.facts.vocab_size), draft_vocab_size)
+    vocab = build_vocab_map(count_trained_tokens(store, store.info.vocab_size), draft_vocab_size)
     vocab.save(path, {"manifest_hash": store.manifest_hash})
     return vocab

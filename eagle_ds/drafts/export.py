@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle_ds.config.outputs import check_output_folder
+from eagle_ds.drafts.cached import CachedDraft
 from eagle_ds.drafts.folder import DraftOnDisk, load_served_draft
 from eagle_ds.drafts.served import ServeCommands, served_config, served_name
 from eagle_ds.drafts.served_check import Probe, ServedReader
-from eagle_ds.evaluation.decoding import CachedDraft
-from eagle_ds.target.files import TargetFacts
+from eagle_ds.target.files import TargetInfo
 
 log = logging.getLogger(__name__)
 
@@ -36,36 +36,36 @@ TOLERANCE = 2e-3  # relative, float32 against float32 over angles of a few thous
 
 
 @dataclass(frozen=True)
-class ExportPlan:
+class ExportSettings:
     """What the exported folder says beside the draft itself. ``layers``: outputs of the target's layers that it reads."""
 
     target: str
     layers: Sequence[int]
-    facts: TargetFacts | None = None
+    info: TargetInfo | None = None
     dtype: str = "bfloat16"
     vllm: bool = False
     num_steps: int = 3
 
 
-def export_draft(draft: DraftOnDisk, out: str | Path, plan: ExportPlan) -> Path:
+def export_draft(draft: DraftOnDisk, out: str | Path, settings: ExportSettings) -> Path:
     """Write ``draft`` to the folder ``out``, verified, under a temporary name first. An earlier export there is replaced.
 
     Raises ValueError, one sentence, where the draft cannot be served as it is, or ``out`` holds something else.
     """
     out = Path(out)
-    _check_servable(draft, plan)
+    _check_servable(draft, settings)
     _check_replaceable(out)
     check_output_folder(out.parent, "the draft's folder, in")
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        _write(draft, temp, plan, out)
-        error = verify_export(draft, temp, DTYPES[plan.dtype])
+        _write(draft, temp, settings, out)
+        error = verify_export(draft, temp, DTYPES[settings.dtype])
         os.chmod(temp, 0o755)
         _put_in_place(temp, out)
     except OSError as failure:
         if failure.errno == errno.ENOSPC:
-            raise ValueError(f"the disk of {out.parent} is full; the draft needs {_bytes(draft, plan) / 1e9:.2f} GB there") from failure
+            raise ValueError(f"the disk of {out.parent} is full; the draft needs {_bytes(draft, settings) / 1e9:.2f} GB there") from failure
         raise
     finally:
         shutil.rmtree(temp, ignore_errors=True)
@@ -73,25 +73,25 @@ def export_draft(draft: DraftOnDisk, out: str | Path, plan: ExportPlan) -> Path:
     return out
 
 
-def _check_servable(draft: DraftOnDisk, plan: ExportPlan) -> None:
+def _check_servable(draft: DraftOnDisk, settings: ExportSettings) -> None:
     arch = draft.arch
-    if plan.dtype not in DTYPES:
-        raise ValueError(f"dtype {plan.dtype} is not one of {', '.join(DTYPES)}")
-    if len(plan.layers) != arch.num_aux:
-        raise ValueError(f"the draft reads {arch.num_aux} target layers, but {list(plan.layers)} names {len(plan.layers)}")
-    if draft.layer_outputs and tuple(draft.layer_outputs) != tuple(plan.layers):
-        raise ValueError(f"the draft was trained on layers {list(draft.layer_outputs)}, not on {list(plan.layers)}; leave the layers out")
+    if settings.dtype not in DTYPES:
+        raise ValueError(f"dtype {settings.dtype} is not one of {', '.join(DTYPES)}")
+    if len(settings.layers) != arch.num_aux:
+        raise ValueError(f"the draft reads {arch.num_aux} target layers, but {list(settings.layers)} names {len(settings.layers)}")
+    if draft.layer_outputs and tuple(draft.layer_outputs) != tuple(settings.layers):
+        raise ValueError(f"the draft was trained on layers {list(draft.layer_outputs)}, not on {list(settings.layers)}; leave the layers out")
     if arch.hidden_size % arch.num_attention_heads:
         raise ValueError(
             f"engines read config.json with transformers, which refuses a draft whose hidden_size {arch.hidden_size} is no multiple of its "
             f"{arch.num_attention_heads} heads; train with another number of heads"
         )
-    if arch.attention_bias and not plan.vllm:
+    if arch.attention_bias and not settings.vllm:
         raise ValueError("SGLang drops attention biases without a word; export with --vllm, or train with draft.attention_bias false")
-    if plan.facts:
+    if settings.info:
         for name, stated in (("hidden_size", arch.target_hidden_size), ("vocab_size", arch.target_vocab_size)):
-            if getattr(plan.facts, name) != stated:
-                raise ValueError(f"target {plan.target} has {name} {getattr(plan.facts, name)}, but the draft was made for {stated}")
+            if getattr(settings.info, name) != stated:
+                raise ValueError(f"target {settings.target} has {name} {getattr(settings.info, name)}, but the draft was made for {stated}")
 
 
 def _check_replaceable(out: Path) -> None:
@@ -107,12 +107,12 @@ def _check_replaceable(out: Path) -> None:
         raise ValueError(f"{out} exists and is no export of this tool; give another --out, or remove it")
 
 
-def _write(draft: DraftOnDisk, folder: Path, plan: ExportPlan, out: Path) -> None:
-    tensors = served_tensors(draft, DTYPES[plan.dtype])
+def _write(draft: DraftOnDisk, folder: Path, settings: ExportSettings, out: Path) -> None:
+    tensors = served_tensors(draft, DTYPES[settings.dtype])
     save_file(tensors, folder / "model.safetensors", metadata=WRITER)
-    config = served_config(draft.arch, plan.layers, plan.facts, plan.dtype, plan.vllm)
+    config = served_config(draft.arch, settings.layers, settings.info, settings.dtype, settings.vllm)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_read_me(draft, plan, out), encoding="utf-8")
+    (folder / "README.md").write_text(_read_me(draft, settings, out), encoding="utf-8")
     for path in folder.iterdir():
         os.chmod(path, 0o644)
         with open(path, "rb") as stream:
@@ -125,12 +125,12 @@ def served_tensors(draft: DraftOnDisk, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors | {"d2t": draft.vocab.d2t.to(torch.int64).contiguous(), "t2d": draft.vocab.t2d.to(torch.bool).contiguous()}
 
 
-def _read_me(draft: DraftOnDisk, plan: ExportPlan, out: Path) -> str:
-    commands = ServeCommands(plan.target, out, plan.num_steps, draft.arch.sliding_window)
-    engine, command = ("vLLM", commands.vllm) if plan.vllm else ("SGLang", commands.sglang)
+def _read_me(draft: DraftOnDisk, settings: ExportSettings, out: Path) -> str:
+    commands = ServeCommands(settings.target, out, settings.num_steps, draft.arch.sliding_window)
+    engine, command = ("vLLM", commands.vllm) if settings.vllm else ("SGLang", commands.sglang)
     return (
-        f"# EAGLE-3 draft for {plan.target}\n\n"
-        f"Trained on up to {draft.arch.max_position_embeddings} tokens; reads the outputs of target layers {list(plan.layers)}; proposes "
+        f"# EAGLE-3 draft for {settings.target}\n\n"
+        f"Trained on up to {draft.arch.max_position_embeddings} tokens; reads the outputs of target layers {list(settings.layers)}; proposes "
         f"{draft.arch.draft_vocab_size} of {draft.arch.target_vocab_size} tokens.\n\nServe it with {engine}:\n\n```bash\n{command}\n```\n"
     )
 
@@ -186,5 +186,5 @@ def _put_in_place(temp: Path, out: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _bytes(draft: DraftOnDisk, plan: ExportPlan) -> int:
-    return sum(tensor.numel() for tensor in draft.state.values()) * DTYPES[plan.dtype].itemsize
+def _bytes(draft: DraftOnDisk, settings: ExportSettings) -> int:
+    return sum(tensor.numel() for tensor in draft.state.values()) * DTYPES[settings.dtype].itemsize

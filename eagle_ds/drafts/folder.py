@@ -26,7 +26,7 @@ from eagle_ds.data.vocab import VocabMap
 from eagle_ds.drafts.served import EMBEDDING, VOCABULARY, arch_of_config, layer_outputs, tensor_shapes, training_name
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.target.files import TargetFacts
+from eagle_ds.target.files import TargetInfo
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def load_served_draft(folder: str | Path) -> tuple[dict[str, Tensor], DraftArch,
     return state, arch, vocab
 
 
-def served_layers(folder: Path, target: TargetFacts | None = None) -> tuple[int, ...] | None:
+def served_layers(folder: Path, target: TargetInfo | None = None) -> tuple[int, ...] | None:
     """Layer outputs that a served draft reads, None where its config.json does not say."""
     config = read_json(folder / "config.json")
     ids = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
@@ -216,7 +216,7 @@ def untrained_draft(arch: DraftArch, vocab: VocabMap, seed: int = 0) -> DraftOnD
     return DraftOnDisk(state, arch, vocab, Path("untrained"))
 
 
-def initial_draft(recipe: Recipe, target: TargetFacts | None = None) -> DraftOnDisk:
+def initial_draft(recipe: Recipe, target: TargetInfo | None = None) -> DraftOnDisk:
     """What ``draft.init_from`` starts from: tensors, vocabulary and norms of that draft, sizes checked against the recipe.
 
     Rope is the draft's own unless ``draft.override_rope``; the maximum length is the recipe's, which the export then

@@ -22,7 +22,7 @@ import torch
 from eagle_ds.config.recipe import RopeScaling
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.target.files import TargetFacts, rope_of
+from eagle_ds.target.files import TargetInfo, rope_of
 
 SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle3"
 VLLM_ARCHITECTURE = "Eagle3LlamaForCausalLM"
@@ -69,7 +69,7 @@ def layer_outputs(ids: Sequence[int], model_type: str | None = None, num_layers:
     return [layer - 1 for layer in ids] if entering else list(ids)
 
 
-def served_config(arch: DraftArch, outputs: Sequence[int], target: TargetFacts | None, dtype: str, vllm: bool) -> dict[str, Any]:
+def served_config(arch: DraftArch, outputs: Sequence[int], target: TargetInfo | None, dtype: str, vllm: bool) -> dict[str, Any]:
     """config.json of a draft that reads the layer outputs ``outputs``. ``target``: for its token ids and its class."""
     ids = sglang_layer_ids(outputs, target.model_type if target else None)
     config: dict[str, Any] = {

@@ -21,7 +21,7 @@ from typing import Any
 from eagle_ds.config.deepspeed import bf16_enabled, offloads_optimizer, zero_stage
 from eagle_ds.config.recipe import DraftConfig, Recipe
 from eagle_ds.sharding import ranges as rg
-from eagle_ds.sharding.sequence import SequencePlan
+from eagle_ds.sharding.sequence import SequenceSharding
 
 GIB = 1 << 30
 LOSS_CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}  # loss.CHUNK_BYTES
@@ -45,43 +45,43 @@ class Rows:
     attended_keys: int  # query-key pairs of one TTT step, over the heads that one rank holds of its ring rank's rows
 
     @classmethod
-    def of(cls, plan: SequencePlan) -> Rows:
+    def of(cls, sharding: SequenceSharding) -> Rows:
         """The busiest rank of ``plan`` in each respect."""
-        ranks = range(plan.world)
+        ranks = range(sharding.world)
         return cls(
-            context=max(rg.count(r) for r in plan.context),
-            query=max(rg.count(r) for r in plan.queries),
-            aux=max(rg.count(plan.aux_rows(r)) for r in ranks),
-            target=max(rg.count(plan.target_rows(r)) for r in ranks),
-            total=plan.num_tokens,
-            attended_keys=max(plan.attention_work(r) for r in range(plan.ring)),
+            context=max(rg.count(r) for r in sharding.context),
+            query=max(rg.count(r) for r in sharding.queries),
+            aux=max(rg.count(sharding.aux_rows(r)) for r in ranks),
+            target=max(rg.count(sharding.target_rows(r)) for r in ranks),
+            total=sharding.num_tokens,
+            attended_keys=max(sharding.attention_work(r) for r in range(sharding.ring)),
         )
 
     @classmethod
-    def of_rank(cls, plan: SequencePlan, rank: int) -> Rows:
+    def of_rank(cls, sharding: SequenceSharding, rank: int) -> Rows:
         """One rank of ``plan``; ``rank`` counts within its sequence."""
         return cls(
-            context=rg.count(plan.context[rank]),
-            query=rg.count(plan.queries[rank]),
-            aux=rg.count(plan.aux_rows(rank)),
-            target=rg.count(plan.target_rows(rank)),
-            total=plan.num_tokens,
-            attended_keys=plan.attention_work(rank // plan.ulysses),
+            context=rg.count(sharding.context[rank]),
+            query=rg.count(sharding.queries[rank]),
+            aux=rg.count(sharding.aux_rows(rank)),
+            target=rg.count(sharding.target_rows(rank)),
+            total=sharding.num_tokens,
+            attended_keys=sharding.attention_work(rank // sharding.ulysses),
         )
 
 
 def predict_memory(
-    recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, *, cpu: bool = False, prefetched: int = PREFETCHED
+    recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, sharding: SequenceSharding, *, cpu: bool = False, prefetched: int = PREFETCHED
 ) -> Parts:
     """Peak bytes of the busiest rank by component, at the stage of the step that holds most."""
-    return max(stages(recipe, ds_json, world_size, plan, cpu=cpu, prefetched=prefetched).values(), key=lambda parts: sum(parts.values()))
+    return max(stages(recipe, ds_json, world_size, sharding, cpu=cpu, prefetched=prefetched).values(), key=lambda parts: sum(parts.values()))
 
 
 def stages(
-    recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, *, cpu: bool = False, prefetched: int = PREFETCHED
+    recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, sharding: SequenceSharding, *, cpu: bool = False, prefetched: int = PREFETCHED
 ) -> dict[str, Parts]:
     """Bytes of the busiest rank by stage of the step and by component."""
-    rows, element = Rows.of(plan), 2 if bf16_enabled(dict(ds_json)) else 4
+    rows, element = Rows.of(sharding), 2 if bf16_enabled(dict(ds_json)) else 4
     inputs = (len(recipe.target.aux_ids) * rows.aux + rows.target) * recipe.target.hidden_size * element
     always = {
         "process": GIB * 9 // 10 if cpu else GIB * 3 // 2,  # Python, PyTorch, DeepSpeed, allocator; CUDA context, NCCL
@@ -89,16 +89,16 @@ def stages(
         "hidden states": inputs,
         "next sequence's hidden states": prefetched * inputs,
     }
-    unrolled = _Unrolled(recipe, plan, rows, element, cpu)
+    unrolled = _Unrolled(recipe, sharding, rows, element, cpu)
     return {stage.name: always | unrolled.parts(stage) for stage in unrolled.stages()}
 
 
-def host_bytes(recipe: Recipe, ds_json: Mapping[str, Any], plan: SequencePlan) -> int:
+def host_bytes(recipe: Recipe, ds_json: Mapping[str, Any], sharding: SequenceSharding) -> int:
     """Pinned host memory that ``training.offload_activations`` fills on the busiest rank."""
     if not recipe.training.offload_activations:
         return 0
-    rows, element = Rows.of(plan), 2 if bf16_enabled(dict(ds_json)) else 4
-    return _Unrolled(recipe, plan, rows, element, cpu=False).moved_bytes
+    rows, element = Rows.of(sharding), 2 if bf16_enabled(dict(ds_json)) else 4
+    return _Unrolled(recipe, sharding, rows, element, cpu=False).moved_bytes
 
 
 def draft_parameters(recipe: Recipe) -> dict[str, int]:
@@ -154,12 +154,12 @@ def prefix_bytes(recipe: Recipe, rows: int, element: int, gradient: int = 4) -> 
     return 2 * rows * width * (element + gradient)
 
 
-def _rotates(plan: SequencePlan) -> bool:
-    return plan.ring > 1 and plan.ring_mode == "p2p"
+def _rotates(sharding: SequenceSharding) -> bool:
+    return sharding.ring > 1 and sharding.ring_mode == "p2p"
 
 
-def _prefix_rows(plan: SequencePlan) -> int:
-    return -(-plan.num_tokens // plan.ring) if _rotates(plan) else plan.num_tokens
+def _prefix_rows(sharding: SequenceSharding) -> int:
+    return -(-sharding.num_tokens // sharding.ring) if _rotates(sharding) else sharding.num_tokens
 
 
 def kept_per_query_row(recipe: Recipe, element: int, ulysses: int, *, eager: bool = False) -> Parts:
@@ -201,17 +201,17 @@ class _Stage:
 class _Unrolled:
     """The T steps of the busiest rank, in bytes. ``state``, ``query``, ``diagonal``, ``inner``: one row's vector of each kind."""
 
-    def __init__(self, recipe: Recipe, plan: SequencePlan, rows: Rows, element: int, cpu: bool) -> None:
+    def __init__(self, recipe: Recipe, sharding: SequenceSharding, rows: Rows, element: int, cpu: bool) -> None:
         draft = recipe.draft
-        self.recipe, self.plan, self.rows, self.element, self.cpu = recipe, plan, rows, element, cpu
+        self.recipe, self.sharding, self.rows, self.element, self.cpu = recipe, sharding, rows, element, cpu
         self.steps, self.recompute = recipe.training.ttt_steps, recipe.training.recompute
         self.offloads = recipe.training.offload_activations
-        self.kept = kept_per_query_row(recipe, element, plan.ulysses, eager=cpu)
+        self.kept = kept_per_query_row(recipe, element, sharding.ulysses, eager=cpu)
         self.state = draft.hidden_size * element
         self.query = draft.num_attention_heads * draft.head_dim * element
         self.diagonal = 2 * draft.num_key_value_heads * draft.head_dim * element  # K and V
         self.inner = draft.intermediate_size * element
-        self.prefix = _prefix_rows(plan)
+        self.prefix = _prefix_rows(sharding)
         self.dkv = prefix_bytes(recipe, self.prefix, 0)
         self.tokens = rows.target + 1
         self.embedding = self.state if draft.hidden_size != recipe.target.hidden_size else 0  # one that is trained is kept
@@ -345,8 +345,8 @@ class _Unrolled:
     def _attention(self) -> int:
         """The largest of: the kernel with its float32 dq; the way back through Ulysses; the diagonals' pass."""
         rows, wide = self.rows.query, self.query // self.element * 4
-        copies = (3 if self.recompute == "full" else 2) * self.query if self.plan.ulysses > 1 else 0  # dout, out, q with heads sharded
-        if _rotates(self.plan):  # dq in float32 over all blocks; a block's K/V and dK/dV here, arriving and leaving
+        copies = (3 if self.recompute == "full" else 2) * self.query if self.sharding.ulysses > 1 else 0  # dout, out, q with heads sharded
+        if _rotates(self.sharding):  # dq in float32 over all blocks; a block's K/V and dK/dV here, arriving and leaving
             kernel = rows * (2 * self.query + copies + 2 * wide) + self.dkv // 4 * self.element * 2 + 3 * self.dkv
         else:
             kernel = rows * (2 * self.query + copies + wide) + self.dkv // 4 * self.element
@@ -378,7 +378,7 @@ class _Unrolled:
     def _exchange(self) -> int:
         """dK_0/dV_0 of the rank's own rows; on the way there a received and a summed copy of what the rank held. Beside them the
         gradient of the weights lent, as far as the steps have made it."""
-        return self.weights + self.rows.context * self.diagonal + (2 * self.dkv if self.plan.world > 1 else 0)
+        return self.weights + self.rows.context * self.diagonal + (2 * self.dkv if self.sharding.world > 1 else 0)
 
     def _context(self) -> int:
         """dK_0/dV_0 on their way through z, beside the gradient of the weights lent."""

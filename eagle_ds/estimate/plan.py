@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_ds.config.deepspeed import bf16_enabled, deepspeed_config, derived_rows, read_ds_json
-from eagle_ds.config.recipe import Recipe, data_parallel_size
+from eagle_ds.config.recipe import Recipe, capture_command, data_parallel_size
 from eagle_ds.config.settings import join_or
 from eagle_ds.data.packing import screen
 from eagle_ds.data.sampler import Sampler
@@ -24,13 +24,12 @@ from eagle_ds.estimate.planner import (
     floor_seconds,
     in_turns,
     largest_length,
-    plan_for,
     recompute_bytes,
+    sharding_for,
 )
 from eagle_ds.sharding import ranges as rg
-from eagle_ds.sharding.sequence import Document, SequencePlan
-from eagle_ds.store.manifest import FACTS_NAME, read_manifest
-from eagle_ds.training.preflight import capture_command
+from eagle_ds.sharding.sequence import Document, SequenceSharding
+from eagle_ds.store.manifest import STORE_JSON, read_manifest
 
 RANKS_SHOWN = 16
 
@@ -49,15 +48,15 @@ def describe_plan(
     documents, origin = heaviest_sequence(recipe, dp)
     tokens = sum(document.num_tokens for document in documents)
     mode = choose_ring_mode(recipe, tokens, 2 if bf16_enabled(ds_json) else 4, device.usable_bytes if device.memory_gib < 1e6 else 16 * GIB)
-    plan = plan_for(recipe, documents, mode)
+    sharding = sharding_for(recipe, documents, mode)
     parallel = recipe.parallel
     parts = [
         f"{recipe.name}: world_size {world_size} = dp {dp} * ulysses {parallel.ulysses} * ring {parallel.ring}\n",
         _title(f"Recipe, resolved ({recipe_json})") + json.dumps(recipe.model_dump(), indent=2) + "\n",
         _title(f"DeepSpeed ({recipe.deepspeed} and what follows from the recipe)") + _deepspeed_text(recipe, config, world_size),
-        _title("Sharding") + f"{origin}: {tokens} tokens, {plan.num_queries} trained rows\n" + sharding_table(plan),
-        _title(f"Memory a process, predicted ({device.name})") + _memory_text(recipe, ds_json, world_size, plan, device),
-        _title("Time of a sequence, forward and backward") + _time_text(recipe, plan, device),
+        _title("Sharding") + f"{origin}: {tokens} tokens, {sharding.num_queries} trained rows\n" + sharding_table(sharding),
+        _title(f"Memory a process, predicted ({device.name})") + _memory_text(recipe, ds_json, world_size, sharding, device),
+        _title("Time of a sequence, forward and backward") + _time_text(recipe, sharding, device),
         *(f"NOTE: {caveat}\n" for caveat in recipe.caveats),
         _title("Files") + _files_text(recipe, capture_command(recipe_json, overrides)),
     ]
@@ -80,7 +79,7 @@ def find_device(name: str | None) -> Device:
 def heaviest_sequence(recipe: Recipe, dp: int) -> tuple[list[Document], str]:
     """The sequence of the first epoch that costs most; before there is a store, ``max_length`` tokens, all trained."""
     root, data, training = Path(recipe.data.store), recipe.data, recipe.training
-    entries = read_manifest(root)[0] if (root / FACTS_NAME).is_file() else []
+    entries = read_manifest(root)[0] if (root / STORE_JSON).is_file() else []
     if not entries:
         return [in_turns(data.max_length, 1.0)], f"no samples in {root} yet: one sample of max_length, all trained"
     samples, screening = screen(
@@ -102,15 +101,15 @@ def heaviest_sequence(recipe: Recipe, dp: int) -> tuple[list[Document], str]:
     return [samples[number].document for number in heaviest], origin
 
 
-def sharding_table(plan: SequencePlan) -> str:
+def sharding_table(sharding: SequenceSharding) -> str:
     """A line a rank: how many rows of each kind, and which context rows."""
     rows: list[Sequence[object]] = [("rank", "context rows", "query rows", "aux rows read", "target rows read", "context")]
-    for rank in range(min(plan.world, RANKS_SHOWN)):
-        shares = (plan.context[rank], plan.queries[rank], plan.aux_rows(rank), plan.target_rows(rank))
-        rows.append((rank, *map(rg.count, shares), " ".join(f"{a}-{b}" for a, b in plan.context[rank])))
-    more = f"... and {plan.world - RANKS_SHOWN} more ranks\n" if plan.world > RANKS_SHOWN else ""
-    balance = ", ".join(f"{name} {value:.3f}" for name, value in plan.balance.items())
-    exchange = f"; ring mode {plan.ring_mode}" if plan.ring > 1 else ""
+    for rank in range(min(sharding.world, RANKS_SHOWN)):
+        shares = (sharding.context[rank], sharding.queries[rank], sharding.aux_rows(rank), sharding.target_rows(rank))
+        rows.append((rank, *map(rg.count, shares), " ".join(f"{a}-{b}" for a, b in sharding.context[rank])))
+    more = f"... and {sharding.world - RANKS_SHOWN} more ranks\n" if sharding.world > RANKS_SHOWN else ""
+    balance = ", ".join(f"{name} {value:.3f}" for name, value in sharding.balance.items())
+    exchange = f"; ring mode {sharding.ring_mode}" if sharding.ring > 1 else ""
     return f"{_table(rows)}{more}busiest rank / mean: {balance}{exchange}\n"
 
 
@@ -123,13 +122,13 @@ def _deepspeed_text(recipe: Recipe, config: dict[str, Any], world_size: int) -> 
     return _table(derived) + "".join(f"{key}  {json.dumps(value)}\n" for key, value in rest.items())
 
 
-def _memory_text(recipe: Recipe, ds_json: dict[str, Any], world_size: int, plan: SequencePlan, device: Device) -> str:
-    parts = predict_memory(recipe, ds_json, world_size, plan, cpu=device.name == "cpu")
+def _memory_text(recipe: Recipe, ds_json: dict[str, Any], world_size: int, sharding: SequenceSharding, device: Device) -> str:
+    parts = predict_memory(recipe, ds_json, world_size, sharding, cpu=device.name == "cpu")
     rows = [(name, f"{size / GIB:8.2f} GiB") for name, size in parts.items() if size] + [("sum", f"{sum(parts.values()) / GIB:8.2f} GiB")]
     text = _table(rows) + f"trained parameters: {sum(draft_parameters(recipe).values()) / 1e6:.1f} million\n"
-    if host := host_bytes(recipe, ds_json, plan):
+    if host := host_bytes(recipe, ds_json, sharding):
         text += f"pinned host memory a process, for offloaded activations: {host / GIB:.2f} GiB\n"
-    needs = recompute_bytes(recipe, ds_json, world_size, plan, cpu=device.name == "cpu")
+    needs = recompute_bytes(recipe, ds_json, world_size, sharding, cpu=device.name == "cpu")
     text += f"by training.recompute: {', '.join(f'{mode} {size / GIB:.1f}' for mode, size in needs.items())} GiB\n"
     if device.name == "cpu":
         return text
@@ -137,16 +136,16 @@ def _memory_text(recipe: Recipe, ds_json: dict[str, Any], world_size: int, plan:
         length = largest_length(recipe, ds_json, world_size, device, fraction)
         text += f"longest sequence in {device.usable_bytes / GIB:.1f} usable GiB, {fraction:.0%} of rows trained: {length} tokens\n"
     try:
-        check_fits(recipe, ds_json, world_size, plan, device)
+        check_fits(recipe, ds_json, world_size, sharding, device)
     except ValueError as error:
         return text + f"DOES NOT FIT: {error}\n"
-    if faster := faster_recompute(recipe, ds_json, world_size, plan, device):
+    if faster := faster_recompute(recipe, ds_json, world_size, sharding, device):
         text += f"NOTE: {faster}\n"
     return text
 
 
-def _time_text(recipe: Recipe, plan: SequencePlan, device: Device) -> str:
-    floor = floor_seconds(recipe, plan, device)
+def _time_text(recipe: Recipe, sharding: SequenceSharding, device: Device) -> str:
+    floor = floor_seconds(recipe, sharding, device)
     if not floor:
         return f"no estimate: no rates were measured for {device.name}\n"
     parts = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in floor.items())
@@ -160,7 +159,7 @@ def _files_text(recipe: Recipe, command: str) -> str:
     data, run = recipe.data, recipe.run_dir
     rows: list[Sequence[object]] = [("reads", recipe.target.model, "the target's embedding and head")]
     for store in filter(None, (data.store, data.eval_store)):
-        state = "there" if (Path(store) / FACTS_NAME).is_file() else f"MISSING, capture it: {command}"
+        state = "there" if (Path(store) / STORE_JSON).is_file() else f"MISSING, capture it: {command}"
         rows.append(("reads", store, state))
     if recipe.draft.init_from:
         rows.append(("reads", recipe.draft.init_from, "draft to start from"))

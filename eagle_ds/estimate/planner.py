@@ -14,7 +14,7 @@ from typing import Any, Literal
 from eagle_ds.config.deepspeed import bf16_enabled
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.estimate.memory import GIB, Rows, draft_parameters, host_bytes, predict_memory, prefix_bytes
-from eagle_ds.sharding.sequence import Document, SequencePlan, plan_sequence
+from eagle_ds.sharding.sequence import Document, SequenceSharding, shard_sequence
 
 USABLE = 0.95  # of a device's memory: the allocator's fragmentation takes the rest
 RECOMPUTE = ("none", "selective", "mlp", "full")  # training.recompute, the fastest first
@@ -52,9 +52,9 @@ DEVICES = {
 }
 
 
-def plan_for(recipe: Recipe, documents: list[Document], ring_mode: Literal["gather", "p2p"] = "gather") -> SequencePlan:
+def sharding_for(recipe: Recipe, documents: list[Document], ring_mode: Literal["gather", "p2p"] = "gather") -> SequenceSharding:
     """The sharding plan of ``documents`` under the recipe's layout."""
-    return plan_sequence(
+    return shard_sequence(
         documents,
         ulysses=recipe.parallel.ulysses,
         ring=recipe.parallel.ring,
@@ -108,18 +108,18 @@ def projection_macs(recipe: Recipe, context: int, queries: int, tokens: int) -> 
     return draft.hidden_size * (2 * kv * context + (q + later) * tokens + (steps * q + (steps - 1) * kv) * queries)
 
 
-def floor_seconds(recipe: Recipe, plan: SequencePlan, device: Device, rows: Rows | None = None) -> dict[str, float]:
+def floor_seconds(recipe: Recipe, sharding: SequenceSharding, device: Device, rows: Rows | None = None) -> dict[str, float]:
     """Least time of the busiest rank, or of one with ``rows``, for one sequence, forward and backward: {"attention", "matmuls"};
     empty without rates."""
     if not device.matmul_tflops:
         return {}
-    rows, draft, steps = rows or Rows.of(plan), recipe.draft, recipe.training.ttt_steps
+    rows, draft, steps = rows or Rows.of(sharding), recipe.draft, recipe.training.ttt_steps
     parts = draft_parameters(recipe)
     queries = draft.num_attention_heads * draft.head_dim
     macs = rows.aux * parts["fc"] + projection_macs(recipe, rows.context, rows.query, rows.target)
     macs += rows.query * steps * (queries * draft.hidden_size + parts["mlp"] + parts["lm_head"])
     label_macs = rows.target * draft.vocab_size * recipe.target.hidden_size  # frozen: no backward
-    pairs = rows.attended_keys / plan.ulysses * queries * steps
+    pairs = rows.attended_keys / sharding.ulysses * queries * steps
     forward, backward = device.attention_forward_tflops * 1e12, device.attention_backward_tflops * 1e12
     return {
         "attention": 4 * pairs / forward + 10 * pairs / backward,
@@ -133,45 +133,45 @@ def largest_length(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, 
 
     def fits(length: int) -> bool:
         mode = choose_ring_mode(recipe, length, element, device.usable_bytes)
-        plan = plan_for(recipe, [in_turns(length, fraction)], mode)
-        return sum(predict_memory(recipe, ds_json, world_size, plan).values()) <= device.usable_bytes
+        sharding = sharding_for(recipe, [in_turns(length, fraction)], mode)
+        return sum(predict_memory(recipe, ds_json, world_size, sharding).values()) <= device.usable_bytes
 
     return _last_true(lambda n: fits(1024 * n), 1 << 14) * 1024
 
 
-def check_fits(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, device: Device) -> None:
+def check_fits(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, sharding: SequenceSharding, device: Device) -> None:
     """Raise ValueError, before any training, if ``plan`` is predicted not to fit: with the length and the setting that would."""
-    needed = sum(predict_memory(recipe, ds_json, world_size, plan).values())
+    needed = sum(predict_memory(recipe, ds_json, world_size, sharding).values())
     if needed > device.usable_bytes:
         raise ValueError(
-            f"{describe_need(plan, needed)}, and {device.usable_bytes / GIB:.1f} GiB are usable; "
-            f"{advice(recipe, ds_json, world_size, plan, device)}; --training.check_memory false tries it all the same"
+            f"{describe_need(sharding, needed)}, and {device.usable_bytes / GIB:.1f} GiB are usable; "
+            f"{advice(recipe, ds_json, world_size, sharding, device)}; --training.check_memory false tries it all the same"
         )
 
 
-def describe_need(plan: SequencePlan, needed_bytes: int) -> str:
+def describe_need(sharding: SequenceSharding, needed_bytes: int) -> str:
     """A clause: the sequence, its layout, and what it is predicted to take."""
     return (
-        f"a sequence of {plan.num_tokens} tokens with {plan.num_queries} trained rows needs about {needed_bytes / GIB:.1f} GiB a GPU on "
-        f"ulysses {plan.ulysses} * ring {plan.ring}"
+        f"a sequence of {sharding.num_tokens} tokens with {sharding.num_queries} trained rows needs about {needed_bytes / GIB:.1f} GiB a GPU on "
+        f"ulysses {sharding.ulysses} * ring {sharding.ring}"
     )
 
 
-def advice(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, device: Device) -> str:
+def advice(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, sharding: SequenceSharding, device: Device) -> str:
     """Two clauses: the longest sequence of this kind that fits, and the mildest setting that makes this one fit."""
-    length = largest_length(recipe, ds_json, world_size, device, plan.num_queries / plan.num_tokens)
-    return f"{length} tokens would fit; {what_would_fit(recipe, ds_json, world_size, plan, device)}"
+    length = largest_length(recipe, ds_json, world_size, device, sharding.num_queries / sharding.num_tokens)
+    return f"{length} tokens would fit; {what_would_fit(recipe, ds_json, world_size, sharding, device)}"
 
 
-def what_would_fit(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, device: Device) -> str:
+def what_would_fit(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, sharding: SequenceSharding, device: Device) -> str:
     """The mildest change that makes ``plan``'s sequence fit, as a clause."""
-    documents = list(plan.documents)
+    documents = list(sharding.documents)
 
-    def replanned(changed: Recipe) -> SequencePlan:
-        wider = changed.parallel.ring > plan.ring
+    def replanned(changed: Recipe) -> SequenceSharding:
+        wider = changed.parallel.ring > sharding.ring
         element = 2 if bf16_enabled(dict(ds_json)) else 4
-        mode = choose_ring_mode(changed, plan.num_tokens, element, device.usable_bytes) if wider else plan.ring_mode
-        return plan_for(changed, documents, mode)
+        mode = choose_ring_mode(changed, sharding.num_tokens, element, device.usable_bytes) if wider else sharding.ring_mode
+        return sharding_for(changed, documents, mode)
 
     def fits(changed: Recipe, ranks: int) -> bool:
         return sum(predict_memory(changed, ds_json, ranks, replanned(changed)).values()) <= device.usable_bytes
@@ -200,17 +200,17 @@ def _milder(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def recompute_bytes(
-    recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, *, cpu: bool = False
+    recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, sharding: SequenceSharding, *, cpu: bool = False
 ) -> dict[str, int]:
     """Predicted bytes of the busiest rank by ``training.recompute``, the fastest first."""
     changed = {mode: _with(recipe, "training", recompute=mode) for mode in RECOMPUTE}
-    return {mode: sum(predict_memory(one, ds_json, world_size, plan, cpu=cpu).values()) for mode, one in changed.items()}
+    return {mode: sum(predict_memory(one, ds_json, world_size, sharding, cpu=cpu).values()) for mode, one in changed.items()}
 
 
-def faster_recompute(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, plan: SequencePlan, device: Device) -> str:
+def faster_recompute(recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, sharding: SequenceSharding, device: Device) -> str:
     """A sentence that names the fastest ``training.recompute`` that is predicted to fit ``device``, or nothing where the recipe's
     own is that."""
-    for mode, needed in recompute_bytes(recipe, ds_json, world_size, plan, cpu=device.name == "cpu").items():
+    for mode, needed in recompute_bytes(recipe, ds_json, world_size, sharding, cpu=device.name == "cpu").items():
         if mode == recipe.training.recompute:
             break
         if needed <= device.usable_bytes:

@@ -32,7 +32,7 @@ from eagle_ds.evaluation.decoding import (
     decode_speculative,
     prefill,
 )
-from eagle_ds.target.files import TargetFacts, resolve_target, stop_token_ids
+from eagle_ds.target.files import TargetInfo, resolve_target, stop_token_ids
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class TargetFiles:
     """What decoding needs of a target beside its weights."""
 
     folder: Path
-    facts: TargetFacts
+    info: TargetInfo
     encoder: ChatEncoder
     stop_ids: frozenset[int]
 
@@ -263,15 +263,15 @@ class TargetFiles:
     def open(cls, model: str, revision: str | None = None) -> TargetFiles:
         """Raises ValueError, one sentence, for a target or tokenizer that is missing or cannot be read."""
         folder = resolve_target(model, revision)
-        facts, tokenizer = TargetFacts.from_folder(folder), load_tokenizer(folder)
+        info, tokenizer = TargetInfo.from_folder(folder), load_tokenizer(folder)
         stops = frozenset(stop_token_ids(folder)) or frozenset({tokenizer.eos_token_id})
-        return cls(folder, facts, ChatEncoder(tokenizer, facts.max_position_embeddings), stops)
+        return cls(folder, info, ChatEncoder(tokenizer, info.max_position_embeddings), stops)
 
     def check_draft(self, draft: DraftOnDisk) -> None:
         """Raise ValueError if a draft was made for another size."""
         for name, stated in (("hidden_size", draft.arch.target_hidden_size), ("vocab_size", draft.arch.target_vocab_size)):
-            if getattr(self.facts, name) != stated:
-                raise ValueError(f"draft {draft.folder} is for a target of {name} {stated}, but this one has {getattr(self.facts, name)}")
+            if getattr(self.info, name) != stated:
+                raise ValueError(f"draft {draft.folder} is for a target of {name} {stated}, but this one has {getattr(self.info, name)}")
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def measure_during_training(recipe: Recipe, draft: DraftOnDisk, device: torch.de
     dtype = "float32" if device.type == "cpu" else recipe.target.dtype
     files = TargetFiles.open(recipe.target.model, recipe.target.revision)
     settings = DecodeSettings(max_new_tokens, recipe.training.ttt_steps, files.stop_ids)
-    room = min(recipe.data.max_length, files.facts.max_position_embeddings) - max_new_tokens
+    room = min(recipe.data.max_length, files.info.max_position_embeddings) - max_new_tokens
     found = load_prompts(recipe.data.eval_conversations, files.encoder, recipe.training.acceptance_prompts, room)
     target = LoadedTarget.load(files, recipe.target.aux_ids, dtype, str(device))
     measured = measure(target.cached, {"draft": target.cache(draft)}, found.prompts, settings, plain=False)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from eagle_ds.capture.parallel import next_result, running
+from eagle_ds.drafts.cached import CachedDraft
 from eagle_ds.drafts.folder import DraftOnDisk
 from eagle_ds.evaluation.acceptance import LoadedTarget, Measurement, Prompt, TargetFiles, measure
-from eagle_ds.evaluation.decoding import CachedDraft, DecodeSettings
+from eagle_ds.evaluation.decoding import DecodeSettings
 
 
 @dataclass(frozen=True)

@@ -152,9 +152,9 @@ def _dq_kernel(Q, K, V, DOut, DQ, Lse2, Delta, Lo, Hi, N, padded, scale, scale_l
     start, full_start, full_stop, stop = _span_of_rows(Lo, Hi, first, N, BM, BN)
     q = Q.load([first, head * q_head])
     dout = DOut.load([first, head * dout_head])
-    facts = head.to(tl.int64) * padded + rows
-    lse2 = tl.load(Lse2 + facts, mask=real, other=float("inf"))
-    delta = tl.load(Delta + facts, mask=real, other=0.0)
+    info = head.to(tl.int64) * padded + rows
+    lse2 = tl.load(Lse2 + info, mask=real, other=float("inf"))
+    delta = tl.load(Delta + info, mask=real, other=0.0)
     k_column, v_column = head // GROUP * k_head, head // GROUP * v_head
     dq = tl.zeros([BM, D], dtype=tl.float32)
     dq = _dq_span(dq, q, dout, lse2, delta, K, V, k_column, v_column, start, full_start, lo, hi, scale_log2, BN, True)
@@ -174,14 +174,14 @@ def _dkv_span(dk, dv, k, v, Q, DOut, Lse2, Delta, Lo, Hi, columns, kv_head, q_he
         rows = i + tl.arange(0, BM)
         q = Q.load([i, head * q_head])
         dout = DOut.load([i, head * dout_head])
-        facts = head.to(tl.int64) * padded + rows
-        p = tl.exp2(tl.dot(k, q.T) * scale_log2 - tl.load(Lse2 + facts)[None, :])
+        info = head.to(tl.int64) * padded + rows
+        p = tl.exp2(tl.dot(k, q.T) * scale_log2 - tl.load(Lse2 + info)[None, :])
         if MASKED:
             lo = tl.load(Lo + rows, mask=rows < N, other=0).to(tl.int32)
             hi = tl.load(Hi + rows, mask=rows < N, other=0).to(tl.int32)
             p = tl.where((columns[:, None] >= lo[None, :]) & (columns[:, None] < hi[None, :]), p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv)
-        ds = (p * (tl.dot(v, dout.T) - tl.load(Delta + facts)[None, :])).to(q.dtype)
+        ds = (p * (tl.dot(v, dout.T) - tl.load(Delta + info)[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk)
     return dk, dv
 

@@ -247,7 +247,7 @@ class Eagle3Draft(nn.Module):
         project = self._step_projections(batch)
         begun = project.begin(*self._tokens(batch.token_ids), weights)
         state, states, diagonals = _pick(fused, batch.query_index), [], []
-        for step in range(batch.plan.ttt_steps):
+        for step in range(batch.sharding.ttt_steps):
             q, *kv = project(begun, step, state)
             diagonals += kv
             if stay:

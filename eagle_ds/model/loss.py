@@ -86,7 +86,7 @@ class LossSettings:
 
 
 @dataclass
-class StepSums:
+class LossSums:
     """This rank's sums for the metrics, to be added over ranks and micro-batches: no means here."""
 
     steps: Tensor  # float64 [T, len(COLUMNS)], one column a name
@@ -100,7 +100,7 @@ class StepSums:
         return torch.cat([self.steps.reshape(-1), self.lengths])
 
     @classmethod
-    def from_flat(cls, flat: Tensor) -> StepSums:
+    def from_flat(cls, flat: Tensor) -> LossSums:
         """The inverse of ``flat``."""
         return cls(flat[:-2].view(-1, len(COLUMNS)), flat[-2:])
 
@@ -124,7 +124,7 @@ def counted_rows(trained: Tensor, token: Tensor, index: Tensor, t2d: Tensor) -> 
 
 def head_loss(
     states: list[Tensor], norm_weight: Tensor, weight: Tensor, eps: float, targets: HeadTargets, settings: LossSettings
-) -> tuple[Tensor, StepSums]:
+) -> tuple[Tensor, LossSums]:
     """(sum_k weights[k] * sum of counted rows' losses, metric sums). ``states``: T un-normed outputs [N, D]; weight [Vd, D].
 
     Differentiable in states, norm_weight and weight. Collective for the ``lambda`` loss alone.
@@ -138,7 +138,7 @@ def head_loss(
             sums = _Pass(states, norm_weight, weight, eps, targets, settings, None, gradients=False).run()
         mean = settings.alpha_mean(sums["alpha"], sums["counted"])
         mix = settings.kl_scale * torch.exp(-settings.kl_decay * mean)
-    sums_out: list[StepSums] = []
+    sums_out: list[LossSums] = []
     loss = _HeadLoss.apply(eps, targets, settings, mix, sums_out, norm_weight, weight, *states)
     return loss, sums_out[0]
 
@@ -151,7 +151,7 @@ class _HeadLoss(torch.autograd.Function):
         targets: HeadTargets,
         settings: LossSettings,
         mix: Tensor | None,
-        sums_out: list[StepSums],
+        sums_out: list[LossSums],
         norm_weight: Tensor,
         weight: Tensor,
         *states: Tensor,
@@ -209,7 +209,7 @@ class _Pass:
             return []
         return [self.d_norm.to(self.norm_weight.dtype), self.d_weight.to(self.weight.dtype), *self.d_states]
 
-    def run(self) -> StepSums:
+    def run(self) -> LossSums:
         """Visit every chunk of rows."""
         for chunk in self._chunks():
             self._chunk(chunk)
@@ -217,7 +217,7 @@ class _Pass:
         columns = (self._losses(), self.cross_entropy, self.entropy, counted, trained, self.correct, self.alpha)
         sums = torch.stack([column.sum(0, dtype=torch.float64) for column in columns], dim=1)
         lengths = torch.stack([self.alpha.to(torch.float64).cumprod(1).sum(), trained.any(1).sum().to(torch.float64)])
-        return StepSums(sums, lengths)
+        return LossSums(sums, lengths)
 
     def _chunks(self) -> Iterator[_Chunk]:
         size, rows, done = len(self.pairs_to), self._chunk_rows(), 0

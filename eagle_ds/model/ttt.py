@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eagle_ds.kernels.attention import BlockAttention, KeyBounds, merge, wide
 from eagle_ds.sharding import ranges as rg
-from eagle_ds.sharding.sequence import SequencePlan
+from eagle_ds.sharding.sequence import SequenceSharding
 
 if TYPE_CHECKING:
     from eagle_ds.parallel.topology import ProcessGroups
@@ -32,7 +32,7 @@ class PrefixAttention:
 
     def __init__(
         self,
-        plan: SequencePlan,
+        sharding: SequenceSharding,
         groups: ProcessGroups,
         kernel: BlockAttention,
         *,
@@ -46,20 +46,20 @@ class PrefixAttention:
         from eagle_ds.parallel.ring import RingExchange  # these import DeepSpeed, which tools that only load a draft do without
         from eagle_ds.parallel.ulysses import UlyssesExchange
 
-        self.plan = plan
+        self.sharding = sharding
         self.kernel = kernel
         self.ulysses = UlyssesExchange(groups.ulysses, query_heads, kv_heads)
-        self.ring = RingExchange(groups.ring, [plan.ring_context(r) for r in range(plan.ring)])
+        self.ring = RingExchange(groups.ring, [sharding.ring_context(r) for r in range(sharding.ring)])
         self.scale = head_dim**-0.5
         self.window = sliding_window
         self.resend_queries = resend_queries
         self.device = torch.device(device)
-        self.rotates = plan.ring > 1 and plan.ring_mode == "p2p"
-        own = slice(groups.ring.rank * plan.ulysses, (groups.ring.rank + 1) * plan.ulysses)
-        self.context_counts = [rg.count(r) for r in plan.context[own]]
-        self.query_counts = [rg.count(r) for r in plan.queries[own]]
-        self.query_rows = rg.rows(plan.ring_queries(groups.ring.rank))
-        bounds = plan.document_bounds()
+        self.rotates = sharding.ring > 1 and sharding.ring_mode == "p2p"
+        own = slice(groups.ring.rank * sharding.ulysses, (groups.ring.rank + 1) * sharding.ulysses)
+        self.context_counts = [rg.count(r) for r in sharding.context[own]]
+        self.query_counts = [rg.count(r) for r in sharding.queries[own]]
+        self.query_rows = rg.rows(sharding.ring_queries(groups.ring.rank))
+        bounds = sharding.document_bounds()
         self.first_row = np.array([a for a, _ in bounds])[np.searchsorted([b for _, b in bounds], self.query_rows, side="right")]
         self.kv = torch.empty(0)
         self._dkv: Tensor | None = None
@@ -128,7 +128,7 @@ class PrefixAttention:
 
     def _rotate_forward(self, q: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Every block of the ring passes by; the next one travels while this one is attended to."""
-        size, kv = self.plan.ring, self.kv
+        size, kv = self.sharding.ring, self.kv
         out = lse = None
         for i in range(size):
             block = (self.ring.group.rank - i) % size
@@ -140,7 +140,7 @@ class PrefixAttention:
 
     def _rotate_backward(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, step: int) -> Tensor:
         """As forward; a block's gradient follows it one hop behind, and the last hop brings it home."""
-        size, kv, following = self.plan.ring, self.kv, None
+        size, kv, following = self.sharding.ring, self.kv, None
         dq = torch.zeros(q.shape, dtype=wide(q.dtype), device=q.device)
         for i in range(size):
             block = (self.ring.group.rank - i) % size

@@ -60,7 +60,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class SequencePlan:
+class SequenceSharding:
     """Who owns what in one sequence of documents laid end to end; rows are numbered over the whole sequence.
 
     ``context[i]`` and ``queries[i]`` belong to sequence-parallel rank i; the ranks of one ring rank, taken in
@@ -156,7 +156,7 @@ class SequencePlan:
         ).hexdigest()[:16]
 
 
-def plan_sequence(
+def shard_sequence(
     documents: Sequence[Document],
     *,
     ulysses: int = 1,
@@ -165,7 +165,7 @@ def plan_sequence(
     ttt_steps: int = 7,
     alignment: Alignment = "serving",
     trained_rows_only: bool = True,
-) -> SequencePlan:
+) -> SequenceSharding:
     """The plan for ``documents`` packed end to end. Raises ValueError if there are none."""
     if not documents:
         raise ValueError("a sequence needs at least one document")
@@ -179,7 +179,7 @@ def plan_sequence(
         queries = _split_queries(tuple(r for part in trained for r in part), bounds, ulysses, ring)
     else:
         queries = context
-    return SequencePlan(tuple(documents), ulysses, ring, ring_mode, ttt_steps, context, queries)
+    return SequenceSharding(tuple(documents), ulysses, ring, ring_mode, ttt_steps, context, queries)
 
 
 def _cuts(total: int, pieces: int, align: int) -> list[int]:

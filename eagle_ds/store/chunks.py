@@ -83,7 +83,7 @@ def chunk_index(datasets: Datasets, name: str, header: Header) -> ChunkIndex | N
     return ChunkIndex(offsets, sizes, _crc32s(datasets.get(crc32_name(name)), grid), chunk_rows)
 
 
-def plan_reads(index: ChunkIndex, ranges: Sequence[RowRange]) -> list[list[ChunkJob]]:
+def chunk_jobs(index: ChunkIndex, ranges: Sequence[RowRange]) -> list[list[ChunkJob]]:
     """Each chunk that holds wanted rows, once, in batches that touch one another in the file."""
     jobs = [
         _job(index, chunk, layer, pieces)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from eagle_ds.store.codec import ENCODER
-from eagle_ds.store.manifest import StoreError, StoreFacts
+from eagle_ds.store.manifest import StoreError, StoreInfo
 
 SCHEMA = 1
 CHUNK_ROWS = 64
@@ -95,15 +95,15 @@ def unsigned(itemsize: int) -> type[np.unsignedinteger]:
     return _INTEGERS[itemsize][1]
 
 
-def check_sample(sample: Sample, facts: StoreFacts) -> None:
+def check_sample(sample: Sample, info: StoreInfo) -> None:
     """Raise ValueError unless the sample has the shapes, dtypes and value ranges that the store's facts promise."""
-    num_tokens, width = sample.num_tokens, len(facts.aux_layer_ids) * facts.hidden_size
-    state = TORCH_DTYPES[facts.dtype]
+    num_tokens, width = sample.num_tokens, len(info.aux_layer_ids) * info.hidden_size
+    state = TORCH_DTYPES[info.dtype]
     expected = {
         "input_ids": (torch.int32, (num_tokens,)),
         "loss_mask": (torch.uint8, (num_tokens,)),
         "aux_hidden_state": (state, (num_tokens, width)),
-        "hidden_state": (state, (num_tokens, facts.hidden_size)),
+        "hidden_state": (state, (num_tokens, info.hidden_size)),
         "target_token_id": (torch.int32, (num_tokens,)),
         "target_logsumexp": (torch.float32, (num_tokens,)),
     }
@@ -118,8 +118,8 @@ def check_sample(sample: Sample, facts: StoreFacts) -> None:
                 f"sample {sample.id!r}: {name} is {tensor.dtype} {list(tensor.shape)}, this store holds {dtype} {list(shape)}; "
                 "convert it explicitly, nothing is cast on the way in"
             )
-    if int(sample.input_ids.min()) < 0 or int(sample.input_ids.max()) >= facts.vocab_size:
-        raise ValueError(f"sample {sample.id!r}: input_ids reach outside 0..{facts.vocab_size - 1}, the target's vocabulary")
+    if int(sample.input_ids.min()) < 0 or int(sample.input_ids.max()) >= info.vocab_size:
+        raise ValueError(f"sample {sample.id!r}: input_ids reach outside 0..{info.vocab_size - 1}, the target's vocabulary")
     if int(sample.loss_mask.max()) > 1:
         raise ValueError(f"sample {sample.id!r}: loss_mask holds {int(sample.loss_mask.max())}, expected 0 or 1")
 
@@ -129,15 +129,15 @@ def create_file(sink: BinaryIO) -> h5py.File:
     return h5py.File(sink, "w", libver=("v110", "v110"))
 
 
-def create_wide(file: h5py.File, name: str, num_tokens: int, width: int, facts: StoreFacts) -> h5py.h5d.DatasetID:
+def create_wide(file: h5py.File, name: str, num_tokens: int, width: int, info: StoreInfo) -> h5py.h5d.DatasetID:
     """An empty [S, width] dataset, one layer's 64 rows a chunk, shuffle + gzip, never filled: we write each chunk ourselves."""
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plist.set_chunk((min(CHUNK_ROWS, num_tokens), facts.hidden_size))
+    plist.set_chunk((min(CHUNK_ROWS, num_tokens), info.hidden_size))
     plist.set_shuffle()
     plist.set_deflate(6)
     plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     space = h5py.h5s.create_simple((num_tokens, width))
-    return h5py.h5d.create(file.id, name.encode(), storage_type(facts.dtype), space, dcpl=plist)
+    return h5py.h5d.create(file.id, name.encode(), storage_type(info.dtype), space, dcpl=plist)
 
 
 def write_small(file: h5py.File, name: str, values: np.ndarray) -> None:
@@ -147,16 +147,16 @@ def write_small(file: h5py.File, name: str, values: np.ndarray) -> None:
     dataset.attrs[CRC32] = np.uint32(zlib.crc32(values.tobytes()))
 
 
-def write_header(file: h5py.File, sample: Sample, facts: StoreFacts) -> None:
+def write_header(file: h5py.File, sample: Sample, info: StoreInfo) -> None:
     """Attributes; ``complete`` comes last, after every chunk."""
     for name in ("target", "target_hash", "tokenizer_hash", "dtype"):
-        _set_string(file, name, getattr(facts, name))
+        _set_string(file, name, getattr(info, name))
     _set_string(file, "id", sample.id)
     _set_string(file, "encoder", ENCODER)
     file.attrs["schema"] = np.int32(SCHEMA)
     file.attrs["num_tokens"] = np.int64(sample.num_tokens)
-    file.attrs["hidden_size"] = np.int64(facts.hidden_size)
-    file.attrs["aux_layer_ids"] = np.array(facts.aux_layer_ids, np.int64)
+    file.attrs["hidden_size"] = np.int64(info.hidden_size)
+    file.attrs["aux_layer_ids"] = np.array(info.aux_layer_ids, np.int64)
     file.attrs["complete"] = np.uint8(1)
 
 

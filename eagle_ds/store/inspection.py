@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from eagle_ds.store.format import SMALL_DTYPES, WIDE_NAMES, Header
-from eagle_ds.store.manifest import FACTS_NAME, SampleEntry, StoreError, StoreFacts
+from eagle_ds.store.manifest import STORE_JSON, SampleEntry, StoreError, StoreInfo
 from eagle_ds.store.processes import fork_server
 from eagle_ds.store.reader import SampleReader
 from eagle_ds.store.store import Damage, Store, verify_file
@@ -41,7 +41,7 @@ class Report:
     """A store or a file at a glance."""
 
     path: Path
-    facts: StoreFacts | None  # None for a lone file
+    info: StoreInfo | None  # None for a lone file
     header: Header | None  # of the lone file, or of the store's first sound one
     lengths: np.ndarray  # int64 [samples], tokens
     trained: np.ndarray  # int64 [samples], trained tokens
@@ -59,8 +59,8 @@ def inspect(path: str | Path) -> Report:
     """Look at a store folder or at one file. Raises ValueError where there is neither."""
     path = Path(path)
     if path.is_dir():
-        if not (path / FACTS_NAME).exists():
-            raise ValueError(f"{path} is not a hidden-state store: it has no {FACTS_NAME}; give a store, or one .h5 file of it")
+        if not (path / STORE_JSON).exists():
+            raise ValueError(f"{path} is not a hidden-state store: it has no {STORE_JSON}; give a store, or one .h5 file of it")
         return _inspect_store(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a store, or one .h5 file of it")
@@ -71,7 +71,7 @@ def _inspect_store(root: Path) -> Report:
     store = Store(root)
     lengths = np.array([entry.num_tokens for entry in store.entries], np.int64)
     trained = np.array([entry.num_trained for entry in store.entries], np.int64)
-    report = Report(root, store.facts, None, lengths, trained, sum(entry.bytes for entry in store.entries))
+    report = Report(root, store.info, None, lengths, trained, sum(entry.bytes for entry in store.entries))
     step = max(1, len(store.entries) // SIZED_FILES)
     for entry in store.entries[::step]:
         try:
@@ -123,7 +123,7 @@ def verify(path: str | Path, workers: int = 1) -> Iterator[tuple[Path, list[Dama
         yield path, verify_file(path)
         return
     store = Store(path)
-    check = partial(_verify_entry, path, store.facts)
+    check = partial(_verify_entry, path, store.info)
     if workers == 1:
         yield from map(check, store.entries)
         return
@@ -131,8 +131,8 @@ def verify(path: str | Path, workers: int = 1) -> Iterator[tuple[Path, list[Dama
         yield from pool.map(check, store.entries, chunksize=4)
 
 
-def _verify_entry(root: Path, facts: StoreFacts, entry: SampleEntry) -> tuple[Path, list[Damage]]:
-    return root / entry.path, verify_file(root / entry.path, entry, facts)
+def _verify_entry(root: Path, info: StoreInfo, entry: SampleEntry) -> tuple[Path, list[Damage]]:
+    return root / entry.path, verify_file(root / entry.path, entry, info)
 
 
 def unlisted_files(root: str | Path) -> list[Path]:

@@ -23,7 +23,7 @@ from eagle_ds.store.codec import ENCODER
 
 logger = logging.getLogger(__name__)
 
-FACTS_NAME = "store.json"
+STORE_JSON = "store.json"
 MANIFEST_NAME = "manifest.jsonl"
 
 
@@ -32,7 +32,7 @@ class StoreError(ValueError):
 
 
 @dataclass(frozen=True)
-class StoreFacts:
+class StoreInfo:
     """What holds for every sample of a store."""
 
     target: str
@@ -78,26 +78,26 @@ def sample_path(sample_id: str) -> str:
     return f"samples/{digest[:2]}/{digest[2:34]}.h5"
 
 
-def write_facts(root: Path, facts: StoreFacts) -> None:
+def write_store_info(root: Path, info: StoreInfo) -> None:
     """Atomically: a store whose ``store.json`` exists has a whole one."""
-    temporary = root / f"{FACTS_NAME}.tmp"
+    temporary = root / f"{STORE_JSON}.tmp"
     with temporary.open("w") as file:
-        json.dump(_sealed(asdict(facts)), file, indent=2)
+        json.dump(_sealed(asdict(info)), file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(root / FACTS_NAME)
+    temporary.replace(root / STORE_JSON)
     sync_folder(root)
 
 
-def read_facts(root: Path) -> StoreFacts:
-    path = root / FACTS_NAME
+def read_store_info(root: Path) -> StoreInfo:
+    path = root / STORE_JSON
     try:
         record = _unsealed(json.loads(path.read_bytes()))
         record["aux_layer_ids"] = tuple(record["aux_layer_ids"])
-        return StoreFacts(**record)
+        return StoreInfo(**record)
     except FileNotFoundError as error:
-        raise StoreError(f"{root} is not a hidden-state store: it has no {FACTS_NAME}") from error
+        raise StoreError(f"{root} is not a hidden-state store: it has no {STORE_JSON}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(f"{path} is damaged ({error})") from error
 
@@ -127,12 +127,12 @@ def read_manifest(root: Path) -> tuple[list[SampleEntry], bytes]:
 
 def manifest_hash(root: Path, manifest: bytes) -> str:
     """One number for the facts and the list of samples: equal on two ranks when they see the same store."""
-    return hashlib.sha256((root / FACTS_NAME).read_bytes() + manifest).hexdigest()
+    return hashlib.sha256((root / STORE_JSON).read_bytes() + manifest).hexdigest()
 
 
-def differing_facts(ours: StoreFacts, theirs: StoreFacts) -> list[str]:
+def differing_facts(ours: StoreInfo, theirs: StoreInfo) -> list[str]:
     """Human-readable differences, one a fact."""
-    compared = [f.name for f in fields(StoreFacts) if f.compare]
+    compared = [f.name for f in fields(StoreInfo) if f.compare]
     return [
         f"{name} is {getattr(theirs, name)!r} there, {getattr(ours, name)!r} here"
         for name in compared
@@ -140,9 +140,9 @@ def differing_facts(ours: StoreFacts, theirs: StoreFacts) -> list[str]:
     ]
 
 
-def check_same_facts(root: Path, facts: StoreFacts) -> None:
+def check_same_store(root: Path, info: StoreInfo) -> None:
     """Raise ValueError, naming the differences, if the store at ``root`` was made with other facts."""
-    if differences := differing_facts(facts, read_facts(root)):
+    if differences := differing_facts(info, read_store_info(root)):
         raise ValueError(f"the store {root} was made with other facts: {'; '.join(differences)}; choose another folder")
 
 

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import torch
 
-from eagle_ds.store.chunks import ChunkIndex, ChunkJob, RowRange, chunk_index, plan_reads
+from eagle_ds.store.chunks import ChunkIndex, ChunkJob, RowRange, chunk_index, chunk_jobs
 from eagle_ds.store.codec import DamagedChunk, inflate, merge_planes
 from eagle_ds.store.format import (
     SMALL_DTYPES,
@@ -34,7 +34,7 @@ from eagle_ds.store.format import (
     torch_dtype,
     unsigned,
 )
-from eagle_ds.store.manifest import SampleEntry, StoreError, StoreFacts, trained_spans
+from eagle_ds.store.manifest import SampleEntry, StoreError, StoreInfo, trained_spans
 
 Result = TypeVar("Result")
 
@@ -80,11 +80,11 @@ class SampleReader:
     """
 
     def __init__(
-        self, path: Path, entry: SampleEntry | None = None, facts: StoreFacts | None = None, *, threads: int = 2, rows: bool = True
+        self, path: Path, entry: SampleEntry | None = None, info: StoreInfo | None = None, *, threads: int = 2, rows: bool = True
     ) -> None:
         self.path = path
         self.entry = entry
-        self.facts = facts
+        self.info = info
         self.threads = threads
         self.rows = rows
         self.stats = ReadStats()
@@ -112,7 +112,7 @@ class SampleReader:
             out.copy_(self._guarded(lambda: read_rows_h5py(self.path, name, ranges)))
             self.stats += ReadStats(out.nbytes, out.nbytes, out.nbytes)
             return out
-        batches = plan_reads(index, ranges)
+        batches = chunk_jobs(index, ranges)
         rows = raw_view(out)
         if self.threads == 1 or len(batches) == 1:
             done = [self._read_batch(opened, name, index, batch, rows) for batch in batches]
@@ -178,8 +178,8 @@ class SampleReader:
             if trained_spans(loss_mask.numpy()) != entry.trained_spans:
                 raise StoreError("its loss_mask is not the one in the manifest")
         for name in ("target", "target_hash", "tokenizer_hash", "hidden_size", "aux_layer_ids", "dtype"):
-            if self.facts is not None and getattr(header, name) != getattr(self.facts, name):
-                raise StoreError(f"{name} is {getattr(header, name)!r}, the store's is {getattr(self.facts, name)!r}")
+            if self.info is not None and getattr(header, name) != getattr(self.info, name):
+                raise StoreError(f"{name} is {getattr(header, name)!r}, the store's is {getattr(self.info, name)!r}")
 
     def _destination(self, header: Header, name: str, ranges: Sequence[RowRange], out: torch.Tensor | None) -> torch.Tensor:
         for start, stop in ranges:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from eagle_ds.store.chunks import RowRange
 from eagle_ds.store.format import CHUNK_ROWS, WIDE_NAMES, Sample
-from eagle_ds.store.manifest import SampleEntry, StoreError, StoreFacts, manifest_hash, read_facts, read_manifest
+from eagle_ds.store.manifest import SampleEntry, StoreError, StoreInfo, manifest_hash, read_manifest, read_store_info
 from eagle_ds.store.reader import ReadStats, SampleReader, read_rows_h5py
 from eagle_ds.store.writer import StoreWriter
 
@@ -27,7 +27,7 @@ __all__ = [
     "SampleReader",
     "Store",
     "StoreError",
-    "StoreFacts",
+    "StoreInfo",
     "StoreWriter",
     "read_rows_h5py",
     "verify_file",
@@ -41,7 +41,7 @@ class Store:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self.facts: StoreFacts = read_facts(self.root)
+        self.info: StoreInfo = read_store_info(self.root)
         self.entries, manifest = read_manifest(self.root)
         self.manifest_hash: str = manifest_hash(self.root, manifest)
 
@@ -50,7 +50,7 @@ class Store:
 
     def reader(self, entry: SampleEntry, *, threads: int = 2, rows: bool = True) -> SampleReader:
         """A reader that checks the file against the manifest and the facts when it opens."""
-        return SampleReader(self.root / entry.path, entry, self.facts, threads=threads, rows=rows)
+        return SampleReader(self.root / entry.path, entry, self.info, threads=threads, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Damage:
     reason: str
 
 
-def verify_file(path: str | Path, entry: SampleEntry | None = None, facts: StoreFacts | None = None, *, threads: int = 1) -> list[Damage]:
+def verify_file(path: str | Path, entry: SampleEntry | None = None, info: StoreInfo | None = None, *, threads: int = 1) -> list[Damage]:
     """Read and inflate everything in a file; an empty list means sound."""
     path = Path(path)
-    with SampleReader(path, entry, facts, threads=threads) as reader:
+    with SampleReader(path, entry, info, threads=threads) as reader:
         try:
             num_tokens = reader.header.num_tokens
         except StoreError as error:

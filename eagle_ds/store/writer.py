@@ -38,17 +38,17 @@ from eagle_ds.store.format import (
     write_small,
 )
 from eagle_ds.store.manifest import (
-    FACTS_NAME,
     MANIFEST_NAME,
+    STORE_JSON,
     SampleEntry,
-    StoreFacts,
-    check_same_facts,
+    StoreInfo,
+    check_same_store,
     manifest_line,
     read_manifest,
     sample_path,
     sync_folder,
     trained_spans,
-    write_facts,
+    write_store_info,
 )
 from eagle_ds.store.sink import DiskSink
 
@@ -63,15 +63,15 @@ class SampleFiles:
     be memory maps. ``write`` may be called from several threads.
     """
 
-    def __init__(self, root: str | Path, facts: StoreFacts, *, workers: int = 2) -> None:
+    def __init__(self, root: str | Path, info: StoreInfo, *, workers: int = 2) -> None:
         self.root = Path(root)
-        self.facts = facts
+        self.info = info
         self._window = 3 * workers
         self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
 
     def write(self, sample: Sample) -> SampleEntry:
         """Store one sample's file durably, replacing one of the same id; ValueError if it does not fit the facts."""
-        check_sample(sample, self.facts)
+        check_sample(sample, self.info)
         temporary = self.root / "writing" / f"{uuid.uuid4().hex}.h5"
         path = sample_path(sample.id)
         try:
@@ -82,7 +82,7 @@ class SampleFiles:
                     for name in SMALL_DTYPES:
                         if (tensor := getattr(sample, name)) is not None:
                             write_small(file, name, tensor.numpy())
-                    write_header(file, sample, self.facts)
+                    write_header(file, sample, self.info)
                 num_bytes = sink.sync()
             _rename(temporary, self.root / path)
         finally:
@@ -92,17 +92,17 @@ class SampleFiles:
 
     def _write_wide(self, file: h5py.File, sink: DiskSink, name: str, rows: np.ndarray) -> None:
         """Write chunks in file order: row by row, so that a range of rows is one stretch of the file."""
-        dataset = create_wide(file, name, *rows.shape, self.facts)
+        dataset = create_wide(file, name, *rows.shape, self.info)
         crc32s = []
         for offset, chunk in self._encoded(rows):
             dataset.write_direct_chunk(offset, chunk.stream)
             crc32s.append(chunk.crc32)
             sink.check()
-        write_small(file, crc32_name(name), np.array(crc32s, np.uint32).reshape(-1, rows.shape[1] // self.facts.hidden_size))
+        write_small(file, crc32_name(name), np.array(crc32s, np.uint32).reshape(-1, rows.shape[1] // self.info.hidden_size))
 
     def _encoded(self, rows: np.ndarray) -> Iterator[tuple[Offset, Encoded]]:
         """Each chunk's place and stream; the worker threads are a window ahead of the consumer."""
-        chunk_rows, width = min(CHUNK_ROWS, len(rows)), self.facts.hidden_size
+        chunk_rows, width = min(CHUNK_ROWS, len(rows)), self.info.hidden_size
         pending: deque[tuple[Offset, Future[Encoded]]] = deque()
         for row in range(0, len(rows), chunk_rows):
             for column in range(0, rows.shape[1], width):
@@ -129,9 +129,9 @@ class StoreWriter:
     ``add`` may be called from several threads. ``workers`` threads encode (see `SampleFiles`).
     """
 
-    def __init__(self, root: str | Path, facts: StoreFacts, *, workers: int = 2) -> None:
+    def __init__(self, root: str | Path, info: StoreInfo, *, workers: int = 2) -> None:
         self.root = Path(root)
-        self.facts = facts
+        self.info = info
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_store(self.root)
         try:
@@ -141,7 +141,7 @@ class StoreWriter:
             raise
         self._busy_ids: set[str] = set()
         self._mutex = threading.Lock()
-        self._files = SampleFiles(self.root, facts, workers=workers)
+        self._files = SampleFiles(self.root, info, workers=workers)
 
     def add(self, sample: Sample) -> SampleEntry:
         """Store one sample durably; ValueError if it does not fit the facts or its id is already stored."""
@@ -175,15 +175,15 @@ class StoreWriter:
 
     def _settle(self) -> set[str]:
         """Bring the folder into a sound state and return the ids that need no writing."""
-        writing, is_new = self.root / "writing", not (self.root / FACTS_NAME).exists()
+        writing, is_new = self.root / "writing", not (self.root / STORE_JSON).exists()
         if is_new and writing.is_dir() and any(writing.iterdir()):
             raise ValueError(f"{writing} has files in it that no store of ours put there, and would be swept; choose another folder")
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
         if is_new:
-            write_facts(self.root, self.facts)
+            write_store_info(self.root, self.info)
         else:
-            check_same_facts(self.root, self.facts)
+            check_same_store(self.root, self.info)
         entries, whole_lines = read_manifest(self.root)
         with (self.root / MANIFEST_NAME).open("ab") as manifest:
             if manifest.tell() > len(whole_lines):

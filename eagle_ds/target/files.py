@@ -82,7 +82,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class TargetFacts:
+class TargetInfo:
     """Sizes and settings of a target, from its config.json (written by transformers 4 or 5)."""
 
     model_type: str
@@ -102,7 +102,7 @@ class TargetFacts:
     eos_token_ids: tuple[int, ...]
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> TargetFacts:
+    def from_folder(cls, folder: str | Path) -> TargetInfo:
         config = read_config(Path(folder))
         try:
             return cls._from_config(config)
@@ -110,7 +110,7 @@ class TargetFacts:
             raise ValueError(f"{folder}/config.json has no {error}; only decoder language models can be targets") from error
 
     @classmethod
-    def _from_config(cls, config: dict[str, Any]) -> TargetFacts:
+    def _from_config(cls, config: dict[str, Any]) -> TargetInfo:
         heads = config["num_attention_heads"]
         theta, scaling = rope_of(config)
         return cls(
@@ -176,7 +176,7 @@ def stop_token_ids(folder: str | Path) -> tuple[int, ...]:
     """Tokens that end a generation: those of generation_config.json, which often has more, and of config.json."""
     path = Path(folder) / "generation_config.json"
     generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return tuple(sorted({*_as_ids(generation.get("eos_token_id")), *TargetFacts.from_folder(folder).eos_token_ids}))
+    return tuple(sorted({*_as_ids(generation.get("eos_token_id")), *TargetInfo.from_folder(folder).eos_token_ids}))
 
 
 def weight_headers(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -223,8 +223,8 @@ def target_hash(folder: str | Path) -> str:
     Reading all of a 140 GB target takes minutes; fine-tuned siblings, which share every header, differ in almost every
     block. Re-sharding the same weights changes the hash.
     """
-    facts = TargetFacts.from_folder(folder)
-    digest = hashlib.sha256(json.dumps([facts.rope_theta, facts.rope_scaling, facts.rms_norm_eps], sort_keys=True).encode())
+    info = TargetInfo.from_folder(folder)
+    digest = hashlib.sha256(json.dumps([info.rope_theta, info.rope_scaling, info.rms_norm_eps], sort_keys=True).encode())
     for path, header in weight_headers(Path(folder)):
         digest.update(json.dumps({name: item for name, item in header.items() if name != "__metadata__"}, sort_keys=True).encode())
         with _open_weights(path) as stream:
@@ -272,7 +272,7 @@ def load_target_weights(
 
 
 def _find_tensor(name: str, where: dict[str, Path], folder: Path) -> str:
-    tied = name == "lm_head" and TargetFacts.from_folder(folder).tie_word_embeddings
+    tied = name == "lm_head" and TargetInfo.from_folder(folder).tie_word_embeddings
     candidates = [*TENSOR_NAMES[name], *(TENSOR_NAMES["embed_tokens"] if tied else ())]
     for candidate in candidates:
         if candidate in where:

@@ -81,11 +81,11 @@ class Agreement:
         where = "" if len(failed) == len(messages) else f"rank {', '.join(map(str, failed))}: "
         raise RankFailure(where + " | ".join(distinct)) from error
 
-    def same(self, facts: dict[str, Any]) -> None:
+    def same(self, info: dict[str, Any]) -> None:
         """Raise RankFailure on all ranks, naming fact and ranks, unless ``facts`` are equal everywhere."""
-        everyone = self.gather_objects(facts)
+        everyone = self.gather_objects(info)
         differing = []
-        for name in facts:
+        for name in info:
             values = [theirs[name] for theirs in everyone]
             if any(value != values[0] for value in values):
                 differing.append(f"{name} ({'; '.join(f'rank {rank}: {value}' for rank, value in enumerate(values))})")

@@ -9,14 +9,14 @@ import torch
 
 from eagle_ds.data.dataset import MicroBatch, RankDataset
 from eagle_ds.data.packing import Pack, first_fit
-from eagle_ds.data.sampler import Step
-from eagle_ds.model.loss import StepSums, uniform_decay
+from eagle_ds.data.sampler import GlobalBatch
+from eagle_ds.model.loss import LossSums, uniform_decay
 from eagle_ds.training.feed import Feed
 from eagle_ds.training.metrics import Metrics, add, metrics_of, sum_over_ranks
 from eagle_ds.training.step import MicroBatchRunner
 
 
-def evaluation_steps(dataset: RankDataset, dp: int, pack_tokens: int | None) -> list[Step]:
+def evaluation_steps(dataset: RankDataset, dp: int, pack_tokens: int | None) -> list[GlobalBatch]:
     """Every sample once, longest packs first; the last step repeats its first pack for ranks that have none left."""
     lengths = np.array([s.document.num_tokens for s in dataset.samples], dtype=np.int64)
     numbers = range(len(lengths))
@@ -25,7 +25,7 @@ def evaluation_steps(dataset: RankDataset, dp: int, pack_tokens: int | None) -> 
     steps = []
     for start in range(0, len(packs), dp):
         own = packs[start : start + dp]
-        steps.append(Step(start // dp, 0, (tuple(own + own[:1] * (dp - len(own))),)))
+        steps.append(GlobalBatch(start // dp, 0, (tuple(own + own[:1] * (dp - len(own))),)))
     return steps
 
 
@@ -42,7 +42,7 @@ class Evaluator:
     @torch.no_grad()
     def run(self) -> Metrics:
         """Raises RankFailure on all ranks if any cannot read its data."""
-        sums: StepSums | None = None
+        sums: LossSums | None = None
         tokens = 0
         self.runner.engine.eval()
         with Feed(self.dataset, self.steps, **self._feed_settings) as feed:
@@ -51,7 +51,7 @@ class Evaluator:
                 _, local = self.runner(item.batch, torch.ones(self.training.ttt_steps, dtype=torch.float64))
                 feed.go_on()
                 repeated = self._is_repeat(item)
-                sums = add(sums, StepSums(local.steps * (not repeated), local.lengths * (not repeated)))
+                sums = add(sums, LossSums(local.steps * (not repeated), local.lengths * (not repeated)))
                 tokens += self._tokens(item)
         self.runner.engine.train()
         assert sums is not None

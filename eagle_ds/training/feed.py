@@ -13,7 +13,7 @@ from eagle_ds.config.recipe import DataConfig
 from eagle_ds.data.dataset import MicroBatch, RankDataset
 from eagle_ds.data.prefetch import DeviceCopy, Prefetcher, adopt
 from eagle_ds.data.read_pool import ReadPool
-from eagle_ds.data.sampler import Step
+from eagle_ds.data.sampler import GlobalBatch
 from eagle_ds.training.agreement import Agreement, attempt
 
 GPU_READERS = 4  # processes, where the recipe says nothing; one reads 0.6 GB/s of hidden states on a CPU core (docs/benchmarks/h200.md)
@@ -30,7 +30,7 @@ def read_pool(data: DataConfig, device: torch.device) -> ReadPool | None:
 class Feed:
     """Micro-batches of ``steps`` on ``device``, in order; ``depth`` are read ahead and one more is copied ahead."""
 
-    def __init__(self, dataset: RankDataset, steps: Iterable[Step], *, depth: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, dataset: RankDataset, steps: Iterable[GlobalBatch], *, depth: int, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self._ttt_steps = device, dataset.settings.ttt_steps
         read = Prefetcher(dataset.batches(steps), depth, "read")
         self._batches = Prefetcher(DeviceCopy(read, device, dtype), 1, "copy")
@@ -47,7 +47,7 @@ class Feed:
         if item is None:
             agreement.check_micro_batch(error, (0, 0), "", [0] * self._ttt_steps)
         assert item is not None, "the agreement raises on every rank where one has an error"
-        what = f"step {item.step.number + 1} micro-batch {item.index}: {', '.join(item.batch.names)} (plan {item.batch.plan.digest})"
+        what = f"step {item.step.number + 1} micro-batch {item.index}: {', '.join(item.batch.names)} (plan {item.batch.sharding.digest})"
         return item, torch.from_numpy(agreement.check_micro_batch(error, item.fingerprints(), what, item.counted.tolist()))
 
     def go_on(self) -> None:

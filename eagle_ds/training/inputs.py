@@ -15,8 +15,8 @@ from eagle_ds.data.packing import TrainSample, screen
 from eagle_ds.data.vocab import VocabMap, load_or_build
 from eagle_ds.drafts.folder import DraftOnDisk, initial_draft
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.store.store import Store, StoreFacts
-from eagle_ds.target.files import TargetFacts, resolve_target, target_hash
+from eagle_ds.store.store import Store, StoreInfo
+from eagle_ds.target.files import TargetInfo, resolve_target, target_hash
 from eagle_ds.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Inputs:
     """Everything that a run reads."""
 
     target: Path
-    target_facts: TargetFacts
+    target_info: TargetInfo
     train: OpenStore
     held_out: OpenStore | None
     vocab: VocabMap
@@ -57,12 +57,12 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     """Check and open. Collective. Raises RankFailure (a ValueError) on all ranks if any rank finds something wrong."""
     agreement = world.agreement
     target = agreement.first_then_all(lambda: resolve_target(recipe.target.model, recipe.target.revision, weights=True))
-    facts, identity = agreement.together(lambda: _target_facts(recipe, target))
+    info, identity = agreement.together(lambda: _target_facts(recipe, target))
     train = agreement.together(lambda: _open_store(recipe, recipe.data.store, identity))
     held_out = agreement.together(lambda: _open_held_out(recipe, identity))
-    start = agreement.together(lambda: initial_draft(recipe, facts) if recipe.draft.init_from else None)
+    start = agreement.together(lambda: initial_draft(recipe, info) if recipe.draft.init_from else None)
     vocab = start.vocab if start else agreement.first_then_all(lambda: load_or_build(train.store, recipe.draft.vocab_size))
-    inputs = Inputs(target, facts, train, held_out, vocab, start.arch if start else DraftArch.from_recipe(recipe), start)
+    inputs = Inputs(target, info, train, held_out, vocab, start.arch if start else DraftArch.from_recipe(recipe), start)
     agreement.same(
         {
             "recipe": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16],
@@ -75,10 +75,10 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     return inputs
 
 
-def _target_facts(recipe: Recipe, folder: Path) -> tuple[TargetFacts, str]:
-    facts = TargetFacts.from_folder(folder)
-    facts.check_against(recipe.target)
-    return facts, target_hash(folder)
+def _target_facts(recipe: Recipe, folder: Path) -> tuple[TargetInfo, str]:
+    info = TargetInfo.from_folder(folder)
+    info.check_against(recipe.target)
+    return info, target_hash(folder)
 
 
 def _open_held_out(recipe: Recipe, identity: str) -> OpenStore | None:
@@ -89,7 +89,7 @@ def _open_held_out(recipe: Recipe, identity: str) -> OpenStore | None:
 
 def _open_store(recipe: Recipe, root: str, identity: str) -> OpenStore:
     store = Store(root)
-    check_store_facts(recipe, store.facts, root, identity)
+    check_store_facts(recipe, store.info, root, identity)
     if not store.entries:
         raise ValueError(f"the store {root} holds no samples; its capture has not written any yet")
     with store.reader(store.entries[0]) as reader:
@@ -105,19 +105,19 @@ def _open_store(recipe: Recipe, root: str, identity: str) -> OpenStore:
     return OpenStore(store, samples)
 
 
-def check_store_facts(recipe: Recipe, facts: StoreFacts, root: str, identity: str) -> None:
+def check_store_facts(recipe: Recipe, info: StoreInfo, root: str, identity: str) -> None:
     """Raise ValueError unless the store holds this target's states of the recipe's layers. ``identity`` is the target's hash;
     a converted store may not know its target's."""
     target = recipe.target
     for name, found, stated in (
-        ("hidden_size", facts.hidden_size, target.hidden_size),
-        ("vocab_size", facts.vocab_size, target.vocab_size),
-        ("aux_layer_ids", list(facts.aux_layer_ids), list(target.aux_ids)),
+        ("hidden_size", info.hidden_size, target.hidden_size),
+        ("vocab_size", info.vocab_size, target.vocab_size),
+        ("aux_layer_ids", list(info.aux_layer_ids), list(target.aux_ids)),
     ):
         if found != stated:
             raise ValueError(f"the store {root} was captured with {name} {found}, the recipe says {stated}; capture again or mend that")
-    if facts.target_hash and facts.target_hash != identity:
+    if info.target_hash and info.target_hash != identity:
         raise ValueError(
-            f"the store {root} was captured from other weights ({facts.target}, hash {facts.target_hash}) than those of {target.model} "
+            f"the store {root} was captured from other weights ({info.target}, hash {info.target_hash}) than those of {target.model} "
             f"(hash {identity}), so labels would come from the wrong head; capture again, or give the target that it was captured from"
         )

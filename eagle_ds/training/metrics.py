@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle_ds.model.loss import StepSums
+from eagle_ds.model.loss import LossSums
 from eagle_ds.parallel.transfer import to_host
 
 
@@ -39,7 +39,7 @@ def step_weights(counted: Tensor, decay: Tensor, positions: int | None) -> Tenso
     return torch.where(counted > 0, decay / counted.clamp(min=1), 0.0)
 
 
-def metrics_of(sums: StepSums, decay: Tensor, positions: int | None) -> Metrics:
+def metrics_of(sums: LossSums, decay: Tensor, positions: int | None) -> Metrics:
     """``sums`` over all ranks and micro-batches, on the CPU."""
     weights = step_weights(sums["counted"], decay, positions)
     trained = sums["trained"].clamp(min=1)
@@ -53,15 +53,15 @@ def metrics_of(sums: StepSums, decay: Tensor, positions: int | None) -> Metrics:
     )
 
 
-def sum_over_ranks(sums: StepSums, world_size: int) -> Callable[[], StepSums]:
+def sum_over_ranks(sums: LossSums, world_size: int) -> Callable[[], LossSums]:
     """``sums`` added over all ranks, on their way to the host: call the result for them, see ``transfer.to_host``. Collective."""
     flat = sums.flat()
     if world_size > 1:
         dist.all_reduce(flat)
     arrived = to_host(flat)
-    return lambda: StepSums.from_flat(arrived())
+    return lambda: LossSums.from_flat(arrived())
 
 
-def add(a: StepSums | None, b: StepSums) -> StepSums:
+def add(a: LossSums | None, b: LossSums) -> LossSums:
     """Sum of two, ``a`` possibly not there yet."""
-    return b if a is None else StepSums(a.steps + b.steps, a.lengths + b.lengths)
+    return b if a is None else LossSums(a.steps + b.steps, a.lengths + b.lengths)

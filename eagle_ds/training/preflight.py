@@ -5,15 +5,12 @@ Reads small JSON files only; each complaint is one sentence that says how to men
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
-from eagle_ds.config.recipe import Recipe, data_parallel_size
-from eagle_ds.config.settings import parse_overrides
-from eagle_ds.store.manifest import FACTS_NAME, read_facts
+from eagle_ds.config.recipe import Recipe, capture_command, data_parallel_size
+from eagle_ds.store.manifest import STORE_JSON, read_store_info
 
 
 def check_layout(recipe: Recipe, world_size: int) -> None:
@@ -42,23 +39,16 @@ def check_start(folder: Path) -> None:
         )
 
 
-def capture_command(recipe_json: Path, overrides: Sequence[str] = ()) -> str:
-    """What makes the stores of a recipe; of the overrides it repeats those that a capture reads."""
-    read = {name: value for name, value in parse_overrides(Recipe, overrides).items() if name.startswith(("target.", "data."))}
-    again = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in read.items()]
-    return shlex.join(["python", "tools/prepare_hidden_states.py", "--recipe", str(recipe_json), *again])
-
-
 def check_store(recipe: Recipe, root: Path, command: str) -> None:
     """Raise ValueError unless ``root`` is a store with the recipe's sizes and layers. That it holds states of the same weights
     is checked by hash when training opens the target."""
-    if not (root / FACTS_NAME).is_file():
+    if not (root / STORE_JSON).is_file():
         raise ValueError(f"the store {root} does not exist; capture it first: {command}")
-    facts = read_facts(root)
+    info = read_store_info(root)
     wanted = {
-        "hidden_size": (facts.hidden_size, recipe.target.hidden_size),
-        "vocab_size": (facts.vocab_size, recipe.target.vocab_size),
-        "aux_layer_ids": (list(facts.aux_layer_ids), list(recipe.target.aux_ids)),
+        "hidden_size": (info.hidden_size, recipe.target.hidden_size),
+        "vocab_size": (info.vocab_size, recipe.target.vocab_size),
+        "aux_layer_ids": (list(info.aux_layer_ids), list(recipe.target.aux_ids)),
     }
     for name, (there, here) in wanted.items():
         if there != here:

@@ -16,11 +16,11 @@ import torch
 
 from eagle_ds.config.deepspeed import bf16_enabled
 from eagle_ds.config.recipe import Recipe
-from eagle_ds.data.dataset import PlanSettings
+from eagle_ds.data.dataset import ShardingSettings
 from eagle_ds.data.packing import Pack, TrainSample
 from eagle_ds.estimate.memory import GIB, host_bytes, predict_memory
 from eagle_ds.estimate.planner import Device, advice, check_fits, choose_ring_mode, describe_need, faster_recompute
-from eagle_ds.sharding.sequence import SequencePlan
+from eagle_ds.sharding.sequence import SequenceSharding
 from eagle_ds.training.agreement import RankFailure
 from eagle_ds.training.world import World
 
@@ -31,14 +31,14 @@ class OutOfMemory(ValueError):
     """Memory ran out on this rank, maybe alone: others wait for it in a collective until it has left and the launcher ends them."""
 
 
-def plan_settings(recipe: Recipe, samples: Sequence[TrainSample], element: int, world: World) -> PlanSettings:
+def sharding_settings(recipe: Recipe, samples: Sequence[TrainSample], element: int, world: World) -> ShardingSettings:
     """How sequences are sharded; ``ring_mode`` auto is decided once, for the longest. ``element``: bytes of a state."""
     parallel, training = recipe.parallel, recipe.training
     longest = max(recipe.data.pack_tokens or 0, *(sample.document.num_tokens for sample in samples))
     mode = choose_ring_mode(recipe, longest, element, world.memory_bytes)
     if parallel.ring > 1:
         logger.info("K_0/V_0 of other ring ranks: %s (ring_mode %s, sequences of up to %d tokens)", mode, parallel.ring_mode, longest)
-    return PlanSettings(parallel.ulysses, parallel.ring, mode, training.ttt_steps, training.mask_alignment, parallel.trained_rows_only)
+    return ShardingSettings(parallel.ulysses, parallel.ring, mode, training.ttt_steps, training.mask_alignment, parallel.trained_rows_only)
 
 
 @dataclass(frozen=True)
@@ -48,30 +48,30 @@ class Sizes:
     recipe: Recipe
     config: dict[str, Any]
     world: World
-    settings: PlanSettings
+    settings: ShardingSettings
 
     @classmethod
     def decide(cls, recipe: Recipe, config: dict[str, Any], samples: Sequence[TrainSample], world: World) -> Sizes:
         """Sharding for sequences of ``samples``."""
-        return cls(recipe, config, world, plan_settings(recipe, samples, 2 if bf16_enabled(config) else 4, world))
+        return cls(recipe, config, world, sharding_settings(recipe, samples, 2 if bf16_enabled(config) else 4, world))
 
     @property
     def device(self) -> Device:
         """The GPU that this rank has, or its share of the host's memory."""
         return Device(self.world.device.type, self.world.memory_bytes / GIB)
 
-    def need(self, plan: SequencePlan) -> int:
+    def need(self, sharding: SequenceSharding) -> int:
         """Predicted peak bytes of the busiest rank."""
         on_cpu = self.world.device.type != "cuda"
-        return sum(predict_memory(self.recipe, self.config, self.world.topology.world_size, plan, cpu=on_cpu).values())
+        return sum(predict_memory(self.recipe, self.config, self.world.topology.world_size, sharding, cpu=on_cpu).values())
 
-    def largest(self, samples: Sequence[TrainSample], packs: Sequence[Pack]) -> SequencePlan:
+    def largest(self, samples: Sequence[TrainSample], packs: Sequence[Pack]) -> SequenceSharding:
         """The plan of the pack that is predicted to take most, of the longest, the one with most query rows, and the heaviest."""
         tokens = {pack: sum(samples[n].document.num_tokens for n in pack) for pack in packs}
         queries = {pack: sum(samples[n].query_rows for n in pack) for pack in packs}
         weight = {pack: tokens[pack] + self.settings.ttt_steps * queries[pack] for pack in packs}
         candidates = {max(packs, key=measure.__getitem__) for measure in (tokens, queries, weight)}
-        return max((self.settings.plan([samples[n] for n in pack]) for pack in candidates), key=self.need)
+        return max((self.settings.sharding([samples[n] for n in pack]) for pack in candidates), key=self.need)
 
     def check(self, samples: Sequence[TrainSample], packs: Sequence[Pack]) -> None:
         """Log what the largest of ``packs`` is predicted to take; raise RankFailure on all ranks if on any it does not fit its GPU,
@@ -79,30 +79,30 @@ class Sizes:
 
         Collective. With ``training.check_memory`` false it warns instead. Never refuses on a CPU, whose memory others share.
         """
-        plan = self.largest(samples, packs)
-        need, balance = self.need(plan) / GIB, ", ".join(f"{name} {value:.3f}" for name, value in plan.balance.items())
-        logger.info("largest sequence: %d tokens, %d trained rows, about %.1f GiB a process", plan.num_tokens, plan.num_queries, need)
+        sharding = self.largest(samples, packs)
+        need, balance = self.need(sharding) / GIB, ", ".join(f"{name} {value:.3f}" for name, value in sharding.balance.items())
+        logger.info("largest sequence: %d tokens, %d trained rows, about %.1f GiB a process", sharding.num_tokens, sharding.num_queries, need)
         logger.info("its busiest rank / mean: %s", balance)
         if self.world.device.type != "cuda":
             return
-        if faster := faster_recompute(self.recipe, self.config, self.world.topology.world_size, plan, self.device):
+        if faster := faster_recompute(self.recipe, self.config, self.world.topology.world_size, sharding, self.device):
             logger.info("%s", faster)
         neighbours = self.world.agreement.gather_objects(socket.gethostname()).count(socket.gethostname())
         if self.recipe.training.check_memory:
-            self.world.agreement.together(lambda: self.refuse(plan, neighbours))
+            self.world.agreement.together(lambda: self.refuse(sharding, neighbours))
             return
         try:
-            self.refuse(plan, neighbours)
+            self.refuse(sharding, neighbours)
         except ValueError as error:
             logger.warning("training.check_memory is false, so this is tried: %s", error)
 
-    def refuse(self, plan: SequencePlan, neighbours: int) -> None:
+    def refuse(self, sharding: SequenceSharding, neighbours: int) -> None:
         """Raise ValueError if ``plan`` is predicted not to fit: with the GiB, the length and the setting that would.
 
         ``neighbours``: processes on this host, this one included.
         """
-        check_fits(self.recipe, self.config, self.world.topology.world_size, plan, self.device)
-        wanted, there = neighbours * host_bytes(self.recipe, self.config, plan), host_memory_bytes()
+        check_fits(self.recipe, self.config, self.world.topology.world_size, sharding, self.device)
+        wanted, there = neighbours * host_bytes(self.recipe, self.config, sharding), host_memory_bytes()
         if wanted > there:
             raise ValueError(
                 f"training.offload_activations would pin about {wanted / GIB:.1f} GiB of host memory for {neighbours} processes, and "
@@ -110,17 +110,17 @@ class Sizes:
                 "tries it all the same"
             )
 
-    def after_out_of_memory(self, plan: SequencePlan) -> str:
+    def after_out_of_memory(self, sharding: SequenceSharding) -> str:
         """What ``plan`` was predicted to take, and what to change now that it did not fit whatever was predicted."""
-        return after_out_of_memory(self.recipe, self.config, self.world, plan)
+        return after_out_of_memory(self.recipe, self.config, self.world, sharding)
 
 
-def after_out_of_memory(recipe: Recipe, config: dict[str, Any], world: World, plan: SequencePlan) -> str:
+def after_out_of_memory(recipe: Recipe, config: dict[str, Any], world: World, sharding: SequenceSharding) -> str:
     """As ``Sizes.after_out_of_memory``."""
     device, size = Device(world.device.type, world.memory_bytes / GIB), world.topology.world_size
-    needed = sum(predict_memory(recipe, config, size, plan, cpu=world.device.type != "cuda").values())
+    needed = sum(predict_memory(recipe, config, size, sharding, cpu=world.device.type != "cuda").values())
     smaller = Device(device.name, min(device.memory_gib, 0.98 * needed / device.usable_bytes * device.memory_gib))
-    return f"by prediction {describe_need(plan, needed)}; {advice(recipe, config, size, plan, smaller)}"
+    return f"by prediction {describe_need(sharding, needed)}; {advice(recipe, config, size, sharding, smaller)}"
 
 
 def host_memory_bytes() -> int:

@@ -19,14 +19,14 @@ from torch import Tensor
 from eagle_ds.config.recipe import TrainingConfig
 from eagle_ds.data.batch import Batch
 from eagle_ds.data.dataset import MicroBatch
-from eagle_ds.data.sampler import Step
+from eagle_ds.data.sampler import GlobalBatch
 from eagle_ds.kernels.attention import BlockAttention
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.model.loss import HeadTargets, LossSettings, StepSums, TargetHead, counted_rows, head_loss, uniform_decay
+from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, TargetHead, counted_rows, head_loss, uniform_decay
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.parallel.transfer import to_device, to_host
-from eagle_ds.sharding.sequence import SequencePlan
+from eagle_ds.sharding.sequence import SequenceSharding
 from eagle_ds.store.store import ReadStats
 from eagle_ds.training.feed import Feed
 from eagle_ds.training.metrics import add, step_weights
@@ -41,14 +41,14 @@ class MicroBatchRunner:
     ) -> None:
         self.engine, self.arch, self.head, self.kernel = engine, arch, head, kernel
         self.training, self.world = training, world
-        self.plan: SequencePlan | None = None
+        self.sharding: SequenceSharding | None = None
         self.offload = ActivationOffload(world.device) if training.offload_activations else None
 
-    def __call__(self, batch: Batch, weights: Tensor) -> tuple[Tensor, StepSums]:
+    def __call__(self, batch: Batch, weights: Tensor) -> tuple[Tensor, LossSums]:
         """(sum_k weights[k] * sum of this rank's row losses, metric sums). Collective over the sequence-parallel group."""
-        arch, training, self.plan = self.arch, self.training, batch.plan
+        arch, training, self.sharding = self.arch, self.training, batch.sharding
         prefix = PrefixAttention(
-            batch.plan,
+            batch.sharding,
             self.world.groups,
             self.kernel,
             query_heads=arch.num_attention_heads,
@@ -82,8 +82,8 @@ class MicroBatchRunner:
 class StepOutcome:
     """What one optimizer step did on this rank; ``sums`` are not yet added over ranks."""
 
-    step: Step
-    sums: StepSums
+    step: GlobalBatch
+    sums: LossSums
     norm: Callable[[], Tensor]  # of the gradients of all ranks, before clipping: see ``transfer.to_host``
     applied: bool  # whether that was finite and the weights were updated
     culprits: tuple[str, ...]  # samples of this rank's micro-batches whose loss was not finite

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepspeed import comm as dist
+import torch
 
 from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
 from eagle_ds.config.recipe import Recipe
@@ -31,19 +31,25 @@ from eagle_ds.training.schedule import learning_rate
 from eagle_ds.training.sizing import OutOfMemory, Sizes, is_out_of_memory
 from eagle_ds.training.step import MicroBatchRunner, OptimizerStep, StepOutcome
 from eagle_ds.training.stopping import EXIT_CODE, StopRequest, peers_on_this_host
-from eagle_ds.training.world import World, join_world
+from eagle_ds.training.world import World
 
 logger = logging.getLogger(__name__)
 
+MeasureAcceptance = Callable[[Recipe, DraftOnDisk, torch.device], dict[str, Any]]
+"""Decodes held-out prompts with a draft and returns the fields of one line of eval.jsonl (``accept_length`` and others)."""
 
-def train(recipe: Recipe, local_rank: int, *, share_gpu: bool = False) -> None:
-    """Train as one rank of the launcher's world, until the recipe's last step. Resumes by itself. ``share_gpu``: as ``join_world``.
 
-    Raises ValueError, on every rank and with the same sentence, for anything that is wrong with recipe, files or data, and
-    OutOfMemory on the rank that it befalls. SIGTERM ends it, after a checkpoint, with SystemExit(143).
+def train(recipe: Recipe, world: World, measure: MeasureAcceptance) -> None:
+    """Train as one rank of ``world`` until the recipe's last step. Resume from the run's newest checkpoint. Collective.
+
+    Args:
+        measure: called on rank 0 every ``training.acceptance_interval`` steps, while the other ranks wait.
+
+    Raises:
+        ValueError: on every rank, with the same message, for anything wrong with recipe, files or data.
+        OutOfMemory: on the rank that ran out of memory.
+        SystemExit: with code 143 after SIGTERM, once a checkpoint is saved.
     """
-    joined_here = not dist.is_initialized()
-    world = join_world(recipe.parallel, local_rank, share_gpu=share_gpu)
     world_size = world.topology.world_size
     config = world.agreement.together(lambda: deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world_size))
     inputs = open_inputs(recipe, world)
@@ -56,9 +62,7 @@ def train(recipe: Recipe, local_rank: int, *, share_gpu: bool = False) -> None:
         resumed = world.agreement.together(lambda: find_resumable(recipe, inputs.train.store.manifest_hash, world_size))
         world.agreement.same({"checkpoint to resume from": resumed.step if resumed else None})
         trainable = _built(recipe, config, inputs, world, sampler, sizes)
-        finished = Trainer(recipe, world, inputs, sampler, sizes, trainable).run(resumed)
-    if joined_here:
-        dist.destroy_process_group()
+        finished = Trainer(recipe, world, inputs, sampler, sizes, trainable, measure).run(resumed)
     if not finished:
         raise SystemExit(EXIT_CODE)
 
@@ -101,8 +105,9 @@ class Pace:
 class Trainer:
     """A run in progress."""
 
-    def __init__(self, recipe: Recipe, world: World, inputs: Inputs, sampler: Sampler, sizes: Sizes, trainable: Trainable) -> None:
+    def __init__(self, recipe: Recipe, world: World, inputs: Inputs, sampler: Sampler, sizes: Sizes, trainable: Trainable, measure: MeasureAcceptance) -> None:
         self.recipe, self.training, self.world, self.sizes, self.trainable = recipe, recipe.training, world, sizes, trainable
+        self.measure = measure
         self.manifest_hash = inputs.train.store.manifest_hash
         self.sampler = sampler
         self.total_steps = sampler.count_steps(self.training.epochs, self.training.max_steps)
@@ -203,11 +208,11 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             if not is_out_of_memory(error):
                 raise
-            plan, state = self.step.runner.plan, latest(self.recipe.run_dir)
+            sharding, state = self.step.runner.sharding, latest(self.recipe.run_dir)
             kept = f"the checkpoint of step {state.step} is whole, the same command resumes from it" if state else "nothing was saved yet"
             raise OutOfMemory(
                 f"out of memory after step {self.done} of {self.total_steps} ({str(error).splitlines()[0]}): "
-                f"{self.sizes.after_out_of_memory(plan) if plan else 'no sequence was at work'}; {kept}; the launcher ends the other ranks"
+                f"{self.sizes.after_out_of_memory(sharding) if sharding else 'no sequence was at work'}; {kept}; the launcher ends the other ranks"
             ) from error
 
     def _pause(self, done: int) -> bool:
@@ -255,12 +260,10 @@ class Trainer:
 
     def _decode(self) -> dict[str, Any]:
         """Real speculative decoding of a few held-out prompts on rank 0, while the others wait."""
-        from eagle_ds.evaluation.acceptance import measure_during_training  # needs transformers, which training alone does not
-
         tensors = full_state(self.trainable.engine)
         draft = DraftOnDisk(tensors, self.checkpoints.arch, self.checkpoints.vocab, self.recipe.run_dir, self.recipe.target.aux_ids)
         found = self.world.agreement.together(
-            lambda: measure_during_training(self.recipe, draft, self.world.device) if self.world.is_first else {}
+            lambda: self.measure(self.recipe, draft, self.world.device) if self.world.is_first else {}
         )
         return self.world.agreement.gather_objects(found)[0]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import deepspeed
@@ -11,13 +12,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from eagle_ds.bench.staged import BACKEND as STAGED
-from eagle_ds.bench.staged import register_staged
 from eagle_ds.config.recipe import ParallelConfig
 from eagle_ds.parallel.topology import ProcessGroups, Topology, make_groups
 from eagle_ds.training.agreement import Agreement
-
-logger = logging.getLogger(__name__)
 
 SHM_OP = "deepspeed_shm_comm"
 """DeepSpeed compiles it on CPU at start (a minute of g++, and a killed compilation leaves a lock that hangs the next start),
@@ -47,43 +44,39 @@ class World:
         return get_accelerator().total_memory() // self.topology.world_size
 
 
-def join_world(parallel: ParallelConfig, local_rank: int, *, share_gpu: bool = False) -> World:
-    """Form the process groups of ``parallel``'s layout. Collective. Raises ValueError if the world does not carry it.
+def join_world(parallel: ParallelConfig, local_rank: int) -> World:
+    """Form the process groups of the recipe's layout. Collective.
 
-    ``share_gpu``: the ranks of this host share the GPUs that it has, however few, and talk through host memory: right, and
-    slow. Without a GPU they talk the same way.
+    Raises:
+        ValueError: the number of processes does not carry the layout, or another run uses the port.
     """
-    device = take_device(local_rank, share_gpu=share_gpu)
-    on_cuda = device.type == "cuda"
-    is_new = not dist.is_initialized()
-    if is_new:
-        _rendezvous(STAGED if share_gpu else "nccl" if on_cuda else "gloo")
+    device = take_device(local_rank)
+    if not dist.is_initialized():
+        with explaining_rendezvous():
+            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    return world_of(parallel, device)
+
+
+def world_of(parallel: ParallelConfig, device: torch.device, ranks_per_device: int = 1) -> World:
+    """The layout's groups over the default process group, which exists. Collective."""
     topology = Topology(dist.get_world_size(), dist.get_rank(), parallel.ulysses, parallel.ring)
-    sharing = -(-topology.world_size // (torch.cuda.device_count() if on_cuda else 1)) if share_gpu else 1
-    if share_gpu and is_new and topology.rank == 0:
-        logger.warning("%d ranks a device, which talk through host memory: results count, times mean nothing", sharing)
-    return World(topology, make_groups(topology), Agreement(topology), device, sharing)
+    return World(topology, make_groups(topology), Agreement(topology), device, ranks_per_device)
 
 
-def take_device(local_rank: int, *, share_gpu: bool = False) -> torch.device:
-    """This process's GPU, made the current one, or the CPU where DeepSpeed finds no GPU."""
+def take_device(local_rank: int) -> torch.device:
+    """Make this process's GPU the current one; return the CPU where DeepSpeed finds no GPU."""
     if get_accelerator().device_name() != "cuda":
         deepspeed.ops.__compatible_ops__[SHM_OP] = False
         return torch.device("cpu")
-    if share_gpu:
-        local_rank %= torch.cuda.device_count()
-        os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed's engine takes the GPU of that number, and nothing else by it
     get_accelerator().set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
-def _rendezvous(backend: str) -> None:
-    """Meet the other processes. Raises ValueError where another run sits on the port."""
+@contextmanager
+def explaining_rendezvous() -> Iterator[None]:
+    """Turn a port that is taken into a ValueError that says how to choose another."""
     try:
-        if backend == STAGED:  # not by DeepSpeed, which binds the group to a GPU for NCCL
-            register_staged()
-            dist.init_process_group(backend)
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        yield
     except dist.DistNetworkError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

@@ -28,12 +28,12 @@ def time_both(rank: int, world: int, recipe: Recipe, document: Document, folder:
     joined = join_world(recipe.parallel, rank)
     config = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world)
     bench = StepBench(recipe, config, [document] * 2, joined)
-    facts = (recipe, bench.plan, joined, bench.dtype)
-    bench.use(MemorySource(*facts))
+    info = (recipe, bench.sharding, joined, bench.dtype)
+    bench.use(MemorySource(*info))
     in_memory, counted = bench.source.take()
     times = [bench.run(2)]
     store = joined.agreement.first_then_all(lambda: random_store(folder, recipe, document, 4, dtype="float32"))
-    source = StoreSource(store, *facts)
+    source = StoreSource(store, *info)
     bench.use(source)
     from_store, read = source.take()
     same = [
@@ -41,7 +41,7 @@ def time_both(rank: int, world: int, recipe: Recipe, document: Document, folder:
         for name in ("query_positions", "context_positions", "target_index", "trained")
     ]
     same += [in_memory.aux.shape == from_store.aux.shape, in_memory.target_hidden.shape == from_store.target_hidden.shape]
-    same += [in_memory.plan == from_store.plan, bool(torch.isfinite(from_store.aux).all())]
+    same += [in_memory.sharding == from_store.sharding, bool(torch.isfinite(from_store.aux).all())]
     same += [int(read[0]) == int(counted[0])]  # by mask alone every query row counts at step 0
     times.append(bench.run(2))
     bench.use(None)
@@ -66,7 +66,7 @@ def alone_steps(rank: int, world: int, recipe: Recipe, document: Document, alone
     joined = alone_world(recipe, [document], rank, 4, alone_rank)
     bench = StepBench(recipe, deepspeed_config(recipe, read_ds_json(recipe.deepspeed), 4), [document], joined)
     before, losses = _held_weights(bench), []
-    bench.use(MemorySource(recipe, bench.plan, joined, bench.dtype))
+    bench.use(MemorySource(recipe, bench.sharding, joined, bench.dtype))
     backward = bench.engine.backward
     with mock.patch.object(bench.engine, "backward", lambda loss: (losses.append(loss.detach()), backward(loss))):
         times = bench.run(2)
@@ -79,7 +79,7 @@ def alone_steps(rank: int, world: int, recipe: Recipe, document: Document, alone
         finite=all(torch.isfinite(x).all() for x in (*losses, *after)),
         moved=any(not torch.equal(old, new) for old, new in zip(before, after, strict=True)),
         rows=(len(batch.query_positions), len(batch.context_positions)),
-        planned=(rg.count(bench.plan.queries[at]), rg.count(bench.plan.context[at])),
+        planned=(rg.count(bench.sharding.queries[at]), rg.count(bench.sharding.context[at])),
     )
 
 
@@ -87,7 +87,7 @@ def step_without_waiting(recipe: Recipe, document: Document) -> None:
     """Forward and backward of one rank of four on a GPU; raises where the host waits for it."""
     joined = alone_world(recipe, [document], 0, 4, None)
     bench = StepBench(recipe, deepspeed_config(recipe, read_ds_json(recipe.deepspeed), 4), [document], joined)
-    bench.use(MemorySource(recipe, bench.plan, joined, bench.dtype))
+    bench.use(MemorySource(recipe, bench.sharding, joined, bench.dtype))
     bench.run(1)  # kernels are compiled and loaded, memory is pinned
     torch.cuda.set_sync_debug_mode("error")  # of what PyTorch does for itself; DeepSpeed's timers ask for it by name
     with mock.patch("torch.cuda.synchronize", side_effect=AssertionError("waits")):
@@ -113,7 +113,7 @@ def outlived(rank: int, world: int, recipe: Recipe, document: Document) -> list[
 
 def _one_step(recipe: Recipe, document: Document, joined: World) -> dict[str, StorageWeakRef]:
     bench = StepBench(recipe, deepspeed_config(recipe, read_ds_json(recipe.deepspeed), 4), [document], joined)
-    bench.use(MemorySource(recipe, bench.plan, joined, bench.dtype))
+    bench.use(MemorySource(recipe, bench.sharding, joined, bench.dtype))
     bench.run(1)
     bench.use(None)
     optimizer = bench.engine.optimizer

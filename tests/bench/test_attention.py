@@ -13,14 +13,14 @@ from eagle_ds.bench.attention import intervals
 from eagle_ds.kernels.attention import ReferenceAttention
 from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.parallel.topology import SOLO
-from eagle_ds.sharding.sequence import Document, plan_sequence
+from eagle_ds.sharding.sequence import Document, shard_sequence
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/bench_attention.py"
 
 
 def test_rows_see_what_they_see_in_training() -> None:
     documents = [Document(40, ((3, 20), (31, 40))), Document(9, ()), Document(25, ((0, 25),))]
-    plan = plan_sequence(documents, ttt_steps=7)
+    plan = shard_sequence(documents, ttt_steps=7)
     prefix = PrefixAttention(plan, SOLO, ReferenceAttention(), query_heads=4, kv_heads=2, head_dim=8)
     lo, hi, keys = intervals(documents, 7)
     assert np.array_equal(lo, prefix.bounds(0, 0).lo) and np.array_equal(hi, prefix.bounds(0, 0).hi) and keys == plan.num_tokens

@@ -13,7 +13,7 @@ from eagle_ds.bench.chart import io_figure
 from eagle_ds.bench.formats import RankRows
 from eagle_ds.bench.io import as_record, goals, measure_all
 from eagle_ds.bench.states import make_sample
-from eagle_ds.store.manifest import StoreFacts
+from eagle_ds.store.manifest import StoreInfo
 from tests.store_cases import write_store
 
 WIDTH, TOKENS = 32, 1024
@@ -42,8 +42,8 @@ def test_half_of_the_rows_are_trained_in_turns(states: tuple[torch.Tensor, torch
 
 
 def test_every_format_is_measured_and_its_rows_are_checked(states: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
-    facts = StoreFacts("t", "h", "k", WIDTH, (0, 1, 2), 40_000)
-    results = list(measure_all(states, facts, TOKENS, ranks=4, threads=2, tries=1, folder=tmp_path))
+    info = StoreInfo("t", "h", "k", WIDTH, (0, 1, 2), 40_000)
+    results = list(measure_all(states, info, TOKENS, ranks=4, threads=2, tries=1, folder=tmp_path))
     assert [result.name for result in results] == ["gzip_torch", "mmap_torch", "hdf5_gzip", "store_h5py", "store"]
     assert not list(tmp_path.iterdir())
     by_name = {result.name: result for result in results}
@@ -63,7 +63,7 @@ def test_a_short_sample_takes_no_more_of_the_disk_than_its_rows(states: tuple[to
 def test_conversion_is_timed_over_whole_trees(
     states: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = StoreFacts("t", "h", "k", WIDTH, (0, 1, 2), 40_000)
+    info = StoreInfo("t", "h", "k", WIDTH, (0, 1, 2), 40_000)
     tool, runs = convert._run, []
 
     def run(title: str, tree: convert.Tree, *rest: object) -> float:
@@ -71,11 +71,11 @@ def test_conversion_is_timed_over_whole_trees(
         return 1.0 + tool(title, tree, *rest) if title.startswith("next") else fake_run(tree)
 
     def fake_run(tree: convert.Tree) -> float:
-        write_store(convert._store_of(tree), facts, make_sample(states, 200))
+        write_store(convert._store_of(tree), info, make_sample(states, 200))
         return 100.0
 
     monkeypatch.setattr(convert, "_run", run)
-    found = list(convert.measure_conversions(states, facts, 8, 200, 1, tmp_path))
+    found = list(convert.measure_conversions(states, info, 8, 200, 1, tmp_path))
     assert [(result.files, result.gzipped) for result in found] == [(8, False)] * 3 + [(2, True)]
     assert [count for _, count, _ in runs] == [1, 8, 8, 8, 2]
     for result in found:

@@ -15,7 +15,7 @@ from eagle_ds.bench.ceilings import data_sheet_tflops
 from eagle_ds.bench.flops import model_flops
 from eagle_ds.bench.random_store import default_samples, random_store
 from eagle_ds.bench.sources import StoreSource
-from eagle_ds.estimate.planner import Device, draft_parameters, floor_seconds, in_turns, plan_for
+from eagle_ds.estimate.planner import Device, draft_parameters, floor_seconds, in_turns, sharding_for
 from eagle_ds.sharding.sequence import Document
 from eagle_ds.store.store import StoreWriter
 from tests.bench.step_ranks import time_both
@@ -58,13 +58,13 @@ def test_a_random_store_is_kept_topped_up_and_checked(tiny: Tiny, tmp_path: Path
     recipe, document = tiny.recipe(), in_turns(TOKENS, 0.5, 16)
     first = random_store(tmp_path, recipe, document, 2, dtype="bfloat16")
     assert len(first) == 2 and {e.trained_spans for e in first.entries} == {document.trained_spans}
-    assert first.facts.hidden_size == H and first.facts.aux_layer_ids == recipe.target.aux_ids
+    assert first.info.hidden_size == H and first.info.aux_layer_ids == recipe.target.aux_ids
     before = [(tmp_path / entry.path).stat().st_mtime_ns for entry in first.entries]
     more = random_store(tmp_path, recipe, document, 3, dtype="bfloat16")
     assert len(more) == 3 and [(tmp_path / entry.path).stat().st_mtime_ns for entry in more.entries[:2]] == before
     ids = [more.reader(entry).read_small("input_ids").tolist() for entry in more.entries]
     assert ids[0] != ids[1] != ids[2]
-    with StoreWriter(tmp_path, more.facts):  # another process has it open
+    with StoreWriter(tmp_path, more.info):  # another process has it open
         assert len(random_store(tmp_path, recipe, document, 3, dtype="bfloat16")) == 3
     with pytest.raises(ValueError, match="48 trained, where 96 with 96 trained are timed; give another folder"):
         random_store(tmp_path, recipe, Document(TOKENS, ((0, TOKENS),)), 3, dtype="bfloat16")
@@ -76,7 +76,7 @@ def test_a_store_that_cannot_fill_a_step_is_refused(tiny: Tiny, tmp_path: Path) 
     recipe, document = tiny.recipe(data__max_length=TOKENS), in_turns(TOKENS, 0.5, 16)
     store = random_store(tmp_path, recipe, document, 2, dtype="float32")
     with pytest.raises(ValueError, match="holds 2 samples and one step takes 3"):
-        StoreSource(store, recipe, plan_for(recipe, [document] * 3), Mock(**{"topology.dp": 1}), None)
+        StoreSource(store, recipe, sharding_for(recipe, [document] * 3), Mock(**{"topology.dp": 1}), None)
 
 
 def test_samples_suffice_for_two_different_steps() -> None:
@@ -87,7 +87,7 @@ def test_samples_suffice_for_two_different_steps() -> None:
 def test_the_models_work_is_that_of_the_shape_and_not_of_the_layout(tiny: Tiny) -> None:
     document = in_turns(4096, 0.5, 512)
     alone, spread = tiny.recipe(), tiny.recipe(parallel__ulysses=2, parallel__ring=2)
-    flops = [model_flops(recipe, plan_for(recipe, [document])) for recipe in (alone, spread)]
+    flops = [model_flops(recipe, sharding_for(recipe, [document])) for recipe in (alone, spread)]
     assert flops[0] == pytest.approx(flops[1], rel=1e-12)
 
 
@@ -95,22 +95,22 @@ def test_the_models_work_is_that_of_the_shape_and_not_of_the_layout(tiny: Tiny) 
 def test_the_models_work_counted_by_hand(tiny: Tiny, steps: int) -> None:
     """98 query rows, which read the tokens 1 .. 98 at step 0, and at two more steps one more each, of which 99 is the last there is."""
     recipe = tiny.recipe(training__ttt_steps=steps)
-    plan = plan_for(recipe, [Document(100, ((0, 100),))])
+    sharding = sharding_for(recipe, [Document(100, ((0, 100),))])
     parts, rows, tokens = draft_parameters(recipe), 98, 98 if steps == 1 else 99
-    assert plan.num_queries == rows and plan.target_rows(0) == ((1, 1 + tokens),)
+    assert sharding.num_queries == rows and sharding.target_rows(0) == ((1, 1 + tokens),)
     q, kv = H * 8 * 4, H * 2 * 2 * 4  # one half of the input; eight query heads of 4, two KV heads of 4, keys and values
     first = 100 * (parts["fc"] + 2 * kv)  # K_0 and V_0 from both halves
     projected = tokens * (q + kv * (steps > 1)) + rows * (steps * q + (steps - 1) * kv)
     weights = first + projected + rows * steps * (H * 8 * 4 + parts["mlp"] + parts["lm_head"])
     pairs = steps * sum(p + 1 for p in range(rows)) + rows * sum(range(steps))
-    assert model_flops(recipe, plan) == 6 * weights + 12 * pairs * 8 * 4 + 2 * tokens * parts["lm_head"]
+    assert model_flops(recipe, sharding) == 6 * weights + 12 * pairs * 8 * 4 + 2 * tokens * parts["lm_head"]
 
 
 def test_a_flash_kernel_does_more_than_the_models_work(tiny: Tiny) -> None:
     recipe = tiny.recipe()
-    plan = plan_for(recipe, [in_turns(4096, 1.0)])
+    sharding = sharding_for(recipe, [in_turns(4096, 1.0)])
     at_one_rate = Device("one TFLOP/s", 1, 1, 1, 1)
-    assert 0.8 < model_flops(recipe, plan) / (1e12 * sum(floor_seconds(recipe, plan, at_one_rate).values())) < 1
+    assert 0.8 < model_flops(recipe, sharding) / (1e12 * sum(floor_seconds(recipe, sharding, at_one_rate).values())) < 1
 
 
 def test_peaks_are_those_of_the_data_sheets() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from eagle_ds.capture import embedded
 from eagle_ds.capture.embedded import GGUF_MEMBER, ensure_embedded_target, is_converted, unpermute_rope
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
-from eagle_ds.target.files import TargetFacts, resolve_target, stop_token_ids
+from eagle_ds.target.files import TargetInfo, resolve_target, stop_token_ids
 
 
 def permute_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -26,11 +26,11 @@ def test_the_rope_order_of_gguf_is_undone():
 
 
 def test_facts_are_those_of_the_published_config(embedded_target):
-    facts = TargetFacts.from_folder(resolve_target(str(embedded_target)))
-    assert (facts.hidden_size, facts.num_layers, facts.vocab_size, facts.head_dim) == (576, 30, 49152, 64)
-    assert (facts.num_attention_heads, facts.num_key_value_heads, facts.intermediate_size) == (9, 3, 1536)
-    assert (facts.rms_norm_eps, facts.rope_theta, facts.max_position_embeddings) == (1e-5, 100000.0, 8192)
-    assert facts.tie_word_embeddings and stop_token_ids(embedded_target) == (2,)
+    info = TargetInfo.from_folder(resolve_target(str(embedded_target)))
+    assert (info.hidden_size, info.num_layers, info.vocab_size, info.head_dim) == (576, 30, 49152, 64)
+    assert (info.num_attention_heads, info.num_key_value_heads, info.intermediate_size) == (9, 3, 1536)
+    assert (info.rms_norm_eps, info.rope_theta, info.max_position_embeddings) == (1e-5, 100000.0, 8192)
+    assert info.tie_word_embeddings and stop_token_ids(embedded_target) == (2,)
     config = json.loads((embedded_target / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100000.0
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from eagle_ds.capture import parallel
-from eagle_ds.capture.run import CaptureJob, Plan, Planned
+from eagle_ds.capture.run import CaptureEstimate, CaptureJob, Planned
 from eagle_ds.store.store import SampleEntry
 
 
 def test_every_sample_goes_to_one_device_and_the_long_ones_to_all(tmp_path):
     todo = [Planned(0, str(n), n, ()) for n in range(100, 0, -1)]
-    plan = Plan(CaptureJob("t", tmp_path, tmp_path, 128), tmp_path, None, None, None, None, todo, 0)
+    plan = CaptureEstimate(CaptureJob("t", tmp_path, tmp_path, 128), tmp_path, None, None, None, None, todo, 0)
     shares = parallel.shares_of(plan, ["cuda:0", "cuda:1", "cuda:2"])
     assert [share.job.device for share in shares] == ["cuda:0", "cuda:1", "cuda:2"]
     assert sorted(sample.num_tokens for share in shares for sample in share.todo) == list(range(1, 101))

@@ -14,7 +14,7 @@ import torch
 
 from eagle_ds.capture import run as capturing
 from eagle_ds.capture.hf import ForwardLimits
-from eagle_ds.capture.run import CaptureJob, Planned, batches, capture, plan_capture, probe_seconds
+from eagle_ds.capture.run import CaptureJob, Planned, batches, capture, estimate_capture, probe_seconds
 from eagle_ds.data.vocab import count_trained_tokens
 from eagle_ds.store.store import Store, StoreWriter, verify_file
 from tests.tiny_targets import save_tiny_llama
@@ -44,7 +44,7 @@ def contents(root: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Every tensor of a store, by sample; every file verified."""
     store, samples = Store(root), {}
     for entry in store.entries:
-        assert verify_file(root / entry.path, entry, store.facts) == []
+        assert verify_file(root / entry.path, entry, store.info) == []
         with store.reader(entry) as reader:
             small = {name: reader.read_small(name) for name in ("input_ids", "loss_mask", "target_token_id", "target_logsumexp")}
             wide = {name: reader.read_rows(name, [(0, entry.num_tokens)]) for name in ("aux_hidden_state", "hidden_state")}
@@ -61,27 +61,27 @@ def assert_same(left: dict, right: dict) -> None:
 
 def test_the_store_holds_every_answered_conversation(job):
     told = []
-    plan = plan_capture(job)
+    plan = estimate_capture(job)
     assert capture(plan, told.append) == len(LENGTHS)
     samples = contents(job.store)
     assert set(samples) == {f"chat/{n}" for n in LENGTHS} and plan.stats.without_answer == 1
     assert sum(told) == plan.tokens == sum(len(sample["input_ids"]) for sample in samples.values())
-    assert Store(job.store).facts.aux_layer_ids == (1, 3, 4)
+    assert Store(job.store).info.aux_layer_ids == (1, 3, 4)
     assert int(count_trained_tokens(Store(job.store), 280).sum()) == plan.stats.trained_tokens
 
 
 def test_planning_writes_nothing(job):
-    plan = plan_capture(job)
+    plan = estimate_capture(job)
     assert not job.store.exists()
     assert plan.raw_bytes == plan.tokens * 4 * 32 * 2 and 0 < plan.store_bytes <= plan.raw_bytes
     assert probe_seconds(plan) > 0 and not job.store.exists()
 
 
 def test_a_second_run_has_nothing_to_do(job, monkeypatch):
-    capture(plan_capture(job))
+    capture(estimate_capture(job))
     before = (job.store / "manifest.jsonl").read_bytes()
     monkeypatch.setattr(capturing, "load_model", lambda *_: pytest.fail("loaded the target for nothing"))
-    again = plan_capture(job)
+    again = estimate_capture(job)
     assert (capture(again), again.done, again.todo) == (0, len(LENGTHS), [])
     assert (job.store / "manifest.jsonl").read_bytes() == before
 
@@ -95,9 +95,9 @@ KILLS = {
 
 @pytest.mark.parametrize("where", KILLS)
 def test_a_killed_capture_goes_on_and_ends_like_an_undisturbed_one(job, monkeypatch, where):
-    capture(plan_capture(dataclasses.replace(job, store=job.store.with_name("undisturbed"))))
+    capture(estimate_capture(dataclasses.replace(job, store=job.store.with_name("undisturbed"))))
     kill_at(job, monkeypatch, *KILLS[where])
-    plan = plan_capture(job)
+    plan = estimate_capture(job)
     assert 0 < len(plan.todo) < len(LENGTHS)
     capture(plan)
     assert_same(contents(job.store), contents(job.store.with_name("undisturbed")))
@@ -121,30 +121,30 @@ def kill_at(job: CaptureJob, monkeypatch, name: str, call: int) -> None:
         patch.setattr(owner, attribute, deadly)
         child = os.fork()
         if child == 0:
-            capture(plan_capture(job))
+            capture(estimate_capture(job))
             os._exit(0)
         _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
 
 
 def test_a_store_of_another_target_or_other_layers_is_refused(job, tmp_path):
-    capture(plan_capture(job))
+    capture(estimate_capture(job))
     other = save_tiny_llama(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match="target_hash is"):
-        plan_capture(dataclasses.replace(job, target=str(other)))
+        estimate_capture(dataclasses.replace(job, target=str(other)))
     with pytest.raises(ValueError, match=r"aux_layer_ids is \(1, 3, 4\) there, \(0, 1, 2\) here"):
-        plan_capture(dataclasses.replace(job, aux_layer_ids=(0, 1, 2)))
+        estimate_capture(dataclasses.replace(job, aux_layer_ids=(0, 1, 2)))
 
 
 def test_another_text_under_a_stored_id_is_refused(job):
-    capture(plan_capture(job))
+    capture(estimate_capture(job))
     job.conversations.write_text(job.conversations.read_text().replace("answer answer", "one or two answers", 1))
     with pytest.raises(ValueError, match="holds sample chat/3 with"):
-        plan_capture(job)
+        estimate_capture(job)
 
 
 def test_a_full_disk_is_one_sentence_and_costs_nothing_stored(job):
-    plan = plan_capture(job)
+    plan = estimate_capture(job)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the longest sample's file is larger
     try:
@@ -153,27 +153,27 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_stored(job):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert set(contents(job.store)) < {f"chat/{n}" for n in LENGTHS}
-    capture(plan_capture(job))
+    capture(estimate_capture(job))
     assert len(contents(job.store)) == len(LENGTHS)
 
 
 def test_too_little_space_is_said_before_any_work(job, monkeypatch):
-    monkeypatch.setattr(capturing.Plan, "free_bytes", property(lambda plan: 1000))
+    monkeypatch.setattr(capturing.CaptureEstimate, "free_bytes", property(lambda estimate: 1000))
     with pytest.raises(ValueError, match=r"0\.0 GB free but the capture needs about"):
-        capture(plan_capture(job))
+        capture(estimate_capture(job))
     assert not job.store.exists()
 
 
 def test_conversations_that_are_all_skipped_are_an_error(job):
     job.conversations.write_text('{"messages": [{"role": "user", "content": "hello?"}]}\n')
     with pytest.raises(ValueError, match=r"nothing to train on: 0 samples.*1 skipped without an assistant turn"):
-        plan_capture(job)
+        estimate_capture(job)
 
 
 @pytest.mark.parametrize("target", ["models/absent", "/nonexistent", "not a name"])
 def test_a_missing_target_is_said_first(job, target):
     with pytest.raises(ValueError, match="is not a folder here"):
-        plan_capture(dataclasses.replace(job, target=target))
+        estimate_capture(dataclasses.replace(job, target=target))
 
 
 def test_batches_fit_their_limits_and_keep_the_order():

@@ -190,10 +190,10 @@ def test_no_flipped_bit_of_an_hdf5_source_raises_anything_but_a_rejection(tmp_pa
     if kind == "grouped":
         path, mapping = write_grouped_hdf5(tmp_path / "dump.h5", [features(5)]), Hdf5Map.parse(GROUPED_MAP)
     else:
-        facts = make_facts()
-        sample = make_sample("s", 40, facts)
+        info = make_facts()
+        sample = make_sample("s", 40, info)
         sample.aux_hidden_state, sample.hidden_state = torch.randn(40, 24).bfloat16(), torch.randn(40, 8).bfloat16()
-        store = write_store(tmp_path / "store", facts, sample)
+        store = write_store(tmp_path / "store", info, sample)
         path, mapping = store.root / store.entries[0].path, None
     content = path.read_bytes()
     noticed = 0

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from eagle_ds.data.batch import TokenFacts
-from eagle_ds.data.dataset import MicroBatch, PlanSettings, RankDataset
+from eagle_ds.data.batch import TokenLabels
+from eagle_ds.data.dataset import MicroBatch, RankDataset, ShardingSettings
 from eagle_ds.data.packing import screen
 from eagle_ds.data.prefetch import DeviceCopy, Prefetcher
 from eagle_ds.data.read_pool import ReadPool
-from eagle_ds.data.sampler import Sampler, Step
+from eagle_ds.data.sampler import GlobalBatch, Sampler
 from eagle_ds.model.loss import counted_rows, label_facts
 from eagle_ds.sharding import ranges as rg
-from eagle_ds.sharding.sequence import plan_sequence
+from eagle_ds.sharding.sequence import shard_sequence
 from eagle_ds.store.store import Store, StoreError
 from tests.step_harness import WholeSequence, rank_batch
 from tests.training.tiny_run import V, make_tiny, target_head, write_store
@@ -42,20 +42,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dataset(store: Store, ulysses: int = 1, ring: int = 1, max_length: int = 64, **options: object) -> RankDataset:
     samples, _ = screen(store.entries, max_length=max_length, overlong="truncate", ttt_steps=T, alignment="serving")
-    return RankDataset(store, samples, PlanSettings(ulysses, ring, "gather", T), t2d=T2D, **options)
+    return RankDataset(store, samples, ShardingSettings(ulysses, ring, "gather", T), t2d=T2D, **options)
 
 
 def whole_sequence(store: Store, data: RankDataset, pack: tuple[int, ...]) -> WholeSequence:
     """All arrays of a pack by plain whole-file reads."""
-    facts, aux, hidden = [], [], []
+    info, aux, hidden = [], [], []
     for sample in (data.samples[n] for n in pack):
         size = sample.document.num_tokens
         with store.reader(sample.entry) as reader:
             small = {n: reader.read_small(n)[:size].numpy() for n in ("input_ids", "loss_mask", "target_token_id", "target_logsumexp")}
-            facts.append(TokenFacts(**small))
+            info.append(TokenLabels(**small))
             aux.append(reader.read_rows("aux_hidden_state", [(0, size)]))
             hidden.append(reader.read_rows("hidden_state", [(0, size)]))
-    return WholeSequence(facts, torch.cat(aux), torch.cat(hidden))
+    return WholeSequence(info, torch.cat(aux), torch.cat(hidden))
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (2, 1), (1, 2), (2, 2)])
@@ -68,20 +68,20 @@ def test_each_rank_gets_the_rows_that_the_plan_gives_it(
     packs = ((0, 4, 2), (3,), (5, 1))
     for rank in range(ulysses * ring):
         data = dataset(store, ulysses, ring, max_length, sp_rank=rank, pool=readers)
-        steps = [Step(i, 0, ((pack,),)) for i, pack in enumerate(packs)]
+        steps = [GlobalBatch(i, 0, ((pack,),)) for i, pack in enumerate(packs)]
         for pack, item in zip(packs, data.batches(steps), strict=True):
-            plan = plan_sequence([data.samples[n].document for n in pack], ulysses=ulysses, ring=ring, ttt_steps=T)
-            expected = rank_batch(plan, rank, whole_sequence(store, data, pack), "serving")
+            sharding = shard_sequence([data.samples[n].document for n in pack], ulysses=ulysses, ring=ring, ttt_steps=T)
+            expected = rank_batch(sharding, rank, whole_sequence(store, data, pack), "serving")
             for name, value in vars(expected).items():
                 if isinstance(value, torch.Tensor):
                     assert torch.equal(getattr(item.batch, name), value), name
-            assert item.batch.plan.digest == plan.digest
+            assert item.batch.sharding.digest == sharding.digest
             assert item.batch.names == tuple(data.samples[n].entry.id for n in pack)
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (2, 2)])
 def test_a_step_knows_its_counted_rows_before_its_first_batch(root: Path, ulysses: int, ring: int) -> None:
-    step = Step(0, 0, (((0, 1), (2,)), ((3,), (4, 5))))  # two micro-batches, dp 2
+    step = GlobalBatch(0, 0, (((0, 1), (2,)), ((3,), (4, 5))))  # two micro-batches, dp 2
     total = torch.zeros(T, dtype=torch.int64)
     expected = torch.zeros(T, dtype=torch.int64)
     for dp_rank in range(2):
@@ -103,7 +103,7 @@ def test_label_facts_that_a_store_lacks_are_made_from_the_head(root: Path, tmp_p
     write_store(tmp_path / "bare", root / "target", ("0001111111", "0111110"), seed=3, labels=False)
     write_store(tmp_path / "full", root / "target", ("0001111111", "0111110"), seed=3)
     head = target_head(root / "target")
-    steps = [Step(0, 0, (((0,),), ((1,),)))]
+    steps = [GlobalBatch(0, 0, (((0,),), ((1,),)))]
     bare = list(dataset(Store(tmp_path / "bare"), labeler=lambda hidden: label_facts(hidden, head)).batches(steps))
     full = list(dataset(Store(tmp_path / "full")).batches(steps))
     for made, stored in zip(bare, full, strict=True):
@@ -118,7 +118,7 @@ def test_each_needed_chunk_is_read_once_and_counted(root: Path, tmp_path: Path) 
     mask = "0" * 1900 + "1" * 148
     write_store(tmp_path / "long", root / "target", (mask,), seed=4)
     store = Store(tmp_path / "long")
-    shares = [next(dataset(store, 1, 4, 4096, sp_rank=rank).batches([Step(0, 0, (((0,),),))])).stats for rank in range(4)]
+    shares = [next(dataset(store, 1, 4, 4096, sp_rank=rank).batches([GlobalBatch(0, 0, (((0,),),))])).stats for rank in range(4)]
     bytes_per_row = 4 * 24 * 4
     inflated = sum(share.bytes_inflated for share in shares)
     assert inflated < 1.2 * 2048 * bytes_per_row  # the whole file would be 4 times that
@@ -129,7 +129,7 @@ def test_fingerprints_tell_other_samples_and_other_plans_apart(root: Path) -> No
     store = Store(root / "train")
 
     def first(pack: tuple[int, ...], **layout: int) -> tuple[int, int]:
-        return next(dataset(store, **layout).batches([Step(0, 0, ((pack,),))])).fingerprints()
+        return next(dataset(store, **layout).batches([GlobalBatch(0, 0, ((pack,),))])).fingerprints()
 
     assert first((0, 1)) == first((0, 1))
     assert first((0, 1))[0] != first((1, 0))[0]
@@ -141,7 +141,7 @@ def test_a_damaged_file_is_an_error_with_its_name_where_the_batch_would_have_bee
     store = Store(tmp_path / "store")
     victim = store.root / store.entries[1].path
     victim.write_bytes(victim.read_bytes()[:-7])
-    batches = Prefetcher(dataset(store).batches([Step(0, 0, (((0,),),)), Step(1, 0, (((1,),),))]), 2, "read")
+    batches = Prefetcher(dataset(store).batches([GlobalBatch(0, 0, (((0,),),)), GlobalBatch(1, 0, (((1,),),))]), 2, "read")
     assert next(batches).batch.names == ("sample-0",)
     with pytest.raises(StoreError, match=str(victim)):
         next(batches)
@@ -264,7 +264,7 @@ def test_rows_of_all_ranks_are_the_trained_rows(root: Path) -> None:
     owned = []
     for rank in range(4):
         data = dataset(store, 2, 2, sp_rank=rank)
-        item = next(data.batches([Step(0, 0, ((pack,),))]))
-        owned.append(rg.rows(item.batch.plan.queries[rank]))
+        item = next(data.batches([GlobalBatch(0, 0, ((pack,),))]))
+        owned.append(rg.rows(item.batch.sharding.queries[rank]))
     rows = np.concatenate(owned)
     assert len(set(rows.tolist())) == len(rows) == sum(data.samples[n].query_rows for n in pack)

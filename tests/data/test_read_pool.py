@@ -34,10 +34,10 @@ def pool() -> Iterator[ReadPool]:
 
 
 def wanted(store: Store, number: int, name: str, *ranges: tuple[int, int]) -> RowsWanted:
-    entry, facts = store.entries[number], store.facts
-    width = facts.hidden_size * (len(facts.aux_layer_ids) if name == WIDE_NAMES[0] else 1)
+    entry, info = store.entries[number], store.info
+    width = info.hidden_size * (len(info.aux_layer_ids) if name == WIDE_NAMES[0] else 1)
     rows = sum(stop - start for start, stop in ranges)
-    return RowsWanted(store.root / entry.path, entry, facts, name, ranges, (rows, width), torch.bfloat16)
+    return RowsWanted(store.root / entry.path, entry, info, name, ranges, (rows, width), torch.bfloat16)
 
 
 def read(pool: ReadPool, parts: list[RowsWanted]) -> list[torch.Tensor]:

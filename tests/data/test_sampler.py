@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_ds.data.packing import TrainSample
-from eagle_ds.data.sampler import Sampler, Step
+from eagle_ds.data.sampler import GlobalBatch, Sampler
 from eagle_ds.sharding.sequence import Document
 from eagle_ds.store.manifest import SampleEntry
 
@@ -23,7 +23,7 @@ def samples(count: int) -> list[TrainSample]:
     return [sample(n, 5 + 7 * n % 31) for n in range(count)]
 
 
-def flat(step: Step) -> list[int]:
+def flat(step: GlobalBatch) -> list[int]:
     return [n for packs in step.packs for pack in packs for n in pack]
 
 

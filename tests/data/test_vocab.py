@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_ds.data.vocab import VocabMap, build_vocab_map, count_trained_tokens, load_or_build, vocab_path
-from eagle_ds.store.store import Sample, Store, StoreFacts, StoreWriter
+from eagle_ds.store.store import Sample, Store, StoreInfo, StoreWriter
 
 V = 50
 
@@ -68,9 +68,9 @@ def test_maps_that_disagree_are_refused():
 
 
 def add_sample(root, name: str, tokens: list[int]) -> Store:
-    facts = StoreFacts("t", "hash", "hash", hidden_size=8, aux_layer_ids=(0, 1, 2), vocab_size=V)
+    info = StoreInfo("t", "hash", "hash", hidden_size=8, aux_layer_ids=(0, 1, 2), vocab_size=V)
     length = len(tokens)
-    with StoreWriter(root, facts) as writer:
+    with StoreWriter(root, info) as writer:
         states = torch.zeros(length, 32, dtype=torch.bfloat16)
         mask = torch.ones(length, dtype=torch.uint8)
         writer.add(Sample(name, torch.tensor(tokens, dtype=torch.int32), mask, states[:, :24].contiguous(), states[:, :8].contiguous()))

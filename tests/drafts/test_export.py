@@ -18,17 +18,17 @@ from torch import Tensor
 
 from eagle_ds.config.recipe import RopeScaling
 from eagle_ds.drafts import export
-from eagle_ds.drafts.export import ExportPlan, export_draft, verify_export
+from eagle_ds.drafts.export import ExportSettings, export_draft, verify_export
 from eagle_ds.drafts.folder import DraftOnDisk, initial_draft, load_draft, load_served_draft
 from eagle_ds.drafts.served import ServeCommands
-from eagle_ds.target.files import TargetFacts
+from eagle_ds.target.files import TargetInfo
 from tests.draft_cases import LAYERS, LLAMA3, PLAIN, VARIANTS, random_draft, recipe_for, variant, write_run
 
-PLAN = ExportPlan("org/target", LAYERS)
+SETTINGS = ExportSettings("org/target", LAYERS)
 
 
-def exported(folder: Path, draft: DraftOnDisk | None = None, **plan: Any) -> Path:
-    return export_draft(draft or random_draft(), folder / "draft", dataclasses.replace(PLAN, **plan))
+def exported(folder: Path, draft: DraftOnDisk | None = None, **settings: Any) -> Path:
+    return export_draft(draft or random_draft(), folder / "draft", dataclasses.replace(SETTINGS, **settings))
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -92,18 +92,18 @@ def test_each_engine_finds_the_layers_in_its_own_place_and_numbering(tmp_path: P
 
 @pytest.mark.parametrize(("outputs", "sglang"), [((1, 29, 57), [1, 29, 57]), ((2, 30, 58), [3, 31, 59])])
 def test_sglangs_deepseek_class_gets_ids_that_it_reads_right(tmp_path: Path, outputs: tuple[int, ...], sglang: list[int]) -> None:
-    facts = target_facts(model_type="deepseek_v3", num_layers=61)
-    folder = exported(tmp_path, random_draft(layers=outputs), layers=outputs, facts=facts)
+    info = target_info(model_type="deepseek_v3", num_layers=61)
+    folder = exported(tmp_path, random_draft(layers=outputs), layers=outputs, info=info)
     assert config_of(folder)["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == sglang
     recipe = recipe_for(PLAIN, tmp_path, init_from=str(folder))
     target = recipe.target.model_copy(update={"aux_layer_ids": outputs, "num_layers": 61})
-    assert initial_draft(recipe.model_copy(update={"target": target}), facts).layer_outputs == outputs
+    assert initial_draft(recipe.model_copy(update={"target": target}), info).layer_outputs == outputs
 
 
-def target_facts(**changes: Any) -> TargetFacts:
+def target_info(**changes: Any) -> TargetInfo:
     config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 8, "vocab_size": 280, "num_attention_heads": 4}
     config["eos_token_id"] = [1, 2]
-    return dataclasses.replace(TargetFacts._from_config(config), **changes)
+    return dataclasses.replace(TargetInfo._from_config(config), **changes)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "rope" in name or name == "plain"])
@@ -119,7 +119,7 @@ def test_old_and_new_readers_of_the_rope_keys_agree(tmp_path: Path, name: str, a
 
 
 def test_the_exported_length_is_the_trained_one_and_tokens_are_the_targets(tmp_path: Path) -> None:
-    config = config_of(exported(tmp_path, facts=target_facts()))
+    config = config_of(exported(tmp_path, info=target_info()))
     assert config["max_position_embeddings"] == 4096
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     assert (config["bos_token_id"], config["eos_token_id"], config["tie_word_embeddings"]) == (None, [1, 2], False)
@@ -201,7 +201,7 @@ def test_an_earlier_export_is_replaced_and_a_stranger_is_not(tmp_path: Path) -> 
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "keep.txt").write_text("mine")
     with pytest.raises(ValueError, match="is no export of this tool"):
-        export_draft(random_draft(), tmp_path / "notes", PLAN)
+        export_draft(random_draft(), tmp_path / "notes", SETTINGS)
     assert (tmp_path / "notes" / "keep.txt").read_text() == "mine"
 
 
@@ -212,7 +212,7 @@ def test_an_earlier_export_is_replaced_and_a_stranger_is_not(tmp_path: Path) -> 
         ({"draft": random_draft(dataclasses.replace(PLAIN, num_attention_heads=6))}, "32 is no multiple of its 6 heads"),
         ({"layers": (1, 2)}, "reads 3 target layers"),
         ({"layers": (1, 2, 6)}, "was trained on layers"),
-        ({"facts": target_facts(hidden_size=64)}, "hidden_size 64, but the draft was made for 32"),
+        ({"facts": target_info(hidden_size=64)}, "hidden_size 64, but the draft was made for 32"),
         ({"dtype": "int8"}, "dtype int8"),
     ],
 )
@@ -251,7 +251,7 @@ def test_rope_is_overridden_on_purpose_only_and_said(tmp_path: Path, caplog: pyt
         start = initial_draft(recipe)
     assert (start.arch.rope_theta, start.arch.rope_scaling) == (500000.0, LLAMA3)
     assert "in place of the draft's own (theta 10000" in caplog.text
-    folder = export_draft(start, tmp_path / "again", dataclasses.replace(PLAN, layers=start.layer_outputs))
+    folder = export_draft(start, tmp_path / "again", dataclasses.replace(SETTINGS, layers=start.layer_outputs))
     assert config_of(folder)["rope_parameters"]["rope_type"] == "llama3"
 
 
@@ -358,7 +358,7 @@ def test_a_run_is_read_from_its_best_checkpoint_then_its_newest(tmp_path: Path, 
     found = load_draft(tmp_path / "run")
     assert torch.equal(found.state["fc.weight"], best.state["fc.weight"])
     assert (found.arch, found.layer_outputs) == (arch, LAYERS)
-    export_draft(found, tmp_path / "draft", dataclasses.replace(PLAN, layers=found.layer_outputs))
+    export_draft(found, tmp_path / "draft", dataclasses.replace(SETTINGS, layers=found.layer_outputs))
 
 
 def test_rope_without_scaling_and_rope_of_type_default_are_the_same(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from eagle_ds.config.deepspeed import read_ds_json
 from eagle_ds.config.recipe import load_recipe
 from eagle_ds.estimate import memory
 from eagle_ds.estimate.memory import GIB, predict_memory
-from eagle_ds.estimate.planner import in_turns, plan_for
+from eagle_ds.estimate.planner import in_turns, sharding_for
 from eagle_ds.model import loss
 from tests.allocation_cases import CASES, AllocationCase, held_bytes
 
@@ -73,8 +73,8 @@ def predicted_gib(row: Measured) -> float:
         f"--training.offload_activations={str(row.offload).lower()}",
     ]
     recipe = load_recipe(ROOT / "recipes/llama3_128k.json", settings)
-    plan = plan_for(recipe, [in_turns(row.tokens, row.fraction)] * row.documents, row.ring_mode)
-    parts = predict_memory(recipe, ZERO1, row.ulysses * row.ring, plan, prefetched=0)
+    sharding = sharding_for(recipe, [in_turns(row.tokens, row.fraction)] * row.documents, row.ring_mode)
+    parts = predict_memory(recipe, ZERO1, row.ulysses * row.ring, sharding, prefetched=0)
     return (sum(parts.values()) - parts["process"]) / GIB
 
 

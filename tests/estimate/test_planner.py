@@ -22,8 +22,8 @@ from eagle_ds.estimate.planner import (
     floor_seconds,
     in_turns,
     largest_length,
-    plan_for,
     recompute_bytes,
+    sharding_for,
 )
 from eagle_ds.sharding import ranges as rg
 
@@ -37,8 +37,8 @@ def llama(*overrides: str) -> Recipe:
 
 
 def total(recipe: Recipe, tokens: int, fraction: float = 1.0) -> float:
-    plan = plan_for(recipe, [in_turns(tokens, fraction)])
-    return sum(predict_memory(recipe, ZERO1, recipe.parallel.size, plan).values()) / GIB
+    sharding = sharding_for(recipe, [in_turns(tokens, fraction)])
+    return sum(predict_memory(recipe, ZERO1, recipe.parallel.size, sharding).values()) / GIB
 
 
 def test_parameters_are_those_of_a_llama_layer_twice_as_wide_at_its_input() -> None:
@@ -48,13 +48,13 @@ def test_parameters_are_those_of_a_llama_layer_twice_as_wide_at_its_input() -> N
 @pytest.mark.parametrize(("ulysses", "seconds"), [(1, 9.08), (4, 2.27)])
 def test_the_floor_at_128k_is_attention_and_matmuls_at_the_measured_rates(ulysses: int, seconds: float) -> None:
     recipe = llama("--parallel.ulysses", str(ulysses))
-    floor = floor_seconds(recipe, plan_for(recipe, [in_turns(131072, 1.0)]), H200)
+    floor = floor_seconds(recipe, sharding_for(recipe, [in_turns(131072, 1.0)]), H200)
     assert sum(floor.values()) == pytest.approx(seconds, rel=0.01)
 
 
 def test_the_floor_falls_with_the_trained_rows() -> None:
     recipe = llama("--parallel.ulysses", "4")
-    all_rows, tenth = (sum(floor_seconds(recipe, plan_for(recipe, [in_turns(131072, f)]), H200).values()) for f in (1.0, 0.1))
+    all_rows, tenth = (sum(floor_seconds(recipe, sharding_for(recipe, [in_turns(131072, f)]), H200).values()) for f in (1.0, 0.1))
     assert tenth < 0.12 * all_rows
 
 
@@ -78,7 +78,7 @@ def test_a_turn_longer_than_its_share_is_refused() -> None:
 def test_what_is_sharded_falls_as_one_over_the_ranks() -> None:
     def sharded(ulysses: int) -> float:
         recipe = llama("--parallel.ulysses", str(ulysses))
-        parts = predict_memory(recipe, ZERO1, ulysses, plan_for(recipe, [in_turns(131072, 1.0)]))
+        parts = predict_memory(recipe, ZERO1, ulysses, sharding_for(recipe, [in_turns(131072, 1.0)]))
         return sum(size for name, size in parts.items() if name.startswith(("query rows", "context rows", "K_0")))
 
     assert sharded(2) / sharded(8) == pytest.approx(4, rel=0.01)  # from one rank on, q has a head-sharded copy
@@ -91,12 +91,12 @@ def test_recomputing_more_keeps_less() -> None:
 
 def test_zero_stages_and_offload_take_the_model_off_the_gpu() -> None:
     recipe = llama()
-    plan = plan_for(recipe, [in_turns(1024, 1.0)])
+    sharding = sharding_for(recipe, [in_turns(1024, 1.0)])
     sizes = []
     for name in ("llama3_8b_zero1", "llama3_8b_zero2", "llama3_8b_zero3"):
-        sizes.append(sum(predict_memory(recipe, read_ds_json(ROOT / f"ds_configs/{name}.json"), 8, plan).values()))
+        sizes.append(sum(predict_memory(recipe, read_ds_json(ROOT / f"ds_configs/{name}.json"), 8, sharding).values()))
     assert sizes == sorted(sizes, reverse=True)
-    assert predict_memory(recipe, read_ds_json(ROOT / "ds_configs/llama3_8b_zero2_offload.json"), 8, plan)["optimizer state"] == 0
+    assert predict_memory(recipe, read_ds_json(ROOT / "ds_configs/llama3_8b_zero2_offload.json"), 8, sharding)["optimizer state"] == 0
 
 
 @pytest.mark.parametrize(("ulysses", "slots"), [(1, 8), (4, 2), (8, 1), (16, 1), (32, 1)])
@@ -120,11 +120,11 @@ def test_the_largest_length_fits_and_a_longer_one_does_not() -> None:
 
 def test_a_shape_that_cannot_fit_is_refused_with_gib_length_and_setting() -> None:
     recipe = llama("--parallel.ulysses", "4", "--training.recompute", "none")
-    plan = plan_for(recipe, [in_turns(524288, 1.0)])
+    sharding = sharding_for(recipe, [in_turns(524288, 1.0)])
     needed, mended = r"524288 tokens .* needs about [\d.]+ GiB a GPU on ulysses 4 \* ring 1", r"--training\.recompute \w+ makes it fit"
     with pytest.raises(ValueError, match=rf"{needed}.* \d+ tokens would fit; {mended}"):
-        check_fits(recipe, ZERO1, 4, plan, H200)
-    check_fits(llama("--parallel.ulysses", "4"), ZERO1, 4, plan_for(recipe, [in_turns(131072, 1.0)]), H200)
+        check_fits(recipe, ZERO1, 4, sharding, H200)
+    check_fits(llama("--parallel.ulysses", "4"), ZERO1, 4, sharding_for(recipe, [in_turns(131072, 1.0)]), H200)
 
 
 @pytest.mark.parametrize(
@@ -147,32 +147,32 @@ def test_a_shape_that_cannot_fit_is_refused_with_gib_length_and_setting() -> Non
 def test_the_mildest_setting_comes_first(tokens: int, settings: tuple[str, ...], expected: str) -> None:
     recipe = llama("--parallel.ulysses", "1", *settings)
     with pytest.raises(ValueError, match=expected):
-        check_fits(recipe, ZERO1, 1, plan_for(recipe, [in_turns(tokens, 1.0)]), H200)
+        check_fits(recipe, ZERO1, 1, sharding_for(recipe, [in_turns(tokens, 1.0)]), H200)
 
 
 def test_a_refusal_says_how_to_try_all_the_same() -> None:
     recipe = llama("--parallel.ulysses", "1")
     with pytest.raises(ValueError, match=r"--training\.check_memory false tries it all the same"):
-        check_fits(recipe, ZERO1, 1, plan_for(recipe, [in_turns(1 << 20, 1.0)]), H200)
+        check_fits(recipe, ZERO1, 1, sharding_for(recipe, [in_turns(1 << 20, 1.0)]), H200)
 
 
 def test_advice_for_what_was_predicted_to_fit_names_a_shorter_length() -> None:
     recipe = llama("--parallel.ulysses", "4", "--training.recompute", "full")
-    plan = plan_for(recipe, [in_turns(131072, 1.0)])
-    found = advice(recipe, ZERO1, 4, plan, Device("h200", 20.0))
+    sharding = sharding_for(recipe, [in_turns(131072, 1.0)])
+    found = advice(recipe, ZERO1, 4, sharding, Device("h200", 20.0))
     assert re.match(r"\d+ tokens would fit; --training\.offload_activations true makes it fit", found)
     assert 65536 < int(found.split()[0]) < 131072
 
 
 def test_a_cpu_has_no_floor_and_no_limit() -> None:
     recipe = load_recipe(ROOT / "recipes/smollm2_cpu.json")
-    assert floor_seconds(recipe, plan_for(recipe, [in_turns(1024, 1.0)]), DEVICES["cpu"]) == {}
+    assert floor_seconds(recipe, sharding_for(recipe, [in_turns(1024, 1.0)]), DEVICES["cpu"]) == {}
     assert math.isinf(DEVICES["cpu"].memory_gib)
 
 
 def test_a_faster_recomputation_that_would_fit_is_named() -> None:
     recipe = llama("--parallel.ulysses=1", "--training.recompute=full")
-    short, long = (plan_for(recipe, [in_turns(tokens, 1.0)]) for tokens in (16_384, 131_072))
+    short, long = (sharding_for(recipe, [in_turns(tokens, 1.0)]) for tokens in (16_384, 131_072))
     needs = recompute_bytes(recipe, ZERO1, 1, long)
     assert list(needs) == ["none", "selective", "mlp", "full"] and needs["none"] > needs["selective"] > needs["mlp"] > needs["full"]
     assert faster_recompute(recipe, ZERO1, 1, short, H200).startswith("--training.recompute none would fit too (about ")

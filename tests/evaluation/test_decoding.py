@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from eagle_ds.capture.hf import HiddenStates
-from eagle_ds.data.batch import TokenFacts
+from eagle_ds.data.batch import TokenLabels
 from eagle_ds.data.vocab import VocabMap
 from eagle_ds.drafts.folder import DraftOnDisk
 from eagle_ds.evaluation.decoding import (
@@ -25,7 +25,7 @@ from eagle_ds.evaluation.decoding import (
     prefill,
 )
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.sharding.sequence import Document, plan_sequence
+from eagle_ds.sharding.sequence import Document, shard_sequence
 from tests.draft_cases import LAYERS, VARIANTS, random_draft, variant
 from tests.step_harness import WholeSequence, prefix_for, rank_batch
 from tests.tiny_targets import save_tiny_llama
@@ -136,12 +136,12 @@ def unrolled(draft: DraftOnDisk, embedding: Tensor, ids: Tensor, aux: Tensor, ro
     model = draft.build(embedding, torch.float64)
     length = len(ids)
     document = Document(length, ((row, row + 2),))
-    plan = plan_sequence(
+    plan = shard_sequence(
         [document], ulysses=1, ring=1, ring_mode="gather", ttt_steps=steps, alignment="feature", trained_rows_only=True
     )
     mask = np.zeros(length, np.uint8)
     mask[row : row + 2] = 1
-    whole = WholeSequence([TokenFacts(ids.numpy().astype(np.int32), mask)], aux, aux[:, : draft.arch.target_hidden_size])
+    whole = WholeSequence([TokenLabels(ids.numpy().astype(np.int32), mask)], aux, aux[:, : draft.arch.target_hidden_size])
     batch = rank_batch(plan, 0, whole, "feature")
     states = model.unroll(batch, prefix_for(model, plan))
     at = int((batch.query_positions == row).nonzero())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eagle_ds.model.loss import TargetHead, uniform_decay
-from eagle_ds.sharding.sequence import plan_sequence
+from eagle_ds.sharding.sequence import shard_sequence
 from tests.golden_cases import SERVED_NAMES, GoldenCase, case_names
 from tests.step_harness import WholeSequence, gradients, prefix_for, rank_batch, relative_error, run_step
 
@@ -30,9 +30,9 @@ def _head(case: GoldenCase, dtype: torch.dtype) -> TargetHead:
 @pytest.mark.parametrize("trained_rows_only", [True, False])
 def test_losses_counts_and_every_gradient_are_the_peers(case: GoldenCase, trained_rows_only: bool) -> None:
     steps, size = case.config["ttt_length"], case.config["seq_len"]
-    plan = plan_sequence([case.document()], ttt_steps=steps, alignment="feature", trained_rows_only=trained_rows_only)
+    sharding = shard_sequence([case.document()], ttt_steps=steps, alignment="feature", trained_rows_only=trained_rows_only)
     model = case.draft(torch.float32)
-    batch = rank_batch(plan, 0, _whole(case, torch.float32), "feature")
+    batch = rank_batch(sharding, 0, _whole(case, torch.float32), "feature")
     decay = uniform_decay(case.config["step_decay"], steps)
     loss, sums = run_step(model, batch, _head(case, torch.float32), decay / size)
 
@@ -51,10 +51,10 @@ def test_losses_counts_and_every_gradient_are_the_peers(case: GoldenCase, traine
 
 def test_hidden_states_of_every_step_are_the_peers(case: GoldenCase) -> None:
     steps, size = case.config["ttt_length"], case.config["seq_len"]
-    plan = plan_sequence([case.document()], ttt_steps=steps, alignment="feature", trained_rows_only=False)
+    sharding = shard_sequence([case.document()], ttt_steps=steps, alignment="feature", trained_rows_only=False)
     model = case.draft(torch.float32)
     with torch.no_grad():
-        states = model.unroll(rank_batch(plan, 0, _whole(case, torch.float32), "feature"), prefix_for(model, plan))
+        states = model.unroll(rank_batch(sharding, 0, _whole(case, torch.float32), "feature"), prefix_for(model, sharding))
     for step, state in enumerate(states):
         real = size - 1 - step  # rows past that read ids beyond the end, which nobody trains on
         assert relative_error(state[:real], case.arrays["out.hidden"][step, :real]) < LOSS_BOUND

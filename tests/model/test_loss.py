@@ -16,7 +16,7 @@ CASE = Case((("0" * 9 + "1" * 30 + "000" + "1" * 11,),))
 
 
 def run(chunk_bytes: int, kind: str = "kl") -> tuple[torch.Tensor, list[torch.Tensor]]:
-    batch, head = rank_batch(CASE.plan(0), 0, CASE.whole(0), "serving"), CASE.head()
+    batch, head = rank_batch(CASE.sharding(0), 0, CASE.whole(0), "serving"), CASE.head()
     generator = torch.Generator().manual_seed(1)
     rows = batch.target_index.shape[0]
     states = [torch.randn(rows, TINY.hidden_size, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(CASE.steps)]
@@ -63,7 +63,7 @@ def test_label_facts_are_those_of_the_whole_vocabulary() -> None:
 
 
 def test_a_batch_without_counted_rows_has_zero_loss_and_zero_gradients() -> None:
-    batch, head = rank_batch(CASE.plan(0), 0, CASE.whole(0), "serving"), CASE.head()
+    batch, head = rank_batch(CASE.sharding(0), 0, CASE.whole(0), "serving"), CASE.head()
     targets = make_targets(batch, head)
     targets = replace(targets, counted=torch.zeros_like(targets.counted))
     states = [torch.randn(len(batch.target_index), 24, dtype=torch.float64).requires_grad_() for _ in range(CASE.steps)]

@@ -21,9 +21,9 @@ VARIANTS = {"plain": TINY, "normed": replace(TINY, norm_output=True, fc_norm=Tru
 
 
 def forward(case: Case, recompute: str, offload: ActivationOffload | None) -> tuple[draft.Eagle3Draft, Tensor]:
-    model, batch, head = case.model(), rank_batch(case.plan(0), 0, case.whole(0), "serving"), case.head()
+    model, batch, head = case.model(), rank_batch(case.sharding(0), 0, case.whole(0), "serving"), case.head()
     targets, settings = make_targets(batch, head), LossSettings(torch.ones(case.steps, dtype=torch.float64))
-    prefix = prefix_for(model, batch.plan)
+    prefix = prefix_for(model, batch.sharding)
     loss, _ = model(batch, prefix, lambda *states: head_loss(*states, targets, settings), recompute, offload)
     return model, loss
 
@@ -56,8 +56,8 @@ def test_a_full_recomputation_moves_states_queries_and_outputs_each_once() -> No
     """Exactly those: no parameter, no row of the batch, no diagonal key, no view a second time."""
     offload = ActivationOffload(CPU, min_bytes=0)
     _, loss = forward(CASE, "full", offload)
-    plan, arch, steps = CASE.plan(0), CASE.arch, CASE.steps
-    n, s, d, heads = plan.num_queries, plan.num_tokens, arch.hidden_size, arch.num_attention_heads
+    sharding, arch, steps = CASE.sharding(0), CASE.arch, CASE.steps
+    n, s, d, heads = sharding.num_queries, sharding.num_tokens, arch.hidden_size, arch.num_attention_heads
     states = (s + n + (steps - 1) * n) * d  # fused states, g_0, and g_k up to the one that the last step starts from
     attention = steps * n * (2 * heads * arch.head_dim + heads)
     assert offload.kept_bytes == 8 * (states + attention)

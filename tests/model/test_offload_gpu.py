@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from eagle_ds.config.recipe import Recipe
-from eagle_ds.data.batch import TokenFacts
+from eagle_ds.data.batch import TokenLabels
 from eagle_ds.estimate import memory
-from eagle_ds.estimate.planner import in_turns, plan_for
+from eagle_ds.estimate.planner import in_turns, sharding_for
 from eagle_ds.kernels.attention_cuda import choose_attention
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
@@ -56,7 +56,7 @@ class GpuStep:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.device = recipe, torch.device("cuda", 0)
-        self.plan = plan_for(recipe, [in_turns(ROWS, 1.0)])
+        self.sharding = sharding_for(recipe, [in_turns(ROWS, 1.0)])
         torch.manual_seed(0)
         arch = DraftArch.from_recipe(recipe)
         self.model = Eagle3Draft(arch)
@@ -66,7 +66,7 @@ class GpuStep:
         ids = torch.randint(0, 8000, (ROWS,), generator=generator, dtype=torch.int32).numpy()
         mask = torch.ones(ROWS, dtype=torch.uint8).numpy()
         aux, hidden = (torch.randn(ROWS, width, generator=generator).bfloat16() for width in (3 * D, D))
-        self.batch = rank_batch(self.plan, 0, WholeSequence([TokenFacts(ids, mask)], aux, hidden), "serving").to(self.device)
+        self.batch = rank_batch(self.sharding, 0, WholeSequence([TokenLabels(ids, mask)], aux, hidden), "serving").to(self.device)
         full = (torch.randn(8000, D, generator=generator) * D**-0.5).to(self.device, torch.bfloat16)
         inside = torch.ones(8000, dtype=torch.bool, device=self.device)  # every pair counts, as the prediction has it
         self.head = TargetHead(full, full[:4000], inside, torch.zeros(4000, dtype=torch.int64, device=self.device))
@@ -80,7 +80,7 @@ class GpuStep:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         settings = LossSettings(torch.full((7,), 1 / ROWS, device=self.device))
-        prefix = prefix_for(self.model, self.plan, kernel=self.kernel, recompute=self.recipe.training.recompute)
+        prefix = prefix_for(self.model, self.sharding, kernel=self.kernel, recompute=self.recipe.training.recompute)
         loss, _ = self.model(
             self.batch, prefix, lambda *states: head_loss(*states, self.targets, settings), self.recipe.training.recompute, self.offload
         )
@@ -106,5 +106,5 @@ def test_the_peak_is_as_predicted(offload: bool) -> None:
     step = GpuStep(make_recipe("full", offload))
     step.take()
     found = step.take().peak_bytes
-    predicted = max(map(beyond_model_and_inputs, memory.stages(step.recipe, BF16, 1, step.plan, prefetched=0).values()))
+    predicted = max(map(beyond_model_and_inputs, memory.stages(step.recipe, BF16, 1, step.sharding, prefetched=0).values()))
     assert predicted == pytest.approx(found, rel=PEAK_BOUND)

@@ -21,9 +21,9 @@ CASE = Case((("0" * 9 + "1" * 30 + "000" + "1" * 11,),))
 
 def step(recompute: str, case: Case = CASE, offload: ActivationOffload | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """Loss, gradients, and the matmul operations of the backward."""
-    model, batch, head = case.model(), rank_batch(case.plan(0), 0, case.whole(0), "serving"), case.head()
+    model, batch, head = case.model(), rank_batch(case.sharding(0), 0, case.whole(0), "serving"), case.head()
     targets, settings = make_targets(batch, head), LossSettings(torch.ones(case.steps, dtype=torch.float64))
-    loss, _ = model(batch, prefix_for(model, batch.plan), lambda *states: head_loss(*states, targets, settings), recompute, offload)
+    loss, _ = model(batch, prefix_for(model, batch.sharding), lambda *states: head_loss(*states, targets, settings), recompute, offload)
     with FlopCounterMode(display=False) as counter:
         loss.backward()
     return loss.detach(), gradients(model), counter.get_total_flops()

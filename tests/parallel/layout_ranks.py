@@ -7,19 +7,19 @@ from torch import Tensor
 
 from eagle_ds.kernels.attention import wide
 from eagle_ds.kernels.attention_cuda import choose_attention
-from eagle_ds.model.loss import StepSums, TargetHead, uniform_decay
+from eagle_ds.model.loss import LossSums, TargetHead, uniform_decay
 from eagle_ds.parallel.topology import SOLO, Topology, make_groups
 from tests.layout_cases import DECAY, Case
 from tests.step_harness import gradients, make_targets, rank_batch, run_step
 
 
-def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, StepSums, dict[str, Tensor]]:
+def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, LossSums, dict[str, Tensor]]:
     """(loss, sums, gradients) of the global batch, all-reduced; every rank returns the same."""
     topology = Topology(world, rank, case.ulysses, case.ring)
     groups = make_groups(topology) if world > 1 else SOLO
     device = torch.device("cuda", rank % torch.cuda.device_count()) if case.device == "cuda" else torch.device("cpu")
     model, head = case.model().to(device), _moved(case.head(), device)
-    batch = rank_batch(case.plan(topology.dp_rank), topology.sp_rank, case.whole(topology.dp_rank), case.alignment).to(device)
+    batch = rank_batch(case.sharding(topology.dp_rank), topology.sp_rank, case.whole(topology.dp_rank), case.alignment).to(device)
     counted = _summed(make_targets(batch, head).counted.sum(0).double(), world)
     weights = uniform_decay(DECAY, case.steps).to(device) / counted.clamp(min=1)
     kernel = choose_attention(device, case.torch_dtype, case.arch.head_dim)
@@ -32,7 +32,7 @@ def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, StepSums, di
     options = {"kind": case.kind, "alpha_mean": alpha_mean, "recompute": case.recompute}
     loss, sums = run_step(model, batch, head, weights.to(loss_dtype), groups=groups, kernel=kernel, **options)
     grads = {name: _summed(g.to(loss_dtype), world).cpu() for name, g in gradients(model).items()}
-    return _summed(loss, world).cpu(), StepSums.from_flat(_summed(sums.flat(), world).cpu()), grads
+    return _summed(loss, world).cpu(), LossSums.from_flat(_summed(sums.flat(), world).cpu()), grads
 
 
 def _moved(head: TargetHead, device: torch.device) -> TargetHead:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from eagle_ds.store import sink
-from eagle_ds.store.manifest import FACTS_NAME, MANIFEST_NAME, sample_path
-from eagle_ds.store.store import Sample, SampleReader, Store, StoreError, StoreFacts, StoreWriter, verify_file
+from eagle_ds.store.manifest import MANIFEST_NAME, STORE_JSON, sample_path
+from eagle_ds.store.store import Sample, SampleReader, Store, StoreError, StoreInfo, StoreWriter, verify_file
 from tests.store_cases import assert_stored, make_facts, make_sample, same_bits, write_store
 
 FACTS = make_facts()
@@ -41,9 +41,9 @@ def test_the_manifest_tells_lengths_trained_spans_and_sizes_in_order_of_writing(
 
 
 def test_the_facts_come_back_and_the_head_defaults_to_the_vocabulary(store: Store) -> None:
-    assert store.facts == FACTS
-    assert store.facts.head_size == FACTS.vocab_size
-    written = json.loads((store.root / FACTS_NAME).read_text())
+    assert store.info == FACTS
+    assert store.info.head_size == FACTS.vocab_size
+    written = json.loads((store.root / STORE_JSON).read_text())
     assert written["target"] == "some/target"
     assert written["aux_layer_ids"] == [0, 1, 2]
 
@@ -109,8 +109,8 @@ def test_a_deleted_or_cut_file_is_written_again_and_takes_the_old_ones_place(sto
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_tensors_of_any_strides_are_stored(tmp_path: Path, dtype: str) -> None:
-    facts = make_facts(dtype=dtype)
-    sample = make_sample("s", 150, facts)
+    info = make_facts(dtype=dtype)
+    sample = make_sample("s", 150, info)
     odd = dataclasses.replace(
         sample,
         input_ids=sample.input_ids.repeat_interleave(2)[::2],
@@ -118,7 +118,7 @@ def test_tensors_of_any_strides_are_stored(tmp_path: Path, dtype: str) -> None:
         hidden_state=torch.stack([sample.hidden_state] * 2, -1)[..., 1],
     )
     assert not odd.aux_hidden_state.is_contiguous() and not odd.hidden_state.is_contiguous() and not odd.input_ids.is_contiguous()
-    store = write_store(tmp_path, facts, odd)
+    store = write_store(tmp_path, info, odd)
     assert_stored(store.reader(store.entries[0]), sample)
 
 
@@ -237,7 +237,7 @@ def test_a_file_in_anothers_place_is_noticed(store: Store) -> None:
 @pytest.mark.parametrize("fact", ["target", "target_hash", "tokenizer_hash", "aux_layer_ids"])
 def test_a_file_of_another_store_is_noticed(store: Store, tmp_path: Path, fact: str) -> None:
     value = (5, 6, 7) if fact == "aux_layer_ids" else "x" * len(getattr(FACTS, fact))
-    other_facts: StoreFacts = dataclasses.replace(FACTS, **{fact: value})
+    other_facts: StoreInfo = dataclasses.replace(FACTS, **{fact: value})
     other = write_store(tmp_path / "other", other_facts, make_sample("s0", 70, FACTS))
     shutil.copy(other.root / other.entries[0].path, store.root / store.entries[0].path)
     entry = dataclasses.replace(store.entries[0], bytes=other.entries[0].bytes)
@@ -269,13 +269,13 @@ def test_names_of_datasets_are_checked(store: Store) -> None:
 def test_verify_finds_nothing_wrong_with_a_sound_file_and_names_the_rows_of_a_bad_one(store: Store) -> None:
     entry = store.entries[2]
     path = store.root / entry.path
-    assert verify_file(path, entry, store.facts) == []
+    assert verify_file(path, entry, store.info) == []
     with store.reader(entry) as reader:
         index = reader._open().wide["hidden_state"]
     content = bytearray(path.read_bytes())
     content[int(index.offsets[1, 0]) + 40] ^= 1
     path.write_bytes(content)
-    (damage,) = verify_file(path, entry, store.facts)
+    (damage,) = verify_file(path, entry, store.info)
     assert (damage.dataset, damage.rows) == ("hidden_state", (64, 72))
     assert "layer 0" in damage.reason
     assert str(path) in damage.reason

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle_ds.store.manifest import FACTS_NAME, MANIFEST_NAME
+from eagle_ds.store.manifest import MANIFEST_NAME, STORE_JSON
 from eagle_ds.store.store import SampleReader, Store, StoreError, StoreWriter, verify_file
 from tests.store_cases import assert_stored, make_facts, make_sample, write_store
 
@@ -53,7 +53,7 @@ def test_no_flipped_bit_is_read_in_silence(store: Store) -> None:
     bits = random.Random(0).sample(range(8 * len(content)), 600)
     for bit in bits:
         path.write_bytes(flipped(content, bit))
-        noticed += is_noticed(SampleReader(path, store.entries[0], store.facts, threads=1))
+        noticed += is_noticed(SampleReader(path, store.entries[0], store.info, threads=1))
     assert noticed > len(bits) / 2  # the rest fell into space that HDF5 left unused
 
 
@@ -77,10 +77,10 @@ def test_no_truncated_file_is_read_in_silence(store: Store, knows_size: bool) ->
     content = path.read_bytes()
     for size in random.Random(1).sample(range(len(content)), 60):
         path.write_bytes(content[:size])
-        assert is_noticed(SampleReader(path, store.entries[0] if knows_size else None, store.facts, threads=1)), f"cut to {size} bytes"
+        assert is_noticed(SampleReader(path, store.entries[0] if knows_size else None, store.info, threads=1)), f"cut to {size} bytes"
 
 
-@pytest.mark.parametrize("name", [FACTS_NAME, MANIFEST_NAME])
+@pytest.mark.parametrize("name", [STORE_JSON, MANIFEST_NAME])
 def test_no_flipped_bit_of_the_manifest_or_the_facts_is_read_in_silence(store: Store, name: str) -> None:
     path = store.root / name
     content = path.read_bytes()
@@ -95,7 +95,7 @@ def test_no_flipped_bit_of_the_manifest_or_the_facts_is_read_in_silence(store: S
             assert flipped(content, bit)[-1:] != b"\n"  # the only line looks torn: the sample is not there at all
             continue
         assert damaged.entries == store.entries
-        assert damaged.facts == store.facts
+        assert damaged.info == store.info
 
 
 def test_swapped_chunks_are_noticed_even_though_each_is_sound(store: Store) -> None:
@@ -134,7 +134,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_store_sound_and_the_writer_usab
         writer.add(make_sample("lost-0", TOKENS, FACTS))
     store = Store(tmp_path)
     assert [entry.id for entry in store.entries] == ["s", "lost-0"]
-    assert [verify_file(tmp_path / entry.path, entry, store.facts) for entry in store.entries] == [[], []]
+    assert [verify_file(tmp_path / entry.path, entry, store.info) for entry in store.entries] == [[], []]
 
 
 def test_a_manifest_line_that_does_not_fit_on_the_disk_is_taken_back(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eagle_ds.store import reader as reader_module
-from eagle_ds.store.chunks import ChunkIndex, plan_reads
+from eagle_ds.store.chunks import ChunkIndex, chunk_jobs
 from eagle_ds.store.format import CHUNK_ROWS, SMALL_DTYPES, TORCH_DTYPES, WIDE_NAMES
 from eagle_ds.store.store import ReadStats, SampleReader, Store, StoreError, read_rows_h5py
 from tests.store_cases import assert_stored, make_facts, make_sample, same_bits, write_store
@@ -50,9 +50,9 @@ def row_ranges() -> st.SearchStrategy[list[tuple[int, int]]]:
 def test_any_shape_and_any_bits_come_back(
     tmp_path_factory: pytest.TempPathFactory, dtype: str, num_tokens: int, hidden_size: int, num_aux: int, seed: int
 ) -> None:
-    facts = make_facts(hidden_size, num_aux, dtype)
-    sample = make_sample("any", num_tokens, facts, seed, labels=seed % 2 == 0)
-    store = write_store(tmp_path_factory.mktemp("any"), facts, sample)
+    info = make_facts(hidden_size, num_aux, dtype)
+    sample = make_sample("any", num_tokens, info, seed, labels=seed % 2 == 0)
+    store = write_store(tmp_path_factory.mktemp("any"), info, sample)
     assert_stored(store.reader(store.entries[0]), sample)
     for name in WIDE_NAMES:
         assert same_bits(read_rows_h5py(file_of(store), name, [(0, num_tokens)]), getattr(sample, name))
@@ -165,7 +165,7 @@ def test_a_rank_of_eight_inflates_little_more_than_its_rows(num_tokens: int, mos
     for rank in range(8):
         start, stop = rank * share, (rank + 1) * share
         ahead = min(num_tokens, stop + 7)
-        jobs = [job for batch in plan_reads(aux, [(start, stop)]) + plan_reads(hidden, [(start, ahead)]) for job in batch]
+        jobs = [job for batch in chunk_jobs(aux, [(start, stop)]) + chunk_jobs(hidden, [(start, ahead)]) for job in batch]
         assert len(jobs) * CHUNK_ROWS / (3 * share + ahead - start) <= most
 
 

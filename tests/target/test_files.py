@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle_ds.config.recipe import TargetConfig
-from eagle_ds.target.files import TargetFacts, load_target_weights, resolve_target, rope_of, stop_token_ids, target_hash, tokenizer_hash
+from eagle_ds.target.files import TargetInfo, load_target_weights, resolve_target, rope_of, stop_token_ids, target_hash, tokenizer_hash
 from tests.tiny_targets import save_tiny_llama
 
 
@@ -31,10 +31,10 @@ def copy(untied, tmp_path) -> Path:
 
 
 def test_facts_are_read_from_a_config_of_transformers_5(untied):
-    facts = TargetFacts.from_folder(untied)
-    assert (facts.hidden_size, facts.num_layers, facts.vocab_size, facts.head_dim) == (32, 8, 280, 8)
-    assert facts.rope_theta == 10000.0 and facts.rope_scaling is None and facts.aux_ids == (1, 3, 4)
-    assert facts.eos_token_ids == (1,)
+    info = TargetInfo.from_folder(untied)
+    assert (info.hidden_size, info.num_layers, info.vocab_size, info.head_dim) == (32, 8, 280, 8)
+    assert info.rope_theta == 10000.0 and info.rope_scaling is None and info.aux_ids == (1, 3, 4)
+    assert info.eos_token_ids == (1,)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_the_tokenizer_hash_follows_the_chat_template(untied, copy, tmp_path):
 
 def test_a_recipe_that_states_other_sizes_is_refused(untied):
     right = {"model": str(untied), "hidden_size": 32, "num_layers": 8, "vocab_size": 280}
-    TargetFacts.from_folder(untied).check_against(TargetConfig(**right))
+    TargetInfo.from_folder(untied).check_against(TargetConfig(**right))
     with pytest.raises(ValueError, match=r"target\.hidden_size=64 in the recipe but .* has 32; write 32"):
-        TargetFacts.from_folder(untied).check_against(TargetConfig(**{**right, "hidden_size": 64}))
+        TargetInfo.from_folder(untied).check_against(TargetConfig(**{**right, "hidden_size": 64}))
 
 
 def test_missing_targets_name_the_way_out(tmp_path):
@@ -145,4 +145,4 @@ def test_damaged_weights_are_found_before_loading(copy, damage):
 def test_an_unreadable_config_is_named(copy):
     (copy / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
-        TargetFacts.from_folder(copy)
+        TargetInfo.from_folder(copy)

@@ -24,7 +24,7 @@ from eagle_ds.convert import run as conversion
 from eagle_ds.convert.setup import ConvertOptions
 from eagle_ds.convert.work import Job, Outcome, Worker, run_jobs
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
-from eagle_ds.store.store import Store, StoreFacts, StoreWriter
+from eagle_ds.store.store import Store, StoreInfo, StoreWriter
 from eagle_ds.store.writer import SampleFiles
 from tests.peer_files import (
     AUX_IDS,
@@ -106,8 +106,8 @@ def test_a_tree_of_plain_and_gzipped_files_arrives_bit_for_bit(tmp_path: Path, r
     assert run(tmp_path / "src", tmp_path / "dst", *FLAGS, "--workers", "2") == 0
     for number, sample in made.items():
         assert_same(stored(tmp_path / "dst", f"rows_0-5000/data_{number}"), sample)
-    facts = Store(tmp_path / "dst").facts
-    assert (facts.target, facts.aux_layer_ids, facts.hidden_size, facts.vocab_size) == ("tiny", AUX_IDS, HIDDEN, VOCAB)
+    info = Store(tmp_path / "dst").info
+    assert (info.target, info.aux_layer_ids, info.hidden_size, info.vocab_size) == ("tiny", AUX_IDS, HIDDEN, VOCAB)
     assert (tmp_path / "dst" / "rejected.jsonl").read_text() == ""
     printed = capsys.readouterr().out
     assert "converted now" in printed and "saved against raw" in printed and "MB/s" in printed
@@ -174,8 +174,8 @@ def test_speculators_files_get_the_targets_norm_mask_and_token(tmp_path: Path, r
         reader = store.reader(entry)
         assert torch.equal(reader.read_small("target_token_id").long(), expected["logits"].argmax(-1))
         torch.testing.assert_close(reader.read_small("target_logsumexp"), torch.logsumexp(expected["logits"], -1))
-    facts = store.facts
-    assert facts.target_hash and facts.tokenizer_hash and facts.head_size == VOCAB
+    info = store.info
+    assert info.target_hash and info.tokenizer_hash and info.head_size == VOCAB
 
 
 def test_conversations_are_indexed_alike_by_any_number_of_workers(tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,9 +295,9 @@ class DyingWorker(Worker):
 def test_a_killed_worker_costs_its_file_only(tmp_path: Path) -> None:
     for number in range(6):
         write_specforge(tmp_path / "src", number, features(20, seed=number))
-    facts = StoreFacts("tiny", "", "", HIDDEN, AUX_IDS, VOCAB)
-    with StoreWriter(tmp_path / "dst", facts, workers=1):
-        worker = DyingWorker(tmp_path / "dst", facts, Completer(), verify=False, encoders=1)
+    info = StoreInfo("tiny", "", "", HIDDEN, AUX_IDS, VOCAB)
+    with StoreWriter(tmp_path / "dst", info, workers=1):
+        worker = DyingWorker(tmp_path / "dst", info, Completer(), verify=False, encoders=1)
         outcomes = list(run_jobs([Job(item) for item in iter_source(tmp_path / "src")], worker, 2))
     assert len(outcomes) == 6
     (lost,) = [outcome.rejected for outcome in outcomes if outcome.rejected]
@@ -436,7 +436,7 @@ def test_a_dry_run_predicts_the_size_and_writes_nothing(tmp_path: Path, run) -> 
     for number in range(6):
         write_specforge(tmp_path / "src", number, features(1024, seed=number, hidden=256), gzipped=number % 2 == 0)
     arguments = ConvertOptions(tmp_path / "src", tmp_path / "dst", target_name="t", aux_layer_ids=AUX_IDS, vocab_size=VOCAB)
-    summary, prediction = conversion.plan(arguments)
+    summary, prediction = conversion.predict_conversion(arguments)
     assert run(tmp_path / "src", tmp_path / "dst", *FLAGS, "--dry-run") == 0
     assert not (tmp_path / "dst").exists()
     done = conversion.convert(arguments)

@@ -16,7 +16,7 @@ import pytest
 from eagle_ds.convert import Completer, iter_source
 from eagle_ds.convert import run as conversion
 from eagle_ds.convert.work import Job, Worker, _Pool
-from eagle_ds.store.store import Store, StoreFacts, StoreWriter
+from eagle_ds.store.store import Store, StoreInfo, StoreWriter
 from tests.peer_files import AUX_IDS, FLAGS, GROUPED_MAP, HIDDEN, VOCAB, features, write_grouped_hdf5, write_specforge
 from tests.tools.test_convert import TOOL, assert_same, rejects, run, stored, tool, words_of
 
@@ -68,8 +68,8 @@ def test_an_odd_error_costs_its_file_only(tmp_path: Path, run, monkeypatch: pyte
 
 def test_a_worker_that_dies_between_two_files_is_replaced(tmp_path: Path) -> None:
     items = list(iter_source(tree(tmp_path / "src")))
-    facts = StoreFacts("tiny", "", "", HIDDEN, AUX_IDS, VOCAB)
-    with StoreWriter(tmp_path / "dst", facts, workers=1), _Pool(Worker(tmp_path / "dst", facts, Completer(), False, 1), 1) as pool:
+    info = StoreInfo("tiny", "", "", HIDDEN, AUX_IDS, VOCAB)
+    with StoreWriter(tmp_path / "dst", info, workers=1), _Pool(Worker(tmp_path / "dst", info, Completer(), False, 1), 1) as pool:
         outcomes = pool.run(iter(map(Job, items)))
         assert next(outcomes).entry is not None  # the worker has the second file
         pool._give(iter(()))
@@ -117,12 +117,12 @@ def test_a_run_that_is_refused_leaves_no_trace(tmp_path: Path, run) -> None:
     assert rejects(tmp_path / "dst") == {"data_9.ckpt": "unreadable"}
     before = snapshot(tmp_path)
     assert run(source, tmp_path / "dst", "--target-name", "another") == 1
-    with StoreWriter(tmp_path / "dst", Store(tmp_path / "dst").facts):
+    with StoreWriter(tmp_path / "dst", Store(tmp_path / "dst").info):
         held = snapshot(tmp_path)
         assert run(source, tmp_path / "dst", *FLAGS) == 1  # another writer is at work
         assert snapshot(tmp_path) == held
-    assert {path: facts for path, facts in snapshot(tmp_path).items() if Path(path).is_file()} == {
-        path: facts for path, facts in before.items() if Path(path).is_file()
+    assert {path: info for path, info in snapshot(tmp_path).items() if Path(path).is_file()} == {
+        path: info for path, info in before.items() if Path(path).is_file()
     }
 
 

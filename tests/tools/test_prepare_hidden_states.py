@@ -68,7 +68,7 @@ def test_two_processes_write_the_store_that_one_writes(recipe, tmp_path):
 def test_flags_do_without_a_recipe(target, recipe, tmp_path):
     flags = ["--target", str(target), "--conversations", str(tmp_path / "eval.jsonl"), "--store", str(tmp_path / "s"), "--max-length", "64"]
     assert main([*flags, "--dtype", "float32", "--aux-layer-ids", "0", "2", "5"]) == 0
-    assert Store(tmp_path / "s").facts.aux_layer_ids == (0, 2, 5)
+    assert Store(tmp_path / "s").info.aux_layer_ids == (0, 2, 5)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from eagle_ds.config.recipe import TrainingConfig
 from eagle_ds.drafts.folder import load_draft
-from eagle_ds.model.loss import COLUMNS, StepSums
+from eagle_ds.model.loss import COLUMNS, LossSums
 from eagle_ds.training.checkpoint import Best, latest
 from eagle_ds.training.metrics import metrics_of, step_weights
 from eagle_ds.training.runlog import keep_until, scalars
@@ -87,11 +87,11 @@ def test_real_decoding_during_training_chooses_the_best_draft(pool: GlooPool, tm
     assert load_draft(recipe.run_dir / "best").arch.hidden_size == 32
 
 
-def sums(**columns: list[float]) -> StepSums:
+def sums(**columns: list[float]) -> LossSums:
     steps = torch.zeros(2, len(COLUMNS), dtype=torch.float64)
     for name, values in columns.items():
         steps[:, COLUMNS.index(name)] = torch.tensor(values, dtype=torch.float64)
-    return StepSums(steps, torch.tensor([3.0, 4.0], dtype=torch.float64))
+    return LossSums(steps, torch.tensor([3.0, 4.0], dtype=torch.float64))
 
 
 def test_metrics_are_their_formulae() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from eagle_ds.launch import set_aside
-from eagle_ds.store.store import Sample, Store, StoreFacts, StoreWriter
+from eagle_ds.store.store import Sample, Store, StoreInfo, StoreWriter
 from eagle_ds.training.runlock import take_run
 from tests.gloo_pool import GlooPool
 from tests.training.tiny_run import MASKS, H, Tiny, V, make_tiny
@@ -76,22 +76,22 @@ def test_bad_input_is_one_sentence_on_all_ranks(pool: GlooPool, tiny: Tiny, over
 
 
 def test_a_store_of_other_weights_is_refused(pool: GlooPool, tiny: Tiny) -> None:
-    facts = StoreFacts("tiny", "another hash", "none", H, (1, 3, 4), V, dtype="float32")
-    write_one(tiny.root / "other", facts, torch.randn(9, H))
+    info = StoreInfo("tiny", "another hash", "none", H, (1, 3, 4), V, dtype="float32")
+    write_one(tiny.root / "other", info, torch.randn(9, H))
     found = messages(pool, 1, tiny.recipe(data__store=str(tiny.root / "other")))[0]
     assert "was captured from other weights (tiny, hash another hash)" in found
 
 
 def test_an_empty_store_is_refused(pool: GlooPool, tiny: Tiny) -> None:
-    with StoreWriter(tiny.root / "empty", Store(tiny.root / "train").facts):
+    with StoreWriter(tiny.root / "empty", Store(tiny.root / "train").info):
         pass
     assert "holds no samples" in messages(pool, 1, tiny.recipe(data__store=str(tiny.root / "empty")))[0]
 
 
-def write_one(root: Path, facts: StoreFacts, hidden: torch.Tensor, name: str = "bad") -> None:
+def write_one(root: Path, info: StoreInfo, hidden: torch.Tensor, name: str = "bad") -> None:
     size = len(hidden)
     ids, mask = torch.zeros(size, dtype=torch.int32), torch.ones(size, dtype=torch.uint8)
-    with StoreWriter(root, facts) as writer:
+    with StoreWriter(root, info) as writer:
         writer.add(Sample(name, ids, mask, torch.zeros(size, 3 * H), hidden, ids, torch.zeros(size)))
 
 
@@ -100,7 +100,7 @@ def poisoned(tiny: Tiny) -> Tiny:
     """The training store with one more sample, whose target states hold a NaN."""
     hidden = torch.randn(9, H)
     hidden[5, 3] = math.nan
-    write_one(tiny.root / "train", Store(tiny.root / "train").facts, hidden, "poison")
+    write_one(tiny.root / "train", Store(tiny.root / "train").info, hidden, "poison")
     return tiny
 
 

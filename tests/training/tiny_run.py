@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from eagle_ds.config.recipe import Recipe
-from eagle_ds.store.store import Sample, StoreFacts, StoreWriter
-from eagle_ds.target.files import TargetFacts, target_hash
+from eagle_ds.store.store import Sample, StoreInfo, StoreWriter
+from eagle_ds.target.files import TargetInfo, target_hash
 
 H, V, VD, LAYERS = 24, 37, 19, 8
 MASKS = (
@@ -117,10 +117,10 @@ def target_head(folder: Path) -> torch.Tensor:
 
 def write_store(root: Path, target: Path, masks: tuple[str, ...], *, seed: int, labels: bool = True, dtype: str = "float32") -> None:
     """One sample a mask of 0 and 1, random but for its labels, which are the target's."""
-    head, rng, layers = target_head(target), np.random.default_rng(seed), TargetFacts.from_folder(target).aux_ids
+    head, rng, layers = target_head(target), np.random.default_rng(seed), TargetInfo.from_folder(target).aux_ids
     vocab, width = head.shape
-    facts = StoreFacts("tiny", target_hash(target), "none", width, layers, vocab, dtype=dtype)
-    with StoreWriter(root, facts) as writer:
+    info = StoreInfo("tiny", target_hash(target), "none", width, layers, vocab, dtype=dtype)
+    with StoreWriter(root, info) as writer:
         for number, mask in enumerate(masks):
             size = len(mask)
             aux, hidden = (torch.from_numpy(rng.standard_normal((size, w))).to(getattr(torch, dtype)) for w in (3 * width, width))

@@ -22,7 +22,8 @@ from torch import Tensor
 from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.dataset import MicroBatch, RankDataset
-from eagle_ds.data.sampler import Step
+from eagle_ds.data.sampler import GlobalBatch
+from eagle_ds.launch import train_rank
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.store.store import StoreError
 from eagle_ds.training.build import build
@@ -32,7 +33,7 @@ from eagle_ds.training.inputs import open_inputs
 from eagle_ds.training.metrics import Metrics, metrics_of, sum_over_ranks
 from eagle_ds.training.runlog import STEP_LOG
 from eagle_ds.training.sizing import Sizes
-from eagle_ds.training.train import Trainer, make_sampler, train
+from eagle_ds.training.train import Trainer, make_sampler
 from eagle_ds.training.world import World, join_world
 
 
@@ -50,7 +51,7 @@ class Steps:
 def run_training(rank: int, world: int, recipe: Recipe) -> None:
     """The whole of ``train``."""
     as_if_new(world)
-    train(recipe, rank)
+    train_rank(recipe, rank)
 
 
 def take_steps(rank: int, world: int, recipe: Recipe, optimizer: str = "SGD") -> Steps:
@@ -112,7 +113,7 @@ def message(rank: int, world: int, recipe: Recipe, mischief: str = "", victim: i
     started = time.perf_counter()
     try:
         with mock.patch.multiple(RankDataset, **PATCHES.get(mischief if rank == victim else "", {"batches": RankDataset.batches})):
-            train(recipe, rank)
+            train_rank(recipe, rank)
     except ValueError as error:
         return str(error), time.perf_counter() - started
     return "", time.perf_counter() - started
@@ -133,13 +134,13 @@ def _other_seed(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": 7})})
 
 
-def _other_samples(self: RankDataset, steps: Iterator[Step]) -> Iterator[MicroBatch]:
+def _other_samples(self: RankDataset, steps: Iterator[GlobalBatch]) -> Iterator[MicroBatch]:
     """Another sample from the third step on."""
     for step in steps:
         yield from self._step(step if step.number < 2 else replace(step, packs=(((0,),),)))
 
 
-def _broken_read(self: RankDataset, steps: Iterator[Step]) -> Iterator[MicroBatch]:
+def _broken_read(self: RankDataset, steps: Iterator[GlobalBatch]) -> Iterator[MicroBatch]:
     for step in steps:
         if step.number == 2:
             raise StoreError("store/samples/ab/cd.h5: the file was cut")
@@ -177,7 +178,7 @@ def train_until(rank: int, world: int, recipe: Recipe, stop_after: int) -> None:
         return paused
 
     with mock.patch.object(Trainer, "_pause", pause), contextlib.suppress(Interrupted):
-        train(recipe, rank)
+        train_rank(recipe, rank)
 
 
 def train_onto_a_full_disk(rank: int, world: int, recipe: Recipe, from_step: int) -> str:
@@ -192,7 +193,7 @@ def train_onto_a_full_disk(rank: int, world: int, recipe: Recipe, from_step: int
 
     try:
         with mock.patch.object(Checkpoints, "save", save):
-            train(recipe, rank)
+            train_rank(recipe, rank)
     except ValueError as error:
         return str(error)
     finally:
@@ -223,7 +224,7 @@ def run_into(
     as_if_new(world)
     try:
         with mock.patch(where, side_effect=error):
-            train(recipe, rank)
+            train_rank(recipe, rank)
     except Exception as raised:
         return type(raised).__name__, str(raised)
     return "", ""
@@ -241,7 +242,7 @@ def train_until_sigterm(rank: int, world: int, recipe: Recipe, victim: int, afte
 
     try:
         with mock.patch.object(Trainer, "_pause", pause):
-            train(recipe, rank)
+            train_rank(recipe, rank)
     except SystemExit as ended:
         return int(ended.code)
     return None
