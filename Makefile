@@ -1,4 +1,4 @@
-# Every target does its own set-up: a virtual environment in .venv, filled once, refilled when requirements.txt changes.
+# Every target does its own set-up: a virtual environment in .venv, filled from requirements.lock, refilled when that changes.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
@@ -9,14 +9,14 @@ PYTEST_ARGS ?= -q -n 2 --dist loadfile --no-loadscope-reorder
 DEMO := recipes/smollm2_cpu
 DEMO_SAMPLES ?= 120
 
-.PHONY: help venv demo test lint
+.PHONY: help venv demo test quick lint lock
 
-help:  ## what there is to make
+help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-venv: $(STAMP)  ## the virtual environment alone
+venv: $(STAMP)  ## make the virtual environment (.venv)
 
-$(STAMP): requirements.txt
+$(STAMP): requirements.lock pyproject.toml
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "error: no C++ compiler found; install g++ (or clang as c++)"; exit 1; }
 	@if [ ! -x $(PY) ]; then \
 	  for name in python3.12 python3.11 python3 python; do \
@@ -26,17 +26,25 @@ $(STAMP): requirements.txt
 	  echo "creating $(VENV) with $$($$found --version)"; \
 	  $$found -m venv $(VENV) || { rm -rf $(VENV); echo "error: python -m venv failed; Debian and Ubuntu want the package python3-venv"; exit 1; }; \
 	fi
-	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --no-deps --disable-pip-version-check -e .
 	@touch $@
 
-test: $(STAMP)  ## all tests that this machine can run (GPU tests are skipped without one)
+test: $(STAMP)  ## run all tests that this machine can run (GPU tests are skipped without a GPU)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## ruff over everything
+quick: $(STAMP)  ## run the fast tests, in under 90 seconds
+	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow"
+
+lint: $(STAMP)  ## run ruff over everything
 	$(PY) -m ruff check .
 
+lock: $(STAMP)  ## write the versions that .venv holds into requirements.lock
+	@{ grep '^#' requirements.lock; $(PY) -m pip freeze --exclude-editable --exclude setuptools --exclude pip --exclude wheel | sed 's/+cpu$$//'; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock && git --no-pager diff --stat requirements.lock
+
 demo: export PATH := $(abspath $(VENV))/bin:$(PATH)
-demo: $(STAMP)  ## SmolLM2 on two CPU processes: capture, train, export, measured acceptance length, report
+demo: $(STAMP)  ## SmolLM2 on two CPU processes: capture, train, export, measure the acceptance length, report
 	tools/fetch_embedded_target.py
 	tools/prepare_hidden_states.py --recipe $(DEMO).json --limit $(DEMO_SAMPLES) --limit-eval 12 --device cpu,cpu
 	deepspeed --num_gpus 2 $(DEMO).sh

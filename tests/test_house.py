@@ -1,4 +1,4 @@
-"""The house rules: dependencies run one way, files and functions stay small, nothing lies about that is not named here."""
+"""House rules: dependencies run one way, one layer a folder; files and functions stay small; tests mirror the package."""
 
 from __future__ import annotations
 
@@ -12,51 +12,69 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = sorted((ROOT / "eagle_ds").rglob("*.py"))
+PACKAGE = ROOT / "eagle_ds"
+MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
-# A module may import its own folder and those above it in this list. launch.py comes last.
-LAYERS = (
+# The folders of eagle_ds in dependency order: a module imports from its own folder and from earlier ones only.
+# launch.py comes last. bench is for tools/bench_*.py and tests: nothing else in the package may import it.
+FOLDERS = (
     *("config", "sharding", "parallel", "kernels", "target", "store", "data", "convert", "estimate", "capture"),
-    *("model", "drafts", "training", "evaluation", "reporting", "bench", "launch"),
+    *("model", "drafts", "training", "evaluation", "reporting", "bench"),
 )
+ORDER = (*FOLDERS, "launch")
 TOP_LEVEL = {
     *("recipes", "eagle_ds", "ds_configs", "tools", "tests", "docs"),
-    *("requirements.txt", "requirements-sglang.txt", "README.md", "pyproject.toml", "Makefile", "LICENSE"),
+    *("requirements.txt", "requirements.lock", "requirements-sglang.txt", "pyproject.toml", "Makefile"),
+    *("README.md", "LICENSE", "CITATION.cff", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"),
 }
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
 
 
 def layer_of(module: str) -> int:
-    """Index in LAYERS of a dotted module below eagle_ds; -1 for the package itself."""
+    """Index in ORDER of a dotted module below eagle_ds; -1 for the package itself."""
     if not module:
         return -1
     folder = module.split(".")[0]
-    assert folder in LAYERS, f"eagle_ds/{folder} is not in LAYERS of tests/test_house.py; add it in dependency order"
-    return LAYERS.index(folder)
+    assert folder in ORDER, f"eagle_ds/{folder} is not in FOLDERS of tests/test_house.py; add it in dependency order"
+    return ORDER.index(folder)
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """Modules below eagle_ds that a file imports anywhere, lazily too."""
+    """Modules below eagle_ds that a file imports anywhere, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "eagle_ds" else [node.module]
+            from_package = node.module == "eagle_ds"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if from_package else [node.module]
         yield from (name.removeprefix("eagle_ds").lstrip(".") for name in names if name.split(".")[0] == "eagle_ds")
 
 
 def identify(path: Path) -> str:
+    """A test id: the path from the repository's root."""
     return str(path.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=identify)
 def test_dependencies_run_one_way(path: Path) -> None:
-    own = ".".join(path.relative_to(ROOT / "eagle_ds").with_suffix("").parts).removesuffix("__init__").rstrip(".")
+    own = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
     for module in imports_of(path):
-        assert layer_of(module) <= layer_of(own), f"eagle_ds.{own} imports eagle_ds.{module}, which comes later in LAYERS"
+        assert layer_of(module) <= layer_of(own), f"eagle_ds.{own} imports eagle_ds.{module}, a later folder"
+        assert not (own == "launch" and module.startswith("bench")), "launch.py imports bench/"
+
+
+def test_nothing_lies_loose_beside_the_folders() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "launch.py"}
+    assert {path.parent.name for path in PACKAGE.glob("*/*.py")} == set(FOLDERS)
+    assert not list(PACKAGE.glob("*/*/*.py")), "one level of folders is enough"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_folder_has_tests_of_its_name(folder: str) -> None:
+    assert list((ROOT / "tests" / folder).glob("test_*.py")), f"tests/{folder}/ has no test"
 
 
 @pytest.mark.parametrize("path", MODULES + TOOLS, ids=identify)
@@ -72,7 +90,8 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=identify)
 def test_the_library_logs_and_never_prints(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        assert not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"), f"line {node.lineno}"
+        is_print = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        assert not is_print, f"line {node.lineno}"
 
 
 @pytest.mark.parametrize("path", TOOLS, ids=identify)
@@ -80,7 +99,7 @@ def test_a_tool_runs_from_anywhere(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     assert source.startswith("#!/usr/bin/env python")
     assert os.access(path, os.X_OK)
-    assert "sys.path.insert" in source, "eagle_ds is not installed, so a tool finds it beside itself"
+    assert "sys.path.insert" in source, "a tool must find eagle_ds in its own checkout, installed or not"
 
 
 def test_the_top_level_holds_what_every_repository_has() -> None:
@@ -92,5 +111,6 @@ def test_the_top_level_holds_what_every_repository_has() -> None:
 
 
 def test_ruff_is_clean() -> None:
-    checked = subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "."], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "ruff", "check", "--quiet", "."]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
