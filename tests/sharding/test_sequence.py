@@ -1,4 +1,4 @@
-"""Sharding of a sequence: every row has exactly one owner, in every layout, and both kinds of work balance."""
+"""Sharding of a sequence: every row has one owner in every layout, and the work of the ranks balances."""
 
 from __future__ import annotations
 
