@@ -158,16 +158,17 @@ def starting_point(draft: DraftOnDisk, recipe: Recipe | None) -> DraftOnDisk:
 
 def write(measured: Measurement, info: dict[str, Any], out: Path) -> None:
     """acceptance.json, acceptance.png, and a table on the terminal."""
+    from eagle_ds.config.run_folder import ACCEPTANCE
     from eagle_ds.reporting.figures import acceptance_figure
 
     result = {"schema": 1, **info, **measured.summary()}
     out.mkdir(parents=True, exist_ok=True)
-    temp = out / ".acceptance.json"
+    temp = out / f".{ACCEPTANCE}"
     temp.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temp.replace(out / "acceptance.json")
+    temp.replace(out / ACCEPTANCE)
     (out / "acceptance.png").write_bytes(acceptance_figure(result))
     show(result)
-    print(f"wrote {out / 'acceptance.json'} and {out / 'acceptance.png'}")
+    print(f"wrote {out / ACCEPTANCE} and {out / 'acceptance.png'}")
 
 
 def show(result: dict[str, Any]) -> None:

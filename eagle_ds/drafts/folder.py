@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle_ds.config.recipe import Recipe, load_recipe
+from eagle_ds.config.run_folder import RECIPE_FILE, draft_candidates
 from eagle_ds.config.settings import read_json
 from eagle_ds.data.vocab import VocabMap
 from eagle_ds.drafts.served import EMBEDDING, VOCABULARY, arch_of_config, layer_outputs, tensor_shapes, training_name
@@ -30,7 +31,7 @@ from eagle_ds.target.files import TargetInfo
 
 log = logging.getLogger(__name__)
 
-ARCH_FILE, STATE_FILE, VOCAB_FILE, RECIPE_FILE = "arch.json", "draft_state.safetensors", "vocab.safetensors", "recipe.json"
+ARCH_FILE, STATE_FILE, VOCAB_FILE = "arch.json", "draft_state.safetensors", "vocab.safetensors"
 ROPE_FIELDS = ("rope_theta", "rope_scaling")
 OWN_FIELDS = ("rms_norm_eps", "fc_norm", "norm_output", "norm_before_fc", *ROPE_FIELDS)  # a draft brings these; the rest must agree
 
@@ -78,8 +79,7 @@ def load_draft(path: str | Path) -> DraftOnDisk:
 
 def find_checkpoint(folder: Path) -> Path:
     """``folder`` itself where it is a checkpoint, else a run's best one, else its newest."""
-    steps = sorted((folder / "checkpoints").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
-    for candidate in (folder, folder / "best", *steps):
+    for candidate in draft_candidates(folder):
         if (candidate / ARCH_FILE).is_file():
             return candidate
     raise ValueError(f"{folder} holds no draft: no config.json (exported), no {ARCH_FILE} (checkpoint), nor one in best/ or checkpoints/")

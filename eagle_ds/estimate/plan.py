@@ -11,6 +11,7 @@ from typing import Any
 
 from eagle_ds.config.deepspeed import bf16_enabled, deepspeed_config, derived_rows, read_ds_json
 from eagle_ds.config.recipe import Recipe, capture_command, data_parallel_size
+from eagle_ds.config.run_folder import BEST, CHECKPOINTS, EVAL_LOG, RECIPE_FILE, REPORT, STEP_LOG
 from eagle_ds.config.settings import join_or
 from eagle_ds.data.packing import screen
 from eagle_ds.data.sampler import Sampler
@@ -165,13 +166,13 @@ def _files_text(recipe: Recipe, command: str) -> str:
         rows.append(("reads", recipe.draft.init_from, "draft to start from"))
     rows.append(("writes", Path(data.store) / f"vocab_{recipe.draft.vocab_size}.safetensors", "draft vocabulary, if it is not there yet"))
     for name, what in (
-        ("recipe.json", "this recipe, resolved"),
-        ("log.jsonl", "a line a step"),
-        ("eval.jsonl", "a line an evaluation"),
+        (RECIPE_FILE, "this recipe, resolved"),
+        (STEP_LOG, "a line a step"),
+        (EVAL_LOG, "a line an evaluation"),
         ("tensorboard/", "where the DeepSpeed JSON enables it"),
-        ("checkpoints/", f"newest {recipe.training.keep_checkpoints}; a run started again resumes from the newest"),
-        ("best/", f"by {recipe.training.best_by} acceptance length"),
-        ("report.html", "curves, speed, memory, how to serve the result"),
+        (f"{CHECKPOINTS}/", f"newest {recipe.training.keep_checkpoints}; a run started again resumes from the newest"),
+        (f"{BEST}/", f"by {recipe.training.best_by} acceptance length"),
+        (REPORT, "curves, speed, memory, how to serve the result"),
     ):
         rows.append(("writes", run / name, what))
     return _table(rows)

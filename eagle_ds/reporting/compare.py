@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle_ds.config.run_folder import STEP_LOG
 from eagle_ds.reporting.figures import comparison_figure
 from eagle_ds.reporting.report import read_lines
 
-STEP_LOG = "log.jsonl"
 SAME_DATA = ("data_hash", "epoch", "tokens", "trained_rows")  # fields of a line that tell which samples a step held
 
 

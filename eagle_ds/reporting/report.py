@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_ds.config.recipe import Recipe, load_recipe
+from eagle_ds.config.run_folder import ACCEPTANCE, EVAL_LOG, EXPORTED, RECIPE_FILE, REPORT, STEP_LOG
 from eagle_ds.config.settings import read_json
 from eagle_ds.drafts.served import ServeCommands
 from eagle_ds.reporting.figures import acceptance_figure, learning_figure, smooth, speed_figure
@@ -54,21 +55,21 @@ class Run:
     def read(cls, folder: str | Path) -> Run:
         """Raises ValueError if ``folder`` is no run, or its files cannot be read."""
         folder = Path(folder)
-        if not (folder / "recipe.json").is_file():
+        if not (folder / RECIPE_FILE).is_file():
             raise ValueError(f"{folder} is no run folder (it has no recipe.json); give the one that a recipe made, such as runs/NAME")
-        measured = folder / "acceptance.json"
+        measured = folder / ACCEPTANCE
         return cls(
             folder,
-            load_recipe(folder / "recipe.json"),
-            read_lines(folder / "log.jsonl"),
-            read_lines(folder / "eval.jsonl"),
+            load_recipe(folder / RECIPE_FILE),
+            read_lines(folder / STEP_LOG),
+            read_lines(folder / EVAL_LOG),
             read_json(measured) if measured.is_file() else None,
         )
 
     @property
     def exported(self) -> Path:
         """The folder that SGLang serves (there only after an export)."""
-        return self.folder / "draft"
+        return self.folder / EXPORTED
 
     @property
     def num_steps(self) -> int:
@@ -100,8 +101,8 @@ def write_report(folder: str | Path) -> Path:
     run = Run.read(folder)
     if not run.train and not run.held_out and not run.acceptance:
         raise ValueError(f"{run.folder} has no log.jsonl, eval.jsonl or acceptance.json yet; train first")
-    out = run.folder / "report.html"
-    temp = run.folder / ".report.html"
+    out = run.folder / REPORT
+    temp = out.with_name(f".{REPORT}")
     temp.write_text(render(run), encoding="utf-8")
     temp.replace(out)
     log.info("wrote %s", out)
