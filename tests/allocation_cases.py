@@ -20,15 +20,16 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.batch import TokenLabels
-from eagle_ds.estimate import memory
-from eagle_ds.estimate.memory import Parts
-from eagle_ds.estimate.planner import in_turns, sharding_for
+from eagle_ds.estimate import tensor_sizes
+from eagle_ds.estimate.memory import MemoryModel, Parts
+from eagle_ds.estimate.sequences import document_in_turns, sharding_for
 from eagle_ds.model import draft, loss, projections
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.model.loss import HeadTargets, LossSettings, TargetHead, counted_rows, head_loss
+from eagle_ds.model.loss import HeadTargets, LossSettings, counted_rows, head_loss
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.sharding import ranges as rg
+from eagle_ds.target.head import TargetHead
 from tests.step_harness import WholeSequence, prefix_for, rank_batch
 
 ROWS, TILE, TURN = 1024, 64, 32
@@ -91,9 +92,10 @@ def held_bytes(case: AllocationCase) -> Held:
         step.forward().backward()
         step.model.zero_grad(set_to_none=True)
         loss_peak, peak, host = _traced(step)
-        stages, predicted_host = memory.stages(recipe, {}, 1, step.sharding, prefetched=0), memory.host_bytes(recipe, {}, step.sharding)
-    beyond = {name: beyond_model_and_inputs(parts) for name, parts in stages.items()}
-    predicted_loss = max(size for name, size in beyond.items() if name.startswith(("forward", "loss")))
+        model = MemoryModel(recipe, {}, 1, step.sharding, prefetched=0)
+        stages, predicted_host = model.by_stage(), model.host_bytes
+    beyond = {stage: beyond_model_and_inputs(parts) for stage, parts in stages.items()}
+    predicted_loss = max(size for stage, size in beyond.items() if stage.phase.is_forward)
     return Held(loss_peak, peak, predicted_loss, max(beyond.values()), host, predicted_host)
 
 
@@ -107,7 +109,7 @@ class _Step:
 
     def __init__(self, recipe: Recipe, fraction: float) -> None:
         self.recipe, arch, wide = recipe, DraftArch.from_recipe(recipe), recipe.target.hidden_size
-        self.sharding = sharding_for(recipe, [in_turns(ROWS, fraction, TURN)])
+        self.sharding = sharding_for(recipe, [document_in_turns(ROWS, fraction, TURN)])
         self.model = Eagle3Draft(arch)
         mask = np.zeros(ROWS, dtype=np.uint8)
         mask[rg.rows(self.sharding.documents[0].trained_spans)] = 1
@@ -165,8 +167,8 @@ def _as_on_a_gpu() -> Iterator[None]:
             (projections, "add_product", lambda *_: None),
             (loss, "_kernels_for", lambda weight: _RowKernels),
             (loss, "CHUNK_BYTES", budget),
-            (memory, "TILE_ROWS", TILE),
-            (memory, "LOSS_CHUNK_BYTES", budget),
+            (tensor_sizes, "TILE_ROWS", TILE),
+            (tensor_sizes, "LOSS_CHUNK_BYTES", budget),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         yield

@@ -11,8 +11,9 @@ from torch import Tensor
 from eagle_ds.data.batch import TokenLabels
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.model.loss import TargetHead, uniform_decay
+from eagle_ds.model.loss import uniform_decay
 from eagle_ds.sharding.sequence import Document, SequenceSharding, shard_sequence
+from eagle_ds.target.head import TargetHead
 from tests.plain_reference import ReferenceSums, document_sums
 from tests.step_harness import WholeSequence
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from eagle_ds.data.batch import Batch, TokenLabels, assemble
 from eagle_ds.kernels.attention import BlockAttention, ReferenceAttention
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, TargetHead, counted_rows, head_loss, label_facts
+from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, counted_rows, head_loss
 from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.parallel.topology import SOLO, ProcessGroups
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import SequenceSharding
+from eagle_ds.target.head import TargetHead, argmax_and_logsumexp
 
 
 @dataclass
@@ -52,7 +53,7 @@ def prefix_for(
 
 
 def make_targets(batch: Batch, head: TargetHead) -> HeadTargets:
-    token, logsumexp = label_facts(batch.target_hidden, head.full)
+    token, logsumexp = argmax_and_logsumexp(batch.target_hidden, head.full, widen=False)
     counted = counted_rows(batch.trained, token, batch.target_index, head.t2d)
     return HeadTargets(head, batch.target_hidden, logsumexp, token, batch.target_index, batch.trained, counted)
 

@@ -18,6 +18,7 @@ from eagle_ds.convert.formats import RawSample
 from eagle_ds.convert.masks import ConversationMasks
 from eagle_ds.convert.rejected import Reason, Rejected
 from eagle_ds.store.format import TORCH_DTYPES, Sample
+from eagle_ds.target.head import argmax_and_logsumexp
 
 FinalNorm = Literal["auto", "apply", "skip"]
 
@@ -25,8 +26,8 @@ INTEGERS = (torch.int64, torch.int32, torch.int16)
 CHECK_ROWS = 1024  # rows scanned at once for NaN and Inf: a few MB, stays in cache
 RMS_ROWS = 64
 RMS_TOLERANCE = 0.1
-HEAD_ROWS = 2048
-HEAD_BLOCK = 8192  # vocabulary rows in fp32 at once
+HEAD_VOCAB_ROWS = 8192  # rows of the head converted to float32 at once
+HEAD_LOGIT_BYTES = 64 << 20  # logits computed at once: 2048 positions
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Completer:
 
     def _token_labels(self, place: str, raw: RawSample, last: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if (head := self.head()) is not None:
-            return head_facts(last, head)
+            return token_labels(last, head)
         for name, kinds in (("target_token_id", INTEGERS), ("target_logsumexp", (torch.float32,))):
             found = getattr(raw, name)
             if found is not None and (found.dtype not in kinds or found.shape != raw.input_ids.shape):
@@ -182,32 +183,13 @@ def check_finite(place: str, name: str, states: torch.Tensor, mend: str = "expec
             raise Rejected(place, Reason.NOT_FINITE, f"{name} has a NaN or Inf in row {row}, {mend}")
 
 
-def head_facts(hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(argmax int32 [S], logsumexp float32 [S]) of head @ hidden in fp32, on the head's device, returned on the CPU.
+def token_labels(hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute what a store holds of the target's logits: argmax int32 [S] and log-sum-exp float32 [S], on the CPU.
 
-    hidden [S, H], head [V, H]; neither is held whole in fp32, nor are the logits [S, V].
+    hidden [S, H], head [V, H]. On a CPU blocks of the head are converted to float32, never the whole head.
     """
-    tokens, sums = [], []
-    for rows in _blocks(len(hidden), HEAD_ROWS):
-        part = hidden[rows].to(head.device)
-        best = torch.full((len(part),), -torch.inf, device=head.device)
-        token, total = torch.zeros(len(part), dtype=torch.int64, device=head.device), best.clone()
-        for block in _blocks(len(head), HEAD_BLOCK):
-            logits = _logits(part, head[block])
-            value, index = logits.max(-1)
-            token = torch.where(value > best, index + block.start, token)
-            best = torch.maximum(value, best)
-            total = torch.logaddexp(total, torch.logsumexp(logits, -1))
-        tokens.append(token.to(torch.int32).cpu())
-        sums.append(total.cpu())
-    return torch.cat(tokens), torch.cat(sums)
-
-
-def _logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """fp32 [rows, vocabulary]; on a GPU the matrix units take 16-bit operands and accumulate in fp32."""
-    if hidden.is_cuda and hidden.dtype == head.dtype and head.dtype != torch.float32:
-        return torch.mm(hidden, head.T, out_dtype=torch.float32)
-    return hidden.float() @ head.float().T
+    token, logsumexp = argmax_and_logsumexp(hidden, head, HEAD_LOGIT_BYTES, vocab_rows=HEAD_VOCAB_ROWS)
+    return token.to(torch.int32).cpu(), logsumexp.cpu()
 
 
 def _blocks(length: int, size: int) -> Iterator[slice]:

@@ -152,11 +152,11 @@ def _some_chunks(raw: RawSample, survey: Survey) -> list[torch.Tensor]:
 
 def head_s_per_row(head: torch.Tensor) -> float:
     """Seconds that the head takes for a token, measured on a few."""
-    from eagle_ds.convert.completion import head_facts
+    from eagle_ds.convert.completion import token_labels
 
     rows = torch.zeros(64, head.shape[1], dtype=head.dtype)
     begin = time.perf_counter()
-    head_facts(rows, head)
+    token_labels(rows, head)
     return (time.perf_counter() - begin) / len(rows)
 
 

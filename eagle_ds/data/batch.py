@@ -28,7 +28,7 @@ class Batch:
     """What the draft computes on. C context rows, N query rows, M_aux and M_target rows read from the store.
 
     A query row p of step k is trained where ``trained[p, k]``; its label comes from target row ``target_index[p, k]``.
-    ``target_token`` and ``target_logsumexp`` are None where the store lacks them; ``loss.label_facts`` makes them then.
+    ``target_token`` and ``target_logsumexp`` are None where the store lacks them; ``target.head.argmax_and_logsumexp`` makes them then.
     """
 
     sharding: SequenceSharding

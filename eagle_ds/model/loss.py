@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eagle_ds.kernels.attention import wide
@@ -32,19 +31,10 @@ from eagle_ds.kernels.loss import LossKernels, LossKind, PlainKernels
 from eagle_ds.kernels.norm import rms_norm
 from eagle_ds.parallel.transfer import to_host
 from eagle_ds.parallel.words import copy_rows
+from eagle_ds.target.head import TargetHead, head_logits
 
 CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}  # a GPU's matmuls want rows, a CPU's caches want few
 COLUMNS = ("loss", "cross_entropy", "entropy", "counted", "trained", "correct", "alpha")
-
-
-@dataclass(frozen=True)
-class TargetHead:
-    """The target's head, frozen: what labels are made from."""
-
-    full: Tensor | None  # [V, H]; needed only where the store holds no label facts
-    draft_rows: Tensor  # [Vd, H], its rows of the draft vocabulary
-    t2d: Tensor  # bool [V]
-    d2t: Tensor  # int64 [Vd], offsets: target id = i + d2t[i]
 
 
 @dataclass
@@ -103,18 +93,6 @@ class LossSums:
     def from_flat(cls, flat: Tensor) -> LossSums:
         """The inverse of ``flat``."""
         return cls(flat[:-2].view(-1, len(COLUMNS)), flat[-2:])
-
-
-@torch.no_grad()
-def label_facts(hidden: Tensor, head: Tensor, chunk_bytes: int = 1 << 28) -> tuple[Tensor, Tensor]:
-    """(argmax int64 [M], logsumexp float32 [M]) of head @ hidden over the full vocabulary; hidden [M, H], head [V, H]."""
-    rows = max(chunk_bytes // (8 * head.shape[0]), 1)
-    token, logsumexp = [hidden.new_zeros(0, dtype=torch.int64)], [hidden.new_zeros(0, dtype=wide(hidden.dtype))]
-    for chunk in hidden.split(rows) if len(hidden) else ():
-        logits = _logits(chunk, head)
-        token.append(logits.argmax(-1))
-        logsumexp.append(torch.logsumexp(logits, -1))
-    return torch.cat(token), torch.cat(logsumexp)
 
 
 def counted_rows(trained: Tensor, token: Tensor, index: Tensor, t2d: Tensor) -> Tensor:
@@ -266,7 +244,7 @@ class _Pass:
         return rms_norm(x, norm_weight, self.eps)
 
     def _labels(self, low: int, high: int) -> _Labels:
-        logits = _logits(self.targets.hidden[low:high], self.targets.head.draft_rows)
+        logits = head_logits(self.targets.hidden[low:high], self.targets.head.draft_rows, widen=False)
         lse_draft, entropy = self.kernels.label_sums(logits)
         return _Labels(low, logits, lse_draft, self.targets.logsumexp[low:high].to(logits.dtype), entropy, self.targets.token[low:high])
 
@@ -276,7 +254,7 @@ class _Pass:
         label_row = self.targets.index.reshape(-1)[pairs] - labels.first
         mix = None if self.mix is None else self.mix[step]
         cross_entropy, alpha, best = self.kernels.row_losses(
-            _logits(normed, self.weight), labels.logits, label_row, labels.lse_draft, labels.lse_full,
+            head_logits(normed, self.weight, widen=False), labels.logits, label_row, labels.lse_draft, labels.lse_full,
             self.settings.kind, mix, self.scales[step], d_logits,
         )  # fmt: skip
         self.cross_entropy.view(-1)[pairs] = cross_entropy
@@ -325,13 +303,6 @@ def _kernels_for(weight: Tensor) -> type[LossKernels]:
 
         return TritonKernels
     return PlainKernels
-
-
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, D] @ weight [V, D].T with float32 results (float64 for float64)."""
-    if is_half_on_gpu(x):
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    return F.linear(x, weight.to(x.dtype)).to(wide(x.dtype))
 
 
 def uniform_decay(decay: float, ttt_steps: int) -> Tensor:

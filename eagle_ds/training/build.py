@@ -20,8 +20,8 @@ from eagle_ds.config.deepspeed import bf16_enabled
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.drafts.folder import untrained_draft
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.model.loss import TargetHead, label_facts
 from eagle_ds.target.files import load_target_weights
+from eagle_ds.target.head import TargetHead, argmax_and_logsumexp
 from eagle_ds.training.inputs import Inputs
 from eagle_ds.training.world import World
 
@@ -93,5 +93,5 @@ class HeadLabeler:
             if self._head is None:
                 logger.info("the store lacks label facts: they are made with the target's whole head while reading")
                 self._head = load_target_weights(self.target, ("lm_head",))["lm_head"].to(self.device, self.dtype)
-        token, logsumexp = label_facts(hidden.to(self.device, self.dtype), self._head)
+        token, logsumexp = argmax_and_logsumexp(hidden.to(self.device, self.dtype), self._head, widen=False)
         return token.cpu(), logsumexp.float().cpu()

@@ -22,12 +22,13 @@ from eagle_ds.data.dataset import MicroBatch
 from eagle_ds.data.sampler import GlobalBatch
 from eagle_ds.kernels.attention import BlockAttention
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, TargetHead, counted_rows, head_loss, uniform_decay
+from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, counted_rows, head_loss, uniform_decay
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.parallel.transfer import to_device, to_host
 from eagle_ds.sharding.sequence import SequenceSharding
 from eagle_ds.store.store import ReadStats
+from eagle_ds.target.head import TargetHead
 from eagle_ds.training.feed import Feed
 from eagle_ds.training.metrics import add, step_weights
 from eagle_ds.training.world import World

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_ds.convert import Completer, Hdf5Map, Reason, Rejected, iter_source
-from eagle_ds.convert.completion import FinalRmsNorm, check_finite, head_facts
+from eagle_ds.convert.completion import FinalRmsNorm, check_finite, token_labels
 from tests.peer_files import (
     GROUPED_MAP,
     HIDDEN,
@@ -278,13 +278,13 @@ def test_the_first_row_that_is_not_finite_is_found_wherever_it_is(row: int) -> N
         check_finite("x", "hidden_state", states)
 
 
-def test_head_facts_are_those_of_the_whole_logits_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_labels_are_those_of_the_whole_logits_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     from eagle_ds.convert import completion
 
-    monkeypatch.setattr(completion, "HEAD_ROWS", 7)
-    monkeypatch.setattr(completion, "HEAD_BLOCK", 11)
+    monkeypatch.setattr(completion, "HEAD_VOCAB_ROWS", 11)
+    monkeypatch.setattr(completion, "HEAD_LOGIT_BYTES", 4 * 11 * 7)
     hidden, head = torch.randn(23, 16).bfloat16(), torch.randn(50, 16).bfloat16()
-    token, logsumexp = head_facts(hidden, head)
+    token, logsumexp = token_labels(hidden, head)
     logits = hidden.float() @ head.float().T
     assert token.dtype == torch.int32 and torch.equal(token.long(), logits.argmax(-1))
     torch.testing.assert_close(logsumexp, torch.logsumexp(logits, -1))

@@ -17,10 +17,11 @@ from eagle_ds.data.packing import screen
 from eagle_ds.data.prefetch import DeviceCopy, Prefetcher
 from eagle_ds.data.read_pool import ReadPool
 from eagle_ds.data.sampler import GlobalBatch, Sampler
-from eagle_ds.model.loss import counted_rows, label_facts
+from eagle_ds.model.loss import counted_rows
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import shard_sequence
 from eagle_ds.store.store import Store, StoreError
+from eagle_ds.target.head import argmax_and_logsumexp
 from tests.step_harness import WholeSequence, rank_batch
 from tests.training.tiny_run import V, make_tiny, target_head, write_store
 
@@ -104,7 +105,7 @@ def test_label_facts_that_a_store_lacks_are_made_from_the_head(root: Path, tmp_p
     write_store(tmp_path / "full", root / "target", ("0001111111", "0111110"), seed=3)
     head = target_head(root / "target")
     steps = [GlobalBatch(0, 0, (((0,),), ((1,),)))]
-    bare = list(dataset(Store(tmp_path / "bare"), labeler=lambda hidden: label_facts(hidden, head)).batches(steps))
+    bare = list(dataset(Store(tmp_path / "bare"), labeler=lambda hidden: argmax_and_logsumexp(hidden, head)).batches(steps))
     full = list(dataset(Store(tmp_path / "full")).batches(steps))
     for made, stored in zip(bare, full, strict=True):
         assert torch.equal(made.batch.target_token, stored.batch.target_token)

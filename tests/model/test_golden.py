@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle_ds.model.loss import TargetHead, uniform_decay
+from eagle_ds.model.loss import uniform_decay
 from eagle_ds.sharding.sequence import shard_sequence
+from eagle_ds.target.head import TargetHead
 from tests.golden_cases import SERVED_NAMES, GoldenCase, case_names
 from tests.step_harness import WholeSequence, gradients, prefix_for, rank_batch, relative_error, run_step
 

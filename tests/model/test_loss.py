@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eagle_ds.kernels.loss import PlainKernels
-from eagle_ds.model.loss import LossSettings, head_loss, label_facts
+from eagle_ds.model.loss import LossSettings, head_loss
 from tests.layout_cases import TINY, Case
 from tests.step_harness import make_targets, rank_batch, relative_error
 
@@ -53,13 +53,6 @@ def test_gradient_of_the_row_formula_is_autograds(kind: str) -> None:
     )
     assert relative_error(got[0], cross.detach()) < 1e-13 and relative_error(got[1], alpha.detach()) < 1e-13
     assert torch.equal(got[2], logits.argmax(-1)) and relative_error(found, expected) < 1e-13
-
-
-def test_label_facts_are_those_of_the_whole_vocabulary() -> None:
-    hidden, head = torch.randn(11, 8), torch.randn(29, 8)
-    token, logsumexp = label_facts(hidden, head, chunk_bytes=1)
-    assert torch.equal(token, (hidden @ head.t()).argmax(-1))
-    assert torch.allclose(logsumexp, torch.logsumexp(hidden @ head.t(), -1))
 
 
 def test_a_batch_without_counted_rows_has_zero_loss_and_zero_gradients() -> None:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.batch import TokenLabels
-from eagle_ds.estimate import memory
-from eagle_ds.estimate.planner import in_turns, sharding_for
+from eagle_ds.estimate.memory import MemoryModel
+from eagle_ds.estimate.sequences import document_in_turns, sharding_for
 from eagle_ds.kernels.attention_cuda import choose_attention
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.model.loss import LossSettings, TargetHead, head_loss
+from eagle_ds.model.loss import LossSettings, head_loss
 from eagle_ds.model.offload import ActivationOffload
+from eagle_ds.target.head import TargetHead
 from tests.allocation_cases import beyond_model_and_inputs
 from tests.step_harness import WholeSequence, gradients, make_targets, prefix_for, rank_batch, relative_error
 
@@ -56,7 +57,7 @@ class GpuStep:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.device = recipe, torch.device("cuda", 0)
-        self.sharding = sharding_for(recipe, [in_turns(ROWS, 1.0)])
+        self.sharding = sharding_for(recipe, [document_in_turns(ROWS, 1.0)])
         torch.manual_seed(0)
         arch = DraftArch.from_recipe(recipe)
         self.model = Eagle3Draft(arch)
@@ -106,5 +107,5 @@ def test_the_peak_is_as_predicted(offload: bool) -> None:
     step = GpuStep(make_recipe("full", offload))
     step.take()
     found = step.take().peak_bytes
-    predicted = max(map(beyond_model_and_inputs, memory.stages(step.recipe, BF16, 1, step.sharding, prefetched=0).values()))
+    predicted = max(map(beyond_model_and_inputs, MemoryModel(step.recipe, BF16, 1, step.sharding, prefetched=0).by_stage().values()))
     assert predicted == pytest.approx(found, rel=PEAK_BOUND)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from eagle_ds.kernels.attention import wide
 from eagle_ds.kernels.attention_cuda import choose_attention
-from eagle_ds.model.loss import LossSums, TargetHead, uniform_decay
+from eagle_ds.model.loss import LossSums, uniform_decay
 from eagle_ds.parallel.topology import SOLO, Topology, make_groups
+from eagle_ds.target.head import TargetHead
 from tests.layout_cases import DECAY, Case
 from tests.step_harness import gradients, make_targets, rank_batch, run_step
 
