@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from eagle_ds.capture.run import estimate_capture, require_space
+    from eagle_ds.capture.job import prepare_capture, require_space
     from eagle_ds.config.outputs import check_output_folder
     from eagle_ds.launch import enter_repository
 
@@ -79,10 +79,10 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if not args.dry_run:
         for job in captures:
             check_output_folder(Path(job.store), "store")
-    plans = [estimate_capture(job) for job in captures]  # what is wrong with the last one is said before the first takes hours
+    plans = [prepare_capture(job) for job in captures]  # what is wrong with the last one is said before the first takes hours
     for plan in plans:
         job = plan.job
-        print(f"{job.conversations} -> {job.store}: {plan.stats}; {plan.done} samples stored already, {len(plan.todo)} to do", flush=True)
+        print(f"{job.conversations} -> {job.store}: {plan.stats}; {plan.num_stored} samples stored already, {len(plan.pending)} to do", flush=True)
         if not args.dry_run:
             require_space(plan)
     for plan in plans:
@@ -100,7 +100,7 @@ def read_recipe(args: argparse.Namespace, overrides: list[str]):
         if overrides:
             raise ValueError(f"unknown arguments {' '.join(overrides)}; dotted overrides need --recipe")
         return None
-    from eagle_ds.capture.run import check_recipe_target
+    from eagle_ds.capture.job import check_recipe_target
     from eagle_ds.config.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, overrides)
@@ -130,7 +130,7 @@ def jobs(args: argparse.Namespace, recipe) -> list:
     import torch
 
     from eagle_ds.capture.hf import ForwardLimits
-    from eagle_ds.capture.run import CaptureJob
+    from eagle_ds.capture.job import CaptureJob
 
     on_gpu = torch.cuda.is_available() and not args.device.startswith("cpu")
     usual = ForwardLimits.for_device(torch.device("cuda" if on_gpu else "cpu"))
@@ -159,12 +159,12 @@ def choose_vocabulary(recipe) -> None:
 
 def forecast(plan, processes: int) -> None:
     """What the capture will take on disk and in time, the latter from two timed passes of the target."""
-    from eagle_ds.capture.run import probe_seconds
+    from eagle_ds.capture.run import predict_seconds
 
-    stored, raw, free = (size / 1e9 for size in (plan.store_bytes, plan.raw_bytes, plan.free_bytes))
+    stored, raw, free = (size / 1e9 for size in (plan.estimate().store_bytes, plan.estimate().raw_bytes, plan.estimate().free_bytes))
     print(f"{plan.job.store}: to write {stored:.2f} GB ({raw:.2f} GB of states before encoding); free: {free:.1f} GB")
-    if plan.todo:
-        seconds = probe_seconds(plan) / processes
+    if plan.pending:
+        seconds = predict_seconds(plan) / processes
         rate = plan.tokens / seconds
         print(
             f"{plan.job.store}: to compute {plan.tokens} tokens in about {seconds / 3600:.2f} hours at {rate:.0f} tokens/s on this machine"
@@ -174,13 +174,13 @@ def forecast(plan, processes: int) -> None:
 def execute(plan, devices: list[str]) -> None:
     from tqdm import tqdm
 
-    from eagle_ds.capture.parallel import capture_on
+    from eagle_ds.capture.devices import capture_on_devices
     from eagle_ds.capture.run import capture
 
     with tqdm(total=plan.tokens, unit="tokens", unit_scale=True, smoothing=0.1) as bar:
-        count = capture(plan, bar.update) if len(devices) == 1 else capture_on(plan, devices, bar.update)
+        count = capture(plan, bar.update) if len(devices) == 1 else capture_on_devices(plan, devices, bar.update)
         rate = bar.n / max(bar.format_dict["elapsed"], 1e-9)
-    print(f"{plan.job.store}: {count} samples written, {plan.done} were there, {rate:.0f} tokens/s")
+    print(f"{plan.job.store}: {count} samples written, {plan.num_stored} were there, {rate:.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Hidden states by transformers: three aux layers, the final state, and what the head makes of it.
+"""Hidden states of a target that transformers runs: three aux layers, the final state, and the labels of its head.
 
-A forward pass runs the decoder without its head; hooks take the outputs of the aux layers. Samples shorter than a chunk
-are batched, padded on the right: under a causal mask padding that comes later changes nothing, so no attention mask is needed
-and the padded rows are dropped. Longer samples go alone, chunk by chunk through a KV cache. Logits exist for a few rows at
-a time, never for a sample.
+A forward pass runs the decoder without its head, and hooks copy the outputs of the aux layers. Logits exist for a few rows
+at a time only, because [S, V] of them would be larger than everything else.
+
+Samples shorter than a chunk are batched and padded on the right. Under a causal mask no token sees what comes after it, so
+the padding changes nothing: no attention mask is needed, and the padded rows are dropped. A longer sample goes alone, chunk
+by chunk through a KV cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,38 +21,51 @@ import torch
 from torch import nn
 
 from eagle_ds.target.files import check_aux_ids
+from eagle_ds.target.head import argmax_and_logsumexp, head_logits
 
 log = logging.getLogger(__name__)
 
-LOGIT_BYTES = 256 << 20
+LOGIT_BYTES = 256 << 20  # float32 logits that exist at once
 
 
 @dataclass(frozen=True)
-class States:
-    """Captured states of one sample, on the CPU, nothing shifted."""
+class SampleStates:
+    """The hidden states of one sample, on the CPU. Nothing is shifted: row p belongs to token p."""
 
     aux_hidden_state: torch.Tensor  # [S, A * H], outputs of the aux layers side by side
     hidden_state: torch.Tensor  # [S, H], what the head reads
     target_token_id: torch.Tensor  # int32 [S], argmax of head(hidden_state)
-    target_logsumexp: torch.Tensor  # float32 [S]
+    target_logsumexp: torch.Tensor  # float32 [S], log-sum-exp of head(hidden_state)
 
 
 @dataclass(frozen=True)
 class ForwardLimits:
-    """How many tokens go through the target at once, padding included, and how long a chunk of a long sample is."""
+    """How many tokens one forward pass takes. They bound its device memory."""
 
-    batch_tokens: int
-    chunk_tokens: int
+    batch_tokens: int  # of a batch of samples, padding included
+    chunk_tokens: int  # of a sample that goes alone, in chunks
 
     @classmethod
     def for_device(cls, device: torch.device) -> ForwardLimits:
+        """Return limits that suit most targets on a GPU or a CPU."""
         return cls(16384, 8192) if device.type == "cuda" else cls(2048, 2048)
 
 
-class HiddenStates:
-    """A loaded target that hands out the hidden states of token sequences."""
+class StateExtractor:
+    """A loaded target that computes the hidden states of token sequences.
 
-    def __init__(self, model: nn.Module, aux_ids: Sequence[int], store_dtype: torch.dtype, limits: ForwardLimits | None = None) -> None:
+    Args:
+        model: a causal language model of transformers.
+        aux_ids: the decoder layers whose outputs are taken, 0-based and ascending.
+        store_dtype: dtype of the states that are returned.
+        limits: tokens of one forward pass; by default those of the model's device.
+
+    Raises: ValueError if the model has other layers, or its logits are not head @ final state.
+    """
+
+    def __init__(
+        self, model: nn.Module, aux_ids: Sequence[int], store_dtype: torch.dtype, limits: ForwardLimits | None = None
+    ) -> None:
         self.model = model.eval()
         self.decoder = model.get_decoder()
         self.head: torch.Tensor = model.get_output_embeddings().weight
@@ -61,110 +76,134 @@ class HiddenStates:
         check_head(self)
 
     @torch.inference_mode()
-    def __call__(self, samples: Sequence[torch.Tensor]) -> list[States]:
-        """States of each sample (int [S]); several samples must fit one chunk each, and are padded to the longest."""
+    def __call__(self, samples: Sequence[torch.Tensor]) -> list[SampleStates]:
+        """Compute the states of each sample (int [S]), all in one padded batch.
+
+        Raises: ValueError if there are several samples and one is longer than a chunk: that one must go alone.
+        """
         width = max(map(len, samples))
         if len(samples) > 1 and width > self.limits.chunk_tokens:
-            raise ValueError(f"a batch of {len(samples)} samples holds one of {width} tokens; samples longer than a chunk go alone")
+            raise ValueError(
+                f"a batch of {len(samples)} samples has one of {width} tokens, longer than a chunk of "
+                f"{self.limits.chunk_tokens}; pass that sample alone"
+            )
         ids = torch.zeros(len(samples), width, dtype=torch.long)
         for row, sample in zip(ids, samples, strict=True):
             row[: len(sample)] = sample
         aux, hidden = self._forward(ids.to(self.device))
-        return [self._states(aux[i, : len(sample)], hidden[i, : len(sample)]) for i, sample in enumerate(samples)]
+        lengths = [len(sample) for sample in samples]
+        return [self._with_labels(aux[i, :length], hidden[i, :length]) for i, length in enumerate(lengths)]
 
     def _forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids [B, S] -> aux [B, S, A * H], hidden [B, S, H] on the CPU in the stored dtype."""
+        """Run the decoder on ids [B, S]. Returns aux [B, S, A * H] and hidden [B, S, H] on the CPU, in the stored dtype."""
         chunks = ids.split(self.limits.chunk_tokens, dim=1)
         cache: Any = None
         hidden: list[torch.Tensor] = []
-        with self._hooked() as taken:
+        with self._captured_aux() as aux:
             for chunk in chunks:
                 output = self.decoder(input_ids=chunk, past_key_values=cache, use_cache=len(chunks) > 1)
                 cache = output.past_key_values
-                hidden.append(self._stored(output.last_hidden_state))
-        return torch.cat([torch.cat(parts, dim=1) for parts in taken], dim=2), torch.cat(hidden, dim=1)
+                hidden.append(self._to_host(output.last_hidden_state))
+        # Each layer's list holds one [B, chunk, H] for each chunk: join the chunks, then put the layers side by side.
+        return torch.cat([torch.cat(parts, dim=1) for parts in aux], dim=2), torch.cat(hidden, dim=1)
 
-    def _stored(self, states: torch.Tensor) -> torch.Tensor:
+    def _to_host(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(self.store_dtype).cpu()
 
     @contextlib.contextmanager
-    def _hooked(self) -> Iterator[list[list[torch.Tensor]]]:
-        """Lists that the aux layers' outputs [B, chunk, H] are appended to, one list a layer, in ascending order."""
-        taken: list[list[torch.Tensor]] = [[] for _ in self._layers]
+    def _captured_aux(self) -> Iterator[list[list[torch.Tensor]]]:
+        """Append the output [B, chunk, H] of each aux layer to a list of its own while the context is open.
 
-        def hook(parts: list[torch.Tensor]) -> Any:
-            return lambda _module, _inputs, output: parts.append(self._stored(output if torch.is_tensor(output) else output[0]))
+        Forward hooks are used because ``output_hidden_states=True`` would keep the outputs of all layers. The hooks are
+        removed even if the pass fails, so that a later pass does not append twice.
+        """
+        outputs: list[list[torch.Tensor]] = [[] for _ in self._layers]
 
-        handles = [layer.register_forward_hook(hook(parts)) for layer, parts in zip(self._layers, taken, strict=True)]
+        def appending_to(parts: list[torch.Tensor]) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                # A decoder layer returns its states, or a tuple that begins with them, depending on the version.
+                parts.append(self._to_host(output if torch.is_tensor(output) else output[0]))
+
+            return hook
+
+        handles = [
+            layer.register_forward_hook(appending_to(parts))
+            for layer, parts in zip(self._layers, outputs, strict=True)
+        ]
         try:
-            yield taken
+            yield outputs
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _states(self, aux: torch.Tensor, hidden: torch.Tensor) -> States:
-        token_id, logsumexp = self.read_head(hidden)
-        return States(aux.contiguous(), hidden.contiguous(), token_id, logsumexp)
+    def _with_labels(self, aux: torch.Tensor, hidden: torch.Tensor) -> SampleStates:
+        return SampleStates(aux.contiguous(), hidden.contiguous(), *self.read_head(hidden))
 
     def read_head(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """argmax int32 [S] and log-sum-exp float32 [S] over the whole vocabulary, from the states [S, H] AS STORED: training
-        computes its labels from those, so they must agree."""
-        rows = max(1, LOGIT_BYTES // (4 * len(self.head)))
-        ids, sums = [], []
-        for part in hidden.split(rows):
-            logits = head_logits(part.to(self.head.device), self.head)
-            ids.append(logits.argmax(dim=1).to(torch.int32).cpu())
-            sums.append(logits.logsumexp(dim=1).cpu())
-        return torch.cat(ids), torch.cat(sums)
+        """Compute argmax int32 [S] and log-sum-exp float32 [S] of the head's logits, on the CPU.
 
-
-def head_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """hidden [M, H] @ head [V, H]^T in float32.  Where both are bf16 on a GPU, the matrix units accumulate in float32."""
-    if hidden.is_cuda and hidden.dtype == head.dtype and head.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(hidden, head.t(), out_dtype=torch.float32)
-    return hidden.float() @ head.float().t()
+        ``hidden`` [S, H] are the states AS STORED, already rounded: training computes its label probabilities from those,
+        and argmax and log-sum-exp must be of the same logits.
+        """
+        token, logsumexp = argmax_and_logsumexp(hidden, self.head, LOGIT_BYTES)
+        return token.to(torch.int32).cpu(), logsumexp.float().cpu()
 
 
 def decoder_layers(decoder: nn.Module, aux_ids: Sequence[int]) -> list[nn.Module]:
-    """The modules whose outputs are captured."""
+    """Return the decoder's layers ``aux_ids``. Raises ValueError if it has no such layers."""
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(decoder).__name__} has no list of layers; only decoder language models can be captured")
+        detail = "has no list of layers; use a decoder-only language model as target"
+        raise ValueError(f"{type(decoder).__name__} {detail}")
     check_aux_ids(aux_ids, len(layers))
     return [layers[i] for i in aux_ids]
 
 
 @torch.inference_mode()
-def check_head(states: HiddenStates) -> None:
-    """The draft is taught softmax(head @ h): refuse a target whose logits are anything else (scaled, capped, with a bias)."""
-    ids = torch.arange(8, device=states.device)[None]
-    output = states.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
-    expected = states.model(input_ids=ids, use_cache=False).logits[0].float()
-    found = head_logits(output.to(states.head.dtype), states.head).to(expected.device)
-    tolerance = 2e-2 if states.head.element_size() == 2 else 1e-4
+def check_head(extractor: StateExtractor) -> None:
+    """Raise ValueError if the target's logits are anything but head @ h (scaled, capped, or with a bias).
+
+    The draft's labels are softmax(head @ h): for another target they would be wrong without any sign of it. The
+    comparison runs on eight arbitrary tokens.
+    """
+    ids = torch.arange(8, device=extractor.device)[None]
+    output = extractor.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+    expected = extractor.model(input_ids=ids, use_cache=False).logits[0].float()
+    found = head_logits(output.to(extractor.head.dtype), extractor.head).to(expected.device)
+    tolerance = 2e-2 if extractor.head.element_size() == 2 else 1e-4
     if (found - expected).norm() > tolerance * expected.norm():
         raise ValueError(
-            f"{type(states.model).__name__} does not compute its logits as head @ final state (it scales or caps them, or adds a bias); "
-            "a draft cannot be taught such labels"
+            f"{type(extractor.model).__name__} does not compute its logits as head @ final state (it scales or caps them, "
+            "or adds a bias); a draft cannot be trained on such a target"
         )
 
 
 def load_model(folder: Path, dtype: str, device: str = "auto", attention: str = "sdpa") -> nn.Module:
-    """The target on ``device`` (``auto``: the GPU where there is one; ``split``: its layers over all GPUs), in ``dtype``
-    (``auto``: as it is stored). Raises ValueError, one sentence, where transformers cannot load it."""
+    """Load the target with transformers.
+
+    Args:
+        folder: Hugging Face folder of the target.
+        dtype: of its arithmetic; ``auto`` is the dtype of its files.
+        device: ``auto`` is a GPU if there is one; ``split`` spreads the layers over all GPUs.
+        attention: transformers' implementation: sdpa, eager or flash_attention_2.
+
+    Raises: ValueError, one sentence, if transformers cannot load it.
+    """
     from transformers import AutoModelForCausalLM
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    where: Any = "auto" if device == "split" else {"": device}
+    device_map: Any = "auto" if device == "split" else {"": device}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attention,
-            device_map=None if device == "cpu" else where,
+            device_map=None if device == "cpu" else device_map,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise ValueError(f"the target {folder} cannot be loaded by transformers: {str(error).splitlines()[0]}") from error
+    # AssertionError: torch was built without CUDA
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"the target {folder} cannot be loaded by transformers: {first_line}") from error
     log.info("target %s loaded on %s in %s, %s attention", folder, device, dtype, attention)
     return model

@@ -9,16 +9,18 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from eagle_ds.capture.parallel import next_result, running
 from eagle_ds.drafts.cached import CachedDraft
 from eagle_ds.drafts.folder import DraftOnDisk
 from eagle_ds.evaluation.acceptance import LoadedTarget, Measurement, Prompt, TargetFiles, measure
 from eagle_ds.evaluation.decoding import DecodeSettings
+from eagle_ds.store.processes import WorkerProcess, receive_all
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,17 @@ def measure_job(job: DecodingJob, prompts: Sequence[Prompt], processes: int, pro
 def _gather(job: DecodingJob, prompts: Sequence[Prompt], processes: int, progress: Callable[[int], None]) -> Measurement:
     """Prompts go out one at a time, the longest first, and come back in any order."""
     context = multiprocessing.get_context("spawn")
-    tasks, results = context.Queue(), context.Queue()
+    tasks = context.Queue()
     for index in sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)):
         tasks.put((index, prompts[index]))
     for _ in range(processes):
         tasks.put(None)
     threads = max(1, torch.get_num_threads() // processes)
     packed = pickle.dumps(job)  # as bytes: handed over as they are, tensors would need shared memory, of which containers have little
-    workers = [context.Process(target=_work, args=(packed, threads, tasks, results), daemon=True) for _ in range(processes)]
+    workers = [WorkerProcess(context, _work, packed, threads, tasks) for _ in range(processes)]
     answers: dict[int, Measurement] = {}
-    with running(workers):
-        while len(answers) < len(prompts):
-            index, measured = next_result(results, workers)
+    with closing(receive_all(workers)) as measurements:
+        for index, measured in measurements:
             answers[index] = measured
             progress(sum(len(decoded.tokens) for decoded in (*measured.plain, *(one for (one,) in measured.drafts.values()))))
     ordered = [answers[index] for index in range(len(prompts))]
@@ -71,7 +72,7 @@ def _gather(job: DecodingJob, prompts: Sequence[Prompt], processes: int, progres
     return Measurement(job.settings, list(prompts), plain, {name: [one.drafts[name][0] for one in ordered] for name in job.drafts})
 
 
-def _work(packed: bytes, threads: int, tasks: Any, results: Any) -> None:
+def _work(connection: Connection, packed: bytes, threads: int, tasks: Any) -> None:
     """Body of a process: (index, answers to that prompt) until there are no more, or the exception that ended it."""
     torch.set_num_threads(threads)
     try:
@@ -79,6 +80,6 @@ def _work(packed: bytes, threads: int, tasks: Any, results: Any) -> None:
         target, drafts = job.load()
         while (task := tasks.get()) is not None:
             index, prompt = task
-            results.put((index, measure(target.cached, drafts, [prompt], job.settings)))
+            connection.send((index, measure(target.cached, drafts, [prompt], job.settings)))
     except (ValueError, OSError, RuntimeError) as error:
-        results.put(error)
+        connection.send(error)

@@ -1,26 +1,83 @@
-"""Worker processes that start at once: forked from a server which has loaded the heavy libraries and nothing else.
+"""Worker processes: they start at once, and their parent knows when one dies.
 
-Importing torch takes seconds; forking a process that has done so takes milliseconds, and is safe as long as that process
-has no threads, no GPU and no open file. Imports nothing heavy itself, so that a tool can start the server before its own imports.
+Importing torch takes seconds. The fork server is a process that has imported the heavy libraries and does nothing else;
+forking it takes milliseconds, and is safe as long as it has no threads, no GPU and no open file. This module imports
+nothing heavy, so that a tool can start the server before its own imports.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext, ForkServerContext
+from typing import Any
 
 LIBRARIES = ("torch", "h5py", "safetensors.torch")
 
 
 def fork_server() -> ForkServerContext:
-    """Where worker processes come from; the server starts with the first one."""
+    """Return the context whose processes are forked from the server; the first process starts the server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(LIBRARIES))
     return context
 
 
 def start_fork_server() -> None:
-    """Start it now: it loads the libraries on another core while this process loads its own."""
+    """Start the server now: it loads the libraries on another core while this process loads its own."""
     fork_server()
     forkserver.ensure_running()
+
+
+class WorkerProcess:
+    """A child process that runs ``body(connection, *arguments)`` and exchanges messages with its parent over a pipe."""
+
+    def __init__(self, context: BaseContext, body: Callable[..., None], *arguments: object) -> None:
+        self.connection, childs_end = context.Pipe()
+        self.process = context.Process(target=body, args=(childs_end, *arguments), daemon=True)
+        self.process.start()
+        # Only the child holds its end from here on. However it dies, the pipe then ends, and `receive` does not wait.
+        childs_end.close()
+
+    def receive(self) -> Any:
+        """Wait for the next message. Raises EOFError once the child has ended; `exit_code` says how."""
+        try:
+            return self.connection.recv()
+        except OSError as error:  # the child was killed while it wrote a message
+            raise EOFError(str(error)) from error
+
+    def exit_code(self) -> int | None:
+        """Wait for the child to end. The code is -N if signal N killed it."""
+        self.process.join()
+        return self.process.exitcode
+
+    def stop(self) -> None:
+        """End the child, whatever it is doing."""
+        self.process.terminate()
+        self.process.join()
+        self.connection.close()
+
+
+def receive_all(workers: Sequence[WorkerProcess]) -> Iterator[Any]:
+    """Yield the messages of all workers as they arrive, until every worker has ended; then, or when closed, stop them.
+
+    Raises: an exception that a worker sent as its message; ChildProcessError if a worker died without sending one.
+    """
+    running = {worker.connection: worker for worker in workers}
+    try:
+        while running:
+            for connection in wait(list(running)):
+                try:
+                    message = running[connection].receive()
+                except EOFError:
+                    if code := running.pop(connection).exit_code():
+                        detail = f"a worker process died with exit code {code}; -9 usually means that memory ran out"
+                        raise ChildProcessError(detail) from None
+                    continue
+                if isinstance(message, BaseException):
+                    raise message
+                yield message
+    finally:
+        for worker in workers:
+            worker.stop()

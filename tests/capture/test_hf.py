@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from eagle_ds.capture.hf import ForwardLimits, HiddenStates, decoder_layers, head_logits
+from eagle_ds.capture.hf import ForwardLimits, StateExtractor, decoder_layers
+from eagle_ds.target.head import head_logits
 from tests.tiny_targets import save_tiny_llama
 
 AUX = (1, 3, 4)
@@ -19,8 +20,8 @@ def model(tmp_path_factory) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path_factory.mktemp("llama")), dtype=torch.float64)
 
 
-def states_of(model: nn.Module, limits: ForwardLimits = WHOLE, dtype: torch.dtype = torch.float64) -> HiddenStates:
-    return HiddenStates(model, AUX, dtype, limits)
+def states_of(model: nn.Module, limits: ForwardLimits = WHOLE, dtype: torch.dtype = torch.float64) -> StateExtractor:
+    return StateExtractor(model, AUX, dtype, limits)
 
 
 def tokens(length: int, seed: int = 0) -> torch.Tensor:
@@ -90,8 +91,8 @@ def test_the_head_is_read_from_the_states_as_stored(model):
 def test_logits_are_computed_a_few_rows_at_a_time(model, monkeypatch):
     monkeypatch.setattr("eagle_ds.capture.hf.LOGIT_BYTES", 3 * 280 * 4)
     seen = []
-    monkeypatch.setattr("eagle_ds.capture.hf.head_logits", lambda h, w: seen.append(len(h)) or head_logits(h, w))
-    states = HiddenStates.__new__(HiddenStates)
+    monkeypatch.setattr("eagle_ds.target.head.head_logits", lambda h, w, **how: seen.append(len(h)) or head_logits(h, w, **how))
+    states = StateExtractor.__new__(StateExtractor)
     states.head = model.lm_head.weight.detach()
     ids, sums = states.read_head(torch.randn(10, 32))
     assert seen == [3, 3, 3, 1] and len(ids) == len(sums) == 10

@@ -1,4 +1,4 @@
-"""A capture can be planned, stopped anywhere, gone on with, and refuses what would poison a store."""
+"""A capture can be estimated, stopped at any moment and continued, and refuses to mix two targets in one store."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import os
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from eagle_ds.capture import run as capturing
 from eagle_ds.capture.hf import ForwardLimits
-from eagle_ds.capture.run import CaptureJob, Planned, batches, capture, estimate_capture, probe_seconds
+from eagle_ds.capture.job import CaptureJob, PendingSample, prepare_capture
+from eagle_ds.capture.run import capture, make_batches, predict_seconds
 from eagle_ds.data.vocab import count_trained_tokens
 from eagle_ds.store.store import Store, StoreWriter, verify_file
 from tests.tiny_targets import save_tiny_llama
@@ -61,28 +63,29 @@ def assert_same(left: dict, right: dict) -> None:
 
 def test_the_store_holds_every_answered_conversation(job):
     told = []
-    plan = estimate_capture(job)
-    assert capture(plan, told.append) == len(LENGTHS)
+    prepared = prepare_capture(job)
+    assert capture(prepared, told.append) == len(LENGTHS)
     samples = contents(job.store)
-    assert set(samples) == {f"chat/{n}" for n in LENGTHS} and plan.stats.without_answer == 1
-    assert sum(told) == plan.tokens == sum(len(sample["input_ids"]) for sample in samples.values())
+    assert set(samples) == {f"chat/{n}" for n in LENGTHS} and prepared.stats.without_answer == 1
+    assert sum(told) == prepared.tokens == sum(len(sample["input_ids"]) for sample in samples.values())
     assert Store(job.store).info.aux_layer_ids == (1, 3, 4)
-    assert int(count_trained_tokens(Store(job.store), 280).sum()) == plan.stats.trained_tokens
+    assert int(count_trained_tokens(Store(job.store), 280).sum()) == prepared.stats.trained_tokens
 
 
-def test_planning_writes_nothing(job):
-    plan = estimate_capture(job)
+def test_preparing_and_estimating_write_nothing(job):
+    prepared = prepare_capture(job)
     assert not job.store.exists()
-    assert plan.raw_bytes == plan.tokens * 4 * 32 * 2 and 0 < plan.store_bytes <= plan.raw_bytes
-    assert probe_seconds(plan) > 0 and not job.store.exists()
+    estimate = prepared.estimate()
+    assert estimate.raw_bytes == prepared.tokens * 4 * 32 * 2 and 0 < estimate.store_bytes <= estimate.raw_bytes
+    assert predict_seconds(prepared) > 0 and not job.store.exists()
 
 
 def test_a_second_run_has_nothing_to_do(job, monkeypatch):
-    capture(estimate_capture(job))
+    capture(prepare_capture(job))
     before = (job.store / "manifest.jsonl").read_bytes()
     monkeypatch.setattr(capturing, "load_model", lambda *_: pytest.fail("loaded the target for nothing"))
-    again = estimate_capture(job)
-    assert (capture(again), again.done, again.todo) == (0, len(LENGTHS), [])
+    again = prepare_capture(job)
+    assert (capture(again), again.num_stored, again.pending) == (0, len(LENGTHS), [])
     assert (job.store / "manifest.jsonl").read_bytes() == before
 
 
@@ -95,11 +98,11 @@ KILLS = {
 
 @pytest.mark.parametrize("where", KILLS)
 def test_a_killed_capture_goes_on_and_ends_like_an_undisturbed_one(job, monkeypatch, where):
-    capture(estimate_capture(dataclasses.replace(job, store=job.store.with_name("undisturbed"))))
+    capture(prepare_capture(dataclasses.replace(job, store=job.store.with_name("undisturbed"))))
     kill_at(job, monkeypatch, *KILLS[where])
-    plan = estimate_capture(job)
-    assert 0 < len(plan.todo) < len(LENGTHS)
-    capture(plan)
+    prepared = prepare_capture(job)
+    assert 0 < len(prepared.pending) < len(LENGTHS)
+    capture(prepared)
     assert_same(contents(job.store), contents(job.store.with_name("undisturbed")))
     assert list((job.store / "writing").iterdir()) == []
 
@@ -121,64 +124,64 @@ def kill_at(job: CaptureJob, monkeypatch, name: str, call: int) -> None:
         patch.setattr(owner, attribute, deadly)
         child = os.fork()
         if child == 0:
-            capture(estimate_capture(job))
+            capture(prepare_capture(job))
             os._exit(0)
         _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
 
 
 def test_a_store_of_another_target_or_other_layers_is_refused(job, tmp_path):
-    capture(estimate_capture(job))
+    capture(prepare_capture(job))
     other = save_tiny_llama(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match="target_hash is"):
-        estimate_capture(dataclasses.replace(job, target=str(other)))
+        prepare_capture(dataclasses.replace(job, target=str(other)))
     with pytest.raises(ValueError, match=r"aux_layer_ids is \(1, 3, 4\) there, \(0, 1, 2\) here"):
-        estimate_capture(dataclasses.replace(job, aux_layer_ids=(0, 1, 2)))
+        prepare_capture(dataclasses.replace(job, aux_layer_ids=(0, 1, 2)))
 
 
 def test_another_text_under_a_stored_id_is_refused(job):
-    capture(estimate_capture(job))
+    capture(prepare_capture(job))
     job.conversations.write_text(job.conversations.read_text().replace("answer answer", "one or two answers", 1))
     with pytest.raises(ValueError, match="holds sample chat/3 with"):
-        estimate_capture(job)
+        prepare_capture(job)
 
 
 def test_a_full_disk_is_one_sentence_and_costs_nothing_stored(job):
-    plan = estimate_capture(job)
+    prepared = prepare_capture(job)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the longest sample's file is larger
     try:
         with pytest.raises(ValueError, match=r"the disk of .* is full"):
-            capture(plan)
+            capture(prepared)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert set(contents(job.store)) < {f"chat/{n}" for n in LENGTHS}
-    capture(estimate_capture(job))
+    capture(prepare_capture(job))
     assert len(contents(job.store)) == len(LENGTHS)
 
 
 def test_too_little_space_is_said_before_any_work(job, monkeypatch):
-    monkeypatch.setattr(capturing.CaptureEstimate, "free_bytes", property(lambda estimate: 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match=r"0\.0 GB free but the capture needs about"):
-        capture(estimate_capture(job))
+        capture(prepare_capture(job))
     assert not job.store.exists()
 
 
 def test_conversations_that_are_all_skipped_are_an_error(job):
     job.conversations.write_text('{"messages": [{"role": "user", "content": "hello?"}]}\n')
     with pytest.raises(ValueError, match=r"nothing to train on: 0 samples.*1 skipped without an assistant turn"):
-        estimate_capture(job)
+        prepare_capture(job)
 
 
 @pytest.mark.parametrize("target", ["models/absent", "/nonexistent", "not a name"])
 def test_a_missing_target_is_said_first(job, target):
     with pytest.raises(ValueError, match="is not a folder here"):
-        estimate_capture(dataclasses.replace(job, target=target))
+        prepare_capture(dataclasses.replace(job, target=target))
 
 
 def test_batches_fit_their_limits_and_keep_the_order():
-    samples = [Planned(0, str(n), n, ()) for n in (500, 260, 120, 110, 60, 40, 39, 10)]
+    samples = [PendingSample(0, str(n), n, ()) for n in (500, 260, 120, 110, 60, 40, 39, 10)]
     limits = ForwardLimits(batch_tokens=256, chunk_tokens=128)
-    made = list(batches(samples, limits))
+    made = list(make_batches(samples, limits))
     assert [sample for batch in made for sample in batch] == samples
     assert [[s.num_tokens for s in batch] for batch in made] == [[500], [260], [120, 110], [60, 40, 39, 10]]

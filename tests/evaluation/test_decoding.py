@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from eagle_ds.capture.hf import HiddenStates
+from eagle_ds.capture.hf import StateExtractor
 from eagle_ds.data.batch import TokenLabels
 from eagle_ds.data.vocab import VocabMap
 from eagle_ds.drafts.folder import DraftOnDisk
@@ -123,7 +123,7 @@ def test_a_long_prompt_in_pieces_is_the_prompt(tiny_target: CachedTarget, monkey
 
 def test_the_draft_reads_the_states_that_capture_stores(tiny_target: CachedTarget) -> None:
     start = prefill(tiny_target, PROMPTS[1])
-    captured = HiddenStates(tiny_target.model, LAYERS, torch.float32)([start.ids])[0]
+    captured = StateExtractor(tiny_target.model, LAYERS, torch.float32)([start.ids])[0]
     torch.testing.assert_close(start.aux, captured.aux_hidden_state, rtol=1e-5, atol=1e-5)
     assert start.first == int(captured.target_token_id[-1])
 
