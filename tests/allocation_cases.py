@@ -19,16 +19,17 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from eagle_ds.config.recipe import Recipe
-from eagle_ds.data.batch import TokenLabels
+from eagle_ds.data.batch import TokenLabels, counted_rows
 from eagle_ds.estimate import tensor_sizes
 from eagle_ds.estimate.memory import MemoryModel, Parts
 from eagle_ds.estimate.sequences import document_in_turns, sharding_for
 from eagle_ds.model import draft, loss, projections
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.model.loss import HeadTargets, LossSettings, counted_rows, head_loss
+from eagle_ds.model.loss import HeadTargets, LossSettings, head_loss
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding import tiles
 from eagle_ds.target.head import TargetHead
 from tests.step_harness import WholeSequence, prefix_for, rank_batch
 
@@ -166,8 +167,8 @@ def _as_on_a_gpu() -> Iterator[None]:
             (projections, "add_rows", lambda *_: None),
             (projections, "add_product", lambda *_: None),
             (loss, "_kernels_for", lambda weight: _RowKernels),
-            (loss, "CHUNK_BYTES", budget),
-            (tensor_sizes, "TILE_ROWS", TILE),
+            (tiles, "TILE_ROWS", TILE),
+            (loss, "LOSS_CHUNK_BYTES", budget),
             (tensor_sizes, "LOSS_CHUNK_BYTES", budget),
         ):
             stack.enter_context(mock.patch.object(place, name, value))

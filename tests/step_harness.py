@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eagle_ds.data.batch import Batch, TokenLabels, assemble
+from eagle_ds.data.batch import Batch, TokenLabels, assemble, counted_rows
 from eagle_ds.kernels.attention import BlockAttention, ReferenceAttention
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, counted_rows, head_loss
+from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, head_loss
 from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.parallel.topology import SOLO, ProcessGroups
 from eagle_ds.sharding import ranges as rg

@@ -57,6 +57,18 @@ class Batch:
         return replace(self, **moved)
 
 
+def counted_rows(trained: Tensor, token: Tensor, index: Tensor, t2d: Tensor) -> Tensor:
+    """Return which (row, TTT step) pairs count: trained, and the label's argmax is in the draft vocabulary. bool [N, T].
+
+    Args:
+        trained: bool [N, T], by the loss mask alone.
+        token: int64 [M], the target's argmax at each target row.
+        index: int64 [N, T], the target row of each pair.
+        t2d: bool [V], whether a target token is in the draft vocabulary.
+    """
+    return trained & t2d[token[index]] if len(token) else torch.zeros_like(trained)
+
+
 def trained_steps(loss_mask: np.ndarray, rows: np.ndarray, ttt_steps: int, alignment: Alignment) -> np.ndarray:
     """bool [len(rows), T]: whether row p counts at step k by mask alone (DESIGN section 2).
 

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds.data.batch import Batch, TokenLabels, assemble
-from eagle_ds.data.packing import Pack, TrainSample
+from eagle_ds.data.batch import Batch, TokenLabels, assemble, counted_rows
+from eagle_ds.data.packing import Pack, ShardingSettings, TrainSample
 from eagle_ds.data.read_pool import ReadPool, RowsWanted
 from eagle_ds.data.sampler import GlobalBatch
 from eagle_ds.sharding import ranges as rg
-from eagle_ds.sharding.sequence import Alignment, RingMode, SequenceSharding, shard_sequence
 from eagle_ds.store.format import TORCH_DTYPES
 from eagle_ds.store.store import ReadStats, SampleReader, Store, StoreError
 
@@ -32,30 +31,6 @@ Labeler = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _Wanted = tuple[str, rg.Ranges, int]
 """(dataset, rows of the sequence, width)"""
-
-
-@dataclass(frozen=True)
-class ShardingSettings:
-    """What a sharding plan depends on besides the documents."""
-
-    ulysses: int = 1
-    ring: int = 1
-    ring_mode: RingMode = "gather"
-    ttt_steps: int = 7
-    alignment: Alignment = "serving"
-    trained_rows_only: bool = True
-
-    def sharding(self, samples: Sequence[TrainSample]) -> SequenceSharding:
-        """The plan of ``samples`` laid end to end."""
-        return shard_sequence(
-            [s.document for s in samples],
-            ulysses=self.ulysses,
-            ring=self.ring,
-            ring_mode=self.ring_mode,
-            ttt_steps=self.ttt_steps,
-            alignment=self.alignment,
-            trained_rows_only=self.trained_rows_only,
-        )
 
 
 @dataclass
@@ -134,7 +109,7 @@ class _OpenPack:
         self.samples = [dataset.samples[number] for number in pack]
         by_processes = dataset.pool is not None
         self.readers = [dataset.store.reader(s.entry, threads=1, rows=not by_processes) for s in self.samples]
-        self.sharding = dataset.settings.sharding(self.samples)
+        self.sharding = dataset.settings.shard([sample.document for sample in self.samples])
         self.filled = False
         self.stats = ReadStats()  # of the pool's processes
         rank, settings = dataset.sp_rank, dataset.settings
@@ -150,10 +125,9 @@ class _OpenPack:
 
     def count(self) -> Tensor:
         """int64 [T]: trained rows of this rank whose label's argmax is in the draft vocabulary."""
-        token = self.batch.target_token
-        assert token is not None
-        counted = self.batch.trained & self.dataset.t2d[token[self.batch.target_index]] if len(token) else self.batch.trained
-        return counted.sum(0)
+        batch = self.batch
+        assert batch.target_token is not None
+        return counted_rows(batch.trained, batch.target_token, batch.target_index, self.dataset.t2d).sum(0)
 
     def fill(self) -> None:
         """Read the hidden states, and make label facts where the store has none."""

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from eagle_ds.data.batch import Batch
-from eagle_ds.estimate.memory import tile_rows
 from eagle_ds.kernels.elementwise import rope, swiglu
 from eagle_ds.kernels.linear import LendingLinear, PassingLinear, ResidualLinear
 from eagle_ds.kernels.norm import norm_into, rms_norm
@@ -27,6 +26,7 @@ from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.projections import ProjectionWeights, StepProjections
 from eagle_ds.model.ttt import PrefixAttention
+from eagle_ds.sharding.tiles import tile_rows
 
 HeadLoss = Callable[[list[Tensor], Tensor, Tensor, float], Any]
 """(T states [N, D], norm weight [D], head weight [Vd, D], eps) -> a differentiable loss and what goes with it."""

@@ -31,9 +31,9 @@ from eagle_ds.kernels.loss import LossKernels, LossKind, PlainKernels
 from eagle_ds.kernels.norm import rms_norm
 from eagle_ds.parallel.transfer import to_host
 from eagle_ds.parallel.words import copy_rows
+from eagle_ds.sharding.tiles import LOSS_CHUNK_BYTES, loss_chunk_rows
 from eagle_ds.target.head import TargetHead, head_logits
 
-CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}  # a GPU's matmuls want rows, a CPU's caches want few
 COLUMNS = ("loss", "cross_entropy", "entropy", "counted", "trained", "correct", "alpha")
 
 
@@ -72,7 +72,7 @@ class LossSettings:
     kl_scale: float = 1.0
     kl_decay: float = 3.0
     alpha_mean: Callable[[Tensor, Tensor], Tensor] | None = None
-    chunk_bytes: int | None = None  # by default CHUNK_BYTES of the device
+    chunk_bytes: int | None = None  # by default LOSS_CHUNK_BYTES of the device
 
 
 @dataclass
@@ -93,11 +93,6 @@ class LossSums:
     def from_flat(cls, flat: Tensor) -> LossSums:
         """The inverse of ``flat``."""
         return cls(flat[:-2].view(-1, len(COLUMNS)), flat[-2:])
-
-
-def counted_rows(trained: Tensor, token: Tensor, index: Tensor, t2d: Tensor) -> Tensor:
-    """bool [N, T]: trained rows whose label's argmax is in the draft vocabulary."""
-    return trained & t2d[token[index]] if len(token) else torch.zeros_like(trained)
 
 
 def head_loss(
@@ -198,19 +193,14 @@ class _Pass:
         return LossSums(sums, lengths)
 
     def _chunks(self) -> Iterator[_Chunk]:
-        size, rows, done = len(self.pairs_to), self._chunk_rows(), 0
+        budget = self.settings.chunk_bytes or LOSS_CHUNK_BYTES[self.weight.device.type]
+        rows = loss_chunk_rows(self.weight.shape[0], len(self.states), self.weight.element_size(), budget)
+        size, done = len(self.pairs_to), 0
         for start in range(0, size, rows):
             stop = min(start + rows, size)
             pairs, labels = int(self.pairs_to[stop - 1]), (int(self.first_label[start]), int(self.last_label[stop - 1]) + 1)
             yield _Chunk(start, stop, done, pairs, *labels)
             done = pairs
-
-    def _chunk_rows(self) -> int:
-        """Rows whose logits fit the budget (the head of this file has the sum), in whole tiles of a matmul where there are many."""
-        vocab, steps, size = self.weight.shape[0], len(self.states), self.weight.element_size()
-        budget = self.settings.chunk_bytes or CHUNK_BYTES[self.weight.device.type]
-        rows = max(budget // (vocab * (steps * (size + max(size, 4)) + 3 * max(size, 4))), 16)
-        return rows // 256 * 256 or rows
 
     def _chunk(self, chunk: _Chunk) -> None:
         """Labels of the chunk's target rows once, all steps' logits against them, and the gradients of both matmuls."""

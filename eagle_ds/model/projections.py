@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle_ds.estimate.memory import tile_rows
 from eagle_ds.kernels.attention import wide
 from eagle_ds.kernels.elementwise import rotate_into
 from eagle_ds.kernels.linear import add_product
 from eagle_ds.kernels.norm import norm_into, rms_norm, rms_norm_gradients
 from eagle_ds.kernels.rows import add_rows, take_rows
 from eagle_ds.parallel.words import copy_rows
+from eagle_ds.sharding.tiles import tile_rows
 
 
 class ProjectionWeights(NamedTuple):

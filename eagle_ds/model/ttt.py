@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eagle_ds.kernels.attention import BlockAttention, KeyBounds, merge, wide
 from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.heads import HeadSharding
 from eagle_ds.sharding.sequence import SequenceSharding
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class PrefixAttention:
 
         self.sharding = sharding
         self.kernel = kernel
-        self.ulysses = UlyssesExchange(groups.ulysses, query_heads, kv_heads)
+        self.ulysses = UlyssesExchange(groups.ulysses, HeadSharding(query_heads, kv_heads, sharding.ulysses))
         self.ring = RingExchange(groups.ring, [sharding.ring_context(r) for r in range(sharding.ring)])
         self.scale = head_dim**-0.5
         self.window = sliding_window

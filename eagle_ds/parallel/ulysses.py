@@ -7,7 +7,6 @@ key rows differ, KV heads are replicated where U does not divide them, and K_0/V
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,31 +16,19 @@ from torch import Tensor
 from eagle_ds.parallel.topology import Group
 from eagle_ds.parallel.transfer import to_device
 from eagle_ds.parallel.words import dense
+from eagle_ds.sharding.heads import HeadSharding
 
 
 class UlyssesExchange:
     """Moves tensors [rows, heads, width] within one Ulysses group.
 
-    Query heads are cut into U equal runs. A run may need parts of KV heads: with g = gcd(Hq/U, Hq/Hkv) consecutive
-    query heads always share one KV head, so each rank gets Hq/(U*g) KV *slots*, each serving g query heads. Where U
-    divides Hkv the slots are simply its KV heads; otherwise some KV heads are sent to several ranks.
-
-    Raises ValueError if U does not divide Hq or Hkv does not divide Hq.
+    ``heads`` says which KV heads each rank gets.
     """
 
-    def __init__(self, group: Group, query_heads: int, kv_heads: int) -> None:
-        if query_heads % group.size:
-            works = [u for u in range(1, query_heads + 1) if query_heads % u == 0]
-            raise ValueError(f"ulysses={group.size} does not divide {query_heads} query heads; use one of {works}, or raise ring")
-        if query_heads % kv_heads:
-            raise ValueError(f"{kv_heads} key/value heads do not divide {query_heads} query heads")
+    def __init__(self, group: Group, heads: HeadSharding) -> None:
+        assert heads.ulysses == group.size
         self.group = group
-        self.kv_heads = kv_heads
-        heads_per_rank, heads_per_kv = query_heads // group.size, query_heads // kv_heads
-        per_slot = math.gcd(heads_per_rank, heads_per_kv)
-        self.slots = heads_per_rank // per_slot
-        self.slot_heads = [head // heads_per_kv for head in range(0, query_heads, per_slot)]
-        self._replicates = self.slot_heads != list(range(kv_heads))
+        self.heads = heads
 
     def to_heads(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """[own rows, U*h, w] -> [all rows of the group, h, w]; ``counts`` are the rows of each rank. Collective."""
@@ -68,20 +55,20 @@ class UlyssesExchange:
 
     def kv_to_slots(self, kv: Tensor, counts: Sequence[int]) -> Tensor:
         """[own rows, Hkv, w] -> [all rows of the group, slots, w]. Collective."""
-        if self._replicates:
+        if self.heads.replicates:
             kv = kv.index_select(1, self._slot_heads(kv.device))
         return self.to_heads(kv, counts)
 
     def slots_to_kv(self, slots: Tensor, counts: Sequence[int]) -> Tensor:
         """The transpose of ``kv_to_slots``, for gradients: copies of one KV head are summed. Collective."""
         rows = self.to_rows(slots, counts)
-        if not self._replicates:
+        if not self.heads.replicates:
             return rows
-        summed = rows.new_zeros(rows.shape[0], self.kv_heads, rows.shape[2])
+        summed = rows.new_zeros(rows.shape[0], self.heads.kv_heads, rows.shape[2])
         return summed.index_add_(1, self._slot_heads(rows.device), rows)
 
     def _slot_heads(self, device: torch.device) -> Tensor:
-        return to_device(torch.tensor(self.slot_heads), device)
+        return to_device(torch.tensor(self.heads.slot_heads), device)
 
     def _all_to_all(self, received: Tensor, sent: Tensor, received_splits: list[int], sent_splits: list[int]) -> None:
         dist.all_to_all_single(received.view(-1), sent.view(-1), received_splits, sent_splits, group=self.group.handle)

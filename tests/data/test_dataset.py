@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from eagle_ds.data.batch import TokenLabels
-from eagle_ds.data.dataset import MicroBatch, RankDataset, ShardingSettings
-from eagle_ds.data.packing import screen
+from eagle_ds.data.batch import TokenLabels, counted_rows
+from eagle_ds.data.dataset import MicroBatch, RankDataset
+from eagle_ds.data.packing import ShardingSettings, screen
 from eagle_ds.data.prefetch import DeviceCopy, Prefetcher
 from eagle_ds.data.read_pool import ReadPool
 from eagle_ds.data.sampler import GlobalBatch, Sampler
-from eagle_ds.model.loss import counted_rows
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import shard_sequence
 from eagle_ds.store.store import Store, StoreError

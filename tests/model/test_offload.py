@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eagle_ds.estimate import memory
 from eagle_ds.model import draft
 from eagle_ds.model.loss import LossSettings, head_loss
 from eagle_ds.model.offload import ActivationOffload, Stored, View
+from eagle_ds.sharding import tiles
 from tests.layout_cases import TINY, Case
 from tests.step_harness import gradients, make_targets, prefix_for, rank_batch
 
@@ -30,7 +30,7 @@ def forward(case: Case, recompute: str, offload: ActivationOffload | None) -> tu
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "TILE_ROWS", 7)  # several views of one state
+    monkeypatch.setattr(tiles, "TILE_ROWS", 7)  # several views of one state
 
 
 @pytest.mark.usefixtures("small_tiles")

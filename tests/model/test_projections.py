@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from eagle_ds.estimate import memory
 from eagle_ds.kernels.elementwise import rotate_plain
 from eagle_ds.kernels.rows import add_rows, take_rows
 from eagle_ds.model.projections import ProjectionWeights, StepProjections
+from eagle_ds.sharding import tiles
 
 TOKENS, ROWS, STEPS, WIDTH, EPS = 13, 9, 3, 6, 1e-5
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 4
@@ -40,7 +40,7 @@ def written_out(embeddings: Tensor, index: Tensor, positions: Tensor, states: li
 @pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_steps_project_as_if_everything_were_written_out(table: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "TILE_ROWS", 4)  # several tiles, the last one short
+    monkeypatch.setattr(tiles, "TILE_ROWS", 4)  # several tiles, the last one short
     torch.manual_seed(0)
     columns = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     weights = ProjectionWeights(random(columns, 2 * WIDTH), random(columns) if bias else None, random(WIDTH), random(WIDTH))
@@ -86,7 +86,7 @@ def test_rows_are_taken_and_added_where_the_index_says() -> None:
 def test_the_gpus_steps_agree_with_float64(table: bool, bias: bool, monkeypatch: pytest.MonkeyPatch, device: str = "cuda") -> None:
     """Sizes of a small Llama draft, bf16, several tiles: q, k, v and every gradient. Rows past a document's end share the last
     token and have no gradient."""
-    monkeypatch.setattr(memory, "TILE_ROWS", 700)
+    monkeypatch.setattr(tiles, "TILE_ROWS", 700)
     torch.manual_seed(0)
     tokens, rows, past, steps, width, heads, kv_heads, d = 3000, 2500, 40, 3, 512, 8, 2, 64
     columns = (heads + 2 * kv_heads) * d

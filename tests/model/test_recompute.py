@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eagle_ds.estimate import memory
 from eagle_ds.kernels import elementwise
 from eagle_ds.model import draft
 from eagle_ds.model.loss import LossSettings, head_loss
 from eagle_ds.model.offload import ActivationOffload
+from eagle_ds.sharding import tiles
 from tests.layout_cases import TINY, Case
 from tests.step_harness import gradients, make_targets, prefix_for, rank_batch
 
@@ -31,7 +31,7 @@ def step(recompute: str, case: Case = CASE, offload: ActivationOffload | None = 
 
 @pytest.mark.parametrize("recompute", ["selective", "mlp", "full"])
 def test_recomputing_changes_nothing(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "TILE_ROWS", 7)  # several tiles, the last one short
+    monkeypatch.setattr(tiles, "TILE_ROWS", 7)  # several tiles, the last one short
     loss, grads, _ = step("none")
     again, grads_again, _ = step(recompute)
     torch.testing.assert_close(again, loss, rtol=1e-13, atol=0)
@@ -62,7 +62,7 @@ def written_over(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_reads_gate_and_up_after_their_gradients_are_written_over_them(
     recompute: str, offloads: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setattr(memory, "TILE_ROWS", 7)
+    monkeypatch.setattr(tiles, "TILE_ROWS", 7)
     loss, grads, _ = step("none")
     request.getfixturevalue("written_over")
     offload = ActivationOffload(torch.device("cpu"), min_bytes=1, slab_bytes=1000) if offloads else None
