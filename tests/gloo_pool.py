@@ -25,7 +25,7 @@ def _serve(rank: int, pipe: Connection, backend: str, device: str) -> None:
     import torch.distributed as torch_dist
     from deepspeed import comm
 
-    from eagle_ds.bench.staged import register_staged
+    from eagle_ds.bench.process_groups import register_staged
 
     register_staged()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of g++ for an op that nothing here calls

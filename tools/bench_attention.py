@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eagle_ds.config.outputs import check_output_file
-from eagle_ds.estimate.planner import exactly_in_turns
+from eagle_ds.estimate.sequences import document_in_exact_turns
 
 SHAPES = ((32768, 1.0, 512, 1), (131072, 1.0, 512, 1), (131072, 0.5, 2048, 1), (131072, 0.1, 512, 1), (4096, 1.0, 512, 32))
 TTT_STEPS = 7
@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace) -> None:
     heads = Heads(options.heads, options.kv_heads, options.head_dim)
     one = (options.seq, options.trained_fraction, options.turn, options.documents)
     for tokens, fraction, turn, count in [one] if options.seq is not None else SHAPES:
-        shape, documents = {"tokens": tokens, "fraction": fraction, "turn": turn}, [exactly_in_turns(tokens, fraction, turn)] * count
+        shape, documents = {"tokens": tokens, "fraction": fraction, "turn": turn}, [document_in_exact_turns(tokens, fraction, turn)] * count
         try:
             for line in time_attention(documents, heads, TTT_STEPS, options.repeats):
                 record(shape | line, options.json)

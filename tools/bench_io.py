@@ -9,7 +9,7 @@
 The states are those of the embedded target (tools/fetch_embedded_target.py), laid side by side to the width of a large model
 and tiled to the length. For each format: size; time to write it durably; time and bytes for one rank of --ranks to read its own
 rows. The peer's file is read whole, as the peer does. --convert times the whole command over --files files of --file-tokens
-tokens (plain ones cached, from the disk and with --verify, then a quarter as many gzip'd ones), and writes convert.json. Either ends
+tokens (plain ones cached, from the disk and with --verify, then a quarter as many gzip'd ones), and writes conversion.json. Either ends
 with what the project promises; exit code 1 if a promise is missed.
 """
 
@@ -37,10 +37,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from eagle_ds.bench import convert
-from eagle_ds.bench.chart import io_figure
-from eagle_ds.bench.io import Goal, Measurement, as_record, goals, measure_all
-from eagle_ds.bench.states import States, capture_states, info_for
+from eagle_ds.bench import conversion
+from eagle_ds.bench.plots import io_figure
+from eagle_ds.bench.store_io import Goal, Measurement, as_record, goals, measure_all
+from eagle_ds.bench.synthetic_data import States, capture_states, info_for
 from eagle_ds.capture.embedded import DEFAULT_FOLDER, ensure_embedded_target
 from eagle_ds.store.manifest import StoreInfo
 
@@ -96,13 +96,13 @@ def bench_formats(options: argparse.Namespace, states: States, info: StoreInfo, 
 def bench_conversion(options: argparse.Namespace, states: States, info: StoreInfo, console: Console) -> bool:
     """Speed of the conversion tool; whether it is what is promised."""
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix="bench-convert-") as folder:
-        runs = list(convert.measure_conversions(states, info, options.files, options.file_tokens, options.threads, Path(folder)))
-    promised = convert.goals(runs)
+        runs = list(conversion.measure_conversions(states, info, options.files, options.file_tokens, options.threads, Path(folder)))
+    promised = conversion.goals(runs)
     console.print(conversion_table(runs, options.threads))
     console.print(goal_table("conversion", promised))
     if options.out:
-        records = {"measurements": [convert.as_record(run) for run in runs], "promises": [goal_record(goal) for goal in promised]}
-        write_json(options.out / "convert.json", {**about(options), "file_tokens": options.file_tokens, **records})
+        records = {"measurements": [conversion.as_record(run) for run in runs], "promises": [goal_record(goal) for goal in promised]}
+        write_json(options.out / "conversion.json", {**about(options), "file_tokens": options.file_tokens, **records})
     return all(goal.met for goal in promised)
 
 
@@ -128,7 +128,7 @@ def table(results: Sequence[Measurement]) -> Table:
     return shown
 
 
-def conversion_table(runs: Sequence[convert.Conversion], workers: int) -> Table:
+def conversion_table(runs: Sequence[conversion.Conversion], workers: int) -> Table:
     """One row a run of the tool."""
     shown = Table(title=f"the whole command, {workers} workers")
     for heading in ("source", "files", "MB", "raw MB", "stored MB", "time", "source MB/s", "once started", "raw MB/s", "disk alone"):

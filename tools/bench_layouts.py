@@ -73,7 +73,7 @@ def main() -> int:
 def be_a_rank(options: argparse.Namespace) -> int:
     """One process of a run."""
     os.chdir(ROOT)
-    from eagle_ds.bench.shared_gpu import join_shared_gpu
+    from eagle_ds.bench.simulated_world import join_shared_gpu
     from eagle_ds.config.recipe import load_recipe
     from eagle_ds.launch import train_rank
     from eagle_ds.training.sizing import OutOfMemory
@@ -91,7 +91,7 @@ def compare_layouts(options: argparse.Namespace) -> int:
     """Data, a run for each layout, and the comparison's exit code."""
     import torch
 
-    from eagle_ds.bench.learnable import Playground, Sizes
+    from eagle_ds.bench.synthetic_data import Playground, Sizes
     from eagle_ds.config.outputs import check_output_folder
 
     check_output_folder(options.out, "--out")

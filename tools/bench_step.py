@@ -54,7 +54,7 @@ from eagle_ds.bench.plots import write_results
 from eagle_ds.bench.results import read_results
 from eagle_ds.config.outputs import check_output_file, check_output_folder
 from eagle_ds.config.recipe import Recipe, load_recipe
-from eagle_ds.estimate.planner import exactly_in_turns
+from eagle_ds.estimate.sequences import document_in_exact_turns
 
 if TYPE_CHECKING:
     from eagle_ds.bench.step import StepBench
@@ -211,7 +211,7 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
     from eagle_ds.training.sizing import is_out_of_memory
     from eagle_ds.training.stopping import leave_at_once
 
-    recipe, document = make_recipe(options, tokens), exactly_in_turns(tokens, fraction, options.turn)
+    recipe, document = make_recipe(options, tokens), document_in_exact_turns(tokens, fraction, options.turn)
     world = join(options, recipe, [document] * options.documents)
     shape = {
         "model": options.recipe.stem if options.recipe else options.model,
@@ -238,8 +238,7 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
 
 def join(options: argparse.Namespace, recipe: Recipe, documents: list[Document]) -> World:
     """The world that the launcher started, or one rank of a larger one."""
-    from eagle_ds.bench.alone import alone_world
-    from eagle_ds.bench.shared_gpu import join_shared_gpu
+    from eagle_ds.bench.simulated_world import alone_world, join_shared_gpu
     from eagle_ds.training.world import join_world
 
     if options.alone_of:
@@ -250,7 +249,8 @@ def join(options: argparse.Namespace, recipe: Recipe, documents: list[Document])
 def does_not_fit(options: argparse.Namespace, recipe: Recipe, world: World, document: Document, error: RuntimeError) -> str:
     """What ran out of memory, what would fit, in this tool's own flags, and where the lines before it are."""
     from eagle_ds.config.deepspeed import bf16_enabled, deepspeed_config, read_ds_json
-    from eagle_ds.estimate.planner import choose_ring_mode, sharding_for
+    from eagle_ds.estimate.fit import choose_ring_mode
+    from eagle_ds.estimate.sequences import sharding_for
     from eagle_ds.training.sizing import after_out_of_memory
 
     config = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world.topology.world_size)
@@ -267,7 +267,7 @@ def does_not_fit(options: argparse.Namespace, recipe: Recipe, world: World, docu
 
 def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, document: Document, fraction: float) -> list[dict[str, Any]]:
     """A line for batches in memory and, if asked for, one for the same from a store."""
-    from eagle_ds.bench.ceilings import measure_ceilings
+    from eagle_ds.bench.flops import measure_ceilings
     from eagle_ds.bench.sources import MemorySource, StoreSource
     from eagle_ds.bench.step import StepBench, summary
     from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
@@ -299,7 +299,7 @@ def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, docume
 
 def open_store(options: argparse.Namespace, bench: StepBench, document: Document, fraction: float) -> Store:
     """The store of this shape; rank 0 makes it if it is not there."""
-    from eagle_ds.bench.random_store import default_samples, random_store
+    from eagle_ds.bench.synthetic_data import default_samples, random_store
 
     topology, agreement = bench.world.topology, bench.world.agreement
     dtype = str(bench.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Attention of one TTT step by itself: the rows that training makes, through the kernels that training picks, beside the others."""
+"""Time the attention of one TTT step by itself: training's rows through training's kernels and others."""
 
 from __future__ import annotations
 
@@ -15,33 +15,45 @@ from eagle_ds.kernels.attention_cuda import TritonBackend, choose_attention
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import Document
 
-BACKWARD_WORK = 2.5  # of the forward's: five matmuls, not two
+BACKWARD_WORK = 2.5  # FLOPs of the backward / FLOPs of the forward: five matmuls instead of two
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Query heads, KV heads and their width, on one rank."""
+    """Number of query heads and KV heads of one rank, and the width of a head."""
 
     query: int
     kv: int
     width: int
 
 
-def time_attention(documents: list[Document], heads: Heads, ttt_steps: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """One line a backend: ms and TFLOP/s of forward and backward, the fastest of ``repeats``, for the trained rows of ``documents``
-    packed end to end. Of random bf16 numbers; rows that are trained are those of ``serving`` alignment.
+def time_attention(
+    documents: list[Document], heads: Heads, ttt_steps: int, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Time forward and backward for the trained rows of ``documents``, packed end to end. Needs a GPU.
 
-    Raises ValueError for a head width that no GPU kernel takes."""
+    Inputs are random bfloat16 numbers. Trained rows follow the "serving" alignment.
+
+    Yields:
+        One dict per backend, with milliseconds (the fastest of ``repeats``) and TFLOP/s.
+
+    Raises:
+        ValueError: no GPU kernel supports this head width.
+    """
     lo, hi, keys = intervals(documents, ttt_steps)
     bounds = KeyBounds.make(lo, hi, torch.device("cuda"))
     q, dout = (_random(len(lo), heads.query, heads.width) for _ in range(2))
     k, v = (_random(keys, heads.kv, heads.width) for _ in range(2))
     dk, dv = (torch.zeros(k.shape, device=k.device) for _ in range(2))
+    # A query-key pair of one head costs 2 d for the score and 2 d for the weighted value.
     scale, work = heads.width**-0.5, 4.0 * float((hi - lo).sum()) * heads.query * heads.width
     for backend in _backends(heads.width):
         out, lse = backend.forward(q, k, v, bounds, scale)
         forward = _fastest_ms(lambda b=backend: b.forward(q, k, v, bounds, scale), repeats)
-        backward = _fastest_ms(lambda b=backend, o=out, s=lse: b.backward(dout, q, k, v, o, s, bounds, scale, dk, dv), repeats)
+        # The defaults bind the loop's variables now; a plain closure would see their later values.
+        backward = _fastest_ms(
+            lambda b=backend, o=out, s=lse: b.backward(dout, q, k, v, o, s, bounds, scale, dk, dv), repeats
+        )
         yield {
             "backend": type(backend).__name__,
             "rows": len(lo),
@@ -56,7 +68,7 @@ def time_attention(documents: list[Document], heads: Heads, ttt_steps: int, repe
 
 
 def intervals(documents: Iterable[Document], ttt_steps: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(first key, key behind the last, number of keys) of every trained row."""
+    """Return for every trained row its first key and the end of its keys, and the number of all keys."""
     lo, hi, start = [], [], 0
     for document in documents:
         rows = start + rg.rows(document.trained_rows(ttt_steps, "serving"))
@@ -67,11 +79,13 @@ def intervals(documents: Iterable[Document], ttt_steps: int) -> tuple[np.ndarray
 
 
 def _backends(width: int) -> list[BlockAttention]:
-    """What training picks on this GPU, and Triton alone."""
+    """Return the backend that training chooses on this GPU and, if that is another one, Triton alone."""
     chosen = choose_attention("cuda", torch.bfloat16, width)
     if isinstance(chosen, ReferenceAttention):
-        raise ValueError(f"no GPU kernel takes heads of {width} numbers; give a power of two from 16 to 256")
-    return [chosen] if type(chosen) is TritonBackend else [chosen, TritonBackend(width, chosen.programs)]
+        raise ValueError(f"no GPU kernel supports head width {width}; use a power of two from 16 to 256")
+    if type(chosen) is TritonBackend:
+        return [chosen]
+    return [chosen, TritonBackend(width, chosen.programs)]
 
 
 def _random(*shape: int) -> Tensor:

@@ -1,15 +1,18 @@
-"""Pictures of measured steps, each as the bytes of a PNG: against length, against trained fraction, and by number of GPUs."""
+"""Pictures of benchmark results, each as the bytes of a PNG.
+
+Steps of tools/bench_step.py against length, trained fraction and number of GPUs; file formats of
+tools/bench_io.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import io
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from eagle_ds.bench.memory_table import memory_markdown
-from eagle_ds.bench.peer import PEER, PEER_MODEL
-from eagle_ds.bench.results import Result, markdown, short
-from eagle_ds.reporting.figures import INK, SERIES, canvas, png
+from eagle_ds.bench.results import PEER, PEER_MODEL, Result, markdown, memory_markdown, short
+from eagle_ds.reporting.figures import GRID, INK, SERIES, canvas, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +23,9 @@ Series = dict[str, list[Result]]
 
 
 def write_results(results: Sequence[Result], folder: Path) -> list[Path]:
-    """``steps.md``, and ``memory.md`` and each picture that the results suffice for. Returns what was written."""
+    """Write ``steps.md``, and ``memory.md`` and each picture for which there are enough results. Return the
+    files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, table in (("steps", markdown(results)), ("memory", memory_markdown(results))):
@@ -35,9 +40,15 @@ def write_results(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def length_figure(results: Sequence[Result]) -> bytes | None:
-    """Step time and peak memory against sequence length, a curve for each layout, trained rows and settings; None without two lengths."""
-    alone = [result for result in results if result.documents == 1]
-    series = _series(alone, lambda r: (_gpus(r.gpus), r.layout, r.rows, r.settings, r.source), lambda r: r.tokens)
+    """Draw step time and peak memory against sequence length; None unless some curve has two lengths.
+
+    One curve per number of GPUs, layout, trained rows, settings and source.
+    """
+    unpacked = [result for result in results if result.documents == 1]
+    def key(r: Result) -> tuple[str, ...]:
+        return _gpus(r.gpus), r.layout, r.rows, r.settings, r.source
+
+    series = _series(unpacked, key, lambda r: r.tokens)
     if not series:
         return None
     figure, (time, memory) = canvas(1, 2, (12, 4.6))
@@ -57,7 +68,8 @@ def length_figure(results: Sequence[Result]) -> bytes | None:
 
 
 def fraction_figure(results: Sequence[Result]) -> bytes | None:
-    """Step time and peak memory against the trained fraction of the rows; None unless some curve has two fractions."""
+    """Draw step time and peak memory against the trained fraction; None unless some curve has two fractions.
+    """
     series = _series(results, _all_but_fraction, lambda r: r.fraction)
     if not series:
         return None
@@ -71,15 +83,19 @@ def fraction_figure(results: Sequence[Result]) -> bytes | None:
     for axes in (time, memory):
         axes.set_xlabel("trained rows, % of all")
         axes.set_xlim(left=0)
-    time.set_yscale("log")  # a million tokens beside 128K
+    time.set_yscale("log")  # curves of a million tokens and of 128K share the axes
     _finish(time, memory)
     return png(figure)
 
 
 def scaling_figure(results: Sequence[Result]) -> bytes | None:
-    """Strong scaling: the fastest step of each shape and setting by number of GPUs, its efficiency and memory; None without two
-    numbers of GPUs."""
+    """Draw strong scaling by number of GPUs: time, efficiency, memory; None unless some curve has two
+    numbers.
+
+    Each point is the fastest layout of its shape, settings and number of GPUs.
+    """
     fastest: dict[Hashable, Result] = {}
+    # From slow to fast, so that the fastest step of each key is the last one stored.
     for result in sorted(_timed(results), key=lambda r: -_seconds(r)):
         if result.data_parallel == 1 and not result.alone:
             fastest[(*_scaled(result), result.gpus)] = result
@@ -116,11 +132,13 @@ def scaling_figure(results: Sequence[Result]) -> bytes | None:
 
 
 def _write_apart(axes: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
-    """Texts beside their points (x, y), those of one x at least as far apart as a line is high (in %)."""
+    """Write texts next to their points (x, y). Texts at the same x are moved up until they do not overlap."""
     above: dict[float, float] = {}
     for x, y, text in sorted(marks):
+        # The efficiency axis is in percent; 2.4 of it is the height of a line of text.
         above[x] = max(above.get(x, 0.0) + 2.4, y)
-        axes.annotate(text, (x, above[x]), (7, 0), textcoords="offset points", fontsize=7, color=INK, va="center", annotation_clip=False)
+        style = {"textcoords": "offset points", "fontsize": 7, "color": INK, "va": "center"}
+        axes.annotate(text, (x, above[x]), (7, 0), annotation_clip=False, **style)
 
 
 def _scaled(result: Result) -> tuple[str, ...]:
@@ -128,25 +146,36 @@ def _scaled(result: Result) -> tuple[str, ...]:
 
 
 def _all_but_fraction(result: Result) -> tuple[str, ...]:
-    length = f"{result.documents} x {short(result.tokens // result.documents)}" if result.documents > 1 else short(result.tokens)
-    return length, _gpus(result.gpus), result.layout, f"turns of {result.turn}", result.settings, result.source
+    length = short(result.tokens // result.documents)
+    if result.documents > 1:
+        length = f"{result.documents} x {length}"
+    how = result.layout, f"turns of {result.turn}", result.settings, result.source
+    return length, _gpus(result.gpus), *how
 
 
 def _gpus(count: int) -> str:
     return f"{count} GPU{'s' * (count > 1)}"
 
 
-def _series(results: Iterable[Result], key: Callable[[Result], tuple[str, ...]], x: Callable[[Result], float]) -> Series:
-    """Timed results by label, each curve sorted along ``x`` with at least two places; of equal ones the last measured counts.
+def _series(
+    results: Iterable[Result], key: Callable[[Result], tuple[str, ...]], x: Callable[[Result], float]
+) -> Series:
+    """Group timed results into curves of at least two points, sorted along ``x``, by label.
 
-    A label says of ``key`` only what differs from curve to curve, or its first two words where there is but one curve.
+    Of results with the same key and x, the last one counts. A label contains only those words of the keys
+    that differ between curves, or the first two words if there is a single curve.
     """
     groups: dict[tuple[str, ...], dict[float, Result]] = {}
     for result in _timed(results):
         groups.setdefault(key(result), {})[x(result)] = result
-    curves = {name: [places[at] for at in sorted(places)] for name, places in groups.items() if len(places) > 1}
-    differing = {i for i, words in enumerate(zip(*curves, strict=True)) if len(set(words)) > 1} or {0, 1}
-    return {", ".join(word for i, word in enumerate(name) if i in differing): curve for name, curve in curves.items()}
+    curves = {}
+    for name, places in groups.items():
+        if len(places) > 1:
+            curves[name] = [places[at] for at in sorted(places)]
+    columns = enumerate(zip(*curves, strict=True))
+    differing = {i for i, words in columns if len(set(words)) > 1} or {0, 1}
+    label = {name: ", ".join(word for i, word in enumerate(name) if i in differing) for name in curves}
+    return {label[name]: curve for name, curve in curves.items()}
 
 
 def _curves(time: Axes, memory: Axes, series: Series, x: Callable[[Result], float]) -> None:
@@ -160,11 +189,13 @@ def _curves(time: Axes, memory: Axes, series: Series, x: Callable[[Result], floa
 
 def _peer_marks(time: Axes, memory: Axes, gpus: set[int], lengths: Sequence[int]) -> None:
     within = [step for step in PEER if step.gpus in gpus and lengths[0] <= step.tokens <= lengths[-1]]
-    for (count, layout), mark in zip(dict.fromkeys((step.gpus, step.layout) for step in PEER), PEER_MARKS, strict=True):
+    places = dict.fromkeys((step.gpus, step.layout) for step in PEER)
+    for (count, layout), mark in zip(places, PEER_MARKS, strict=True):
         steps = [step for step in within if (step.gpus, step.layout) == (count, layout)]
         if not steps:
             continue
-        style = {"marker": mark, "linestyle": "", "color": PEER_COLOUR, "markersize": 9, "markeredgewidth": 1.8}
+        style = {"marker": mark, "linestyle": "", "color": PEER_COLOUR}
+        style |= {"markersize": 9, "markeredgewidth": 1.8}
         at, label = [step.tokens for step in steps], f"the peer, {_gpus(count)}, {layout}"
         time.plot(at, [step.step_ms / 1e3 for step in steps], label=label, **style)
         memory.plot(at, [step.peak_gib for step in steps], label=label, **style)
@@ -180,8 +211,9 @@ def _finish(time: Axes, memory: Axes) -> None:
 
 
 def _legend_below(axes: Axes) -> None:
-    """What all panels show, beneath them: inside it would hide curves."""
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    """Place the legend of all panels below them; inside, it would cover curves."""
+    handles = axes.get_legend_handles_labels()
+    axes.figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
 
 def _timed(results: Iterable[Result]) -> list[Result]:
@@ -195,3 +227,48 @@ def _seconds(result: Result) -> float:
 
 def _colours(series: Series) -> list[str]:
     return [SERIES[i % len(SERIES)] for i in range(len(series))]
+
+
+OURS, OTHERS = "#2f6fb2", "#b8c0c8"
+
+
+def io_figure(document: Mapping[str, Any]) -> bytes:
+    """Draw size, write speed and read time of each format, at the longest length in ``document`` (io.json).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    longest = max(record["num_tokens"] for record in document["measurements"])
+    records = [record for record in document["measurements"] if record["num_tokens"] == longest]
+    names = [record["title"] for record in records]
+    sizes = [100 * (1 - record["saved"]) for record in records]
+    speeds = [record["raw_bytes"] / 1e6 / record["write"]["cpu_s"] for record in records]
+    seconds = [record["read_warm"]["wall_s"] for record in records]
+    reading = f"one rank of {records[0]['ranks']} reads its rows, s"
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    _bars(left, "file size, % of raw", names, sizes, "%.1f", "linear")
+    _bars(middle, "written, MB/s per core", names, speeds, "%.0f", "log")
+    _bars(right, reading, names, seconds, "%.2f", "log")
+    left.invert_yaxis()  # the first format on top; the panels share the axis
+    where = f"{document['width']}, {document['hardware']}, {document['date']}"
+    figure.suptitle(f"{longest // 1024}K tokens, H = {where}", fontsize=11, color=INK)
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=110)
+    return stream.getvalue()
+
+
+def _bars(
+    axes: Axes, title: str, names: Sequence[str], values: Sequence[float], form: str, scale: str
+) -> None:
+    colours = [OURS if name.startswith("our") else OTHERS for name in names]
+    axes.bar_label(axes.barh(names, values, color=colours), fmt=form, padding=3, fontsize=9, color=INK)
+    axes.set_xscale(scale)
+    axes.set_title(title, fontsize=10, color=INK)
+    axes.margins(x=0.2)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(OTHERS)
+    axes.tick_params(labelsize=8, colors=INK)

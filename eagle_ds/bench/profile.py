@@ -1,7 +1,9 @@
-"""Where a step's GPU time goes: the kernels of a Chrome trace by category and phase, and what runs beside what.
+"""Break down a step's GPU time: kernels of a Chrome trace by category and by phase, and which of them
+overlap.
 
-A kernel's category follows from its name (``CATEGORIES``), save for two that follow from where it was launched: all that
-the head's loss launches is loss, all that the optimizer launches is optimizer. Communication is communication anywhere.
+A kernel's category follows from its name (``CATEGORIES``), with two exceptions that follow from its launch:
+every kernel that the head's loss launches is "loss", and every kernel that the optimizer launches is
+"optimizer". Communication kernels are always "communication".
 """
 
 from __future__ import annotations
@@ -12,31 +14,43 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-COMMUNICATION, COPIES, OPTIMIZER, LOSS, OTHER = "communication", "copies and fills", "optimizer", "loss", "other"
+COMMUNICATION, COPIES = "communication", "copies and fills"
+OPTIMIZER, LOSS, OTHER = "optimizer", "loss", "other"
 
 CATEGORIES = (
     (COMMUNICATION, r"nccl"),
     (OPTIMIZER, r"multi_tensor_apply|Adam"),
     ("attention diagonals", r"diagonal"),
-    ("attention prefix", r"sdpa|flash|fmha|cudnn|flex_attention|attention|^_(forward|row_facts|dq|dkv)_kernel"),
+    (
+        "attention prefix",
+        r"sdpa|flash|fmha|cudnn|flex_attention|attention|^_(forward|row_facts|dq|dkv)_kernel"
+    ),
     (LOSS, r"^_(label|row)_kernel|[Ss]oft[Mm]ax|logsumexp|nll_loss"),
     ("matmul", r"gemm|nvjet|cutlass|cublas|splitK|gemv|matmul|triton_tem_fused_.*mm"),
-    (COPIES, r"^Mem(cpy|set)|copy_kernel|CatArray|FillFunctor|[Gg]ather|[Ss]catter|index_(select|copy|put|add|elementwise)|indexSelect"),
+    (
+        COPIES,
+        r"^Mem(cpy|set)|copy_kernel|CatArray|FillFunctor|[Gg]ather|[Ss]catter|indexSelect"
+        r"|index_(select|copy|put|add|elementwise)",
+    ),
     ("norm", r"(?i)rms_?norm|layer_?norm|rsqrt|^_norm_(forward|backward)_kernel"),
-    ("elementwise", r"elementwise|rotate|swiglu|silu|merge|^_(add|add_rows|take_rows)_kernel|reduce_kernel|^triton_(poi|red|per|for)_"),
+    (
+        "elementwise",
+        r"elementwise|rotate|swiglu|silu|merge|^_(add|add_rows|take_rows)_kernel|reduce_kernel"
+        r"|^triton_(poi|red|per|for)_",
+    ),
     (OTHER, r""),
 )
-"""(category, part of a kernel's name as a regular expression), the first that matches. A kernel of this repository is found
-by its function's name, one that torch.compile made by the operations in it."""
+"""(category, regular expression to find in the kernel's name). The first match counts. Kernels of this
+repository are found by their function's name, kernels made by torch.compile by the operations in their name.
+"""
 
-NO_PHASE = "between"
+NO_PHASE = "between"  # phase of a kernel that was launched outside every phase
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One piece of work on the GPU. Times in microseconds, of the trace's clock."""
+    """A kernel, copy or fill on the GPU. Times are microseconds of the trace's clock."""
 
     name: str
     start: float
@@ -46,7 +60,7 @@ class Kernel:
 
     @property
     def category(self) -> str:
-        """By name, else by launch."""
+        """Category of the kernel: by its launch for loss and optimizer, else by its name."""
         by_name = category_of(self.name)
         if by_name == COMMUNICATION:
             return by_name
@@ -57,7 +71,7 @@ class Kernel:
 
 @dataclass
 class Share:
-    """What one category took. Microseconds."""
+    """GPU time of one category, in microseconds."""
 
     total: float = 0.0
     count: int = 0
@@ -71,44 +85,38 @@ class Share:
 
 @dataclass(frozen=True)
 class Profile:
-    """Of one step on one GPU. Milliseconds, and fractions."""
+    """Summary of one step on one GPU: milliseconds and fractions."""
 
     shares: dict[str, Share]
-    span_ms: float  # from the first kernel's start to the last one's end
-    busy: float  # of the span: at least one kernel runs
-    communication_ms: float  # at least one communication kernel runs
-    overlapped: float  # of that: a computing kernel runs beside it; 0 without communication
+    span_ms: float  # from the first kernel's start to the last kernel's end
+    busy: float  # fraction of the span in which at least one kernel runs
+    communication_ms: float  # time in which at least one communication kernel runs
+    # fraction of communication_ms in which a computing kernel runs too; 0 without communication
+    overlapped: float
 
     @property
     def total_ms(self) -> float:
-        """Of all kernels, also where two run at once."""
+        """Sum over all kernels; kernels that run at the same time count twice."""
         return sum(share.total for share in self.shares.values()) / 1e3
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "gpu_ms": {name: round(share.total / 1e3, 3) for name, share in self.shares.items()},
-            "span_ms": round(self.span_ms, 3),
-            "busy": round(self.busy, 4),
-            "communication_ms": round(self.communication_ms, 3),
-            "communication_overlapped": round(self.overlapped, 4),
-        }
 
 
 def category_of(name: str) -> str:
-    """The first category whose pattern the kernel's name matches."""
+    """Return the first category whose pattern matches the kernel's name."""
     return next(category for category, pattern in CATEGORIES if re.search(pattern, name))
 
 
 def summarize(kernels: Sequence[Kernel]) -> Profile:
-    """Raises ValueError if there is no kernel."""
+    """Summarize the kernels of one step. Raises ValueError if there are none."""
     if not kernels:
-        raise ValueError("the trace holds no GPU kernel; profile on a GPU, with CUDA activities recorded")
+        raise ValueError("the trace holds no GPU kernel; profile on a GPU and record CUDA activities")
     shares: dict[str, Share] = {}
     for kernel in kernels:
         shares.setdefault(kernel.category, Share()).add(kernel)
     communicating = union((k.start, k.stop) for k in kernels if k.category == COMMUNICATION)
-    computing = union((k.start, k.stop) for k in kernels if k.category != COMMUNICATION and not k.name.startswith("Mem"))
+    # Copies and fills (names "Memcpy ...", "Memset ...") do not compute, so they cannot hide communication.
+    computes = [k for k in kernels if k.category != COMMUNICATION and not k.name.startswith("Mem")]
+    computing = union((k.start, k.stop) for k in computes)
     talk, span = length(communicating), max(k.stop for k in kernels) - min(k.start for k in kernels)
     return Profile(
         dict(sorted(shares.items(), key=lambda item: -item[1].total)),
@@ -120,27 +128,39 @@ def summarize(kernels: Sequence[Kernel]) -> Profile:
 
 
 def table(profile: Profile, phases: Sequence[str]) -> str:
-    """Markdown: a row a category with its milliseconds, also by ``phases``, and what the GPU did as a whole."""
+    """Return a Markdown table with one row per category (total, and per phase), and a sentence about the
+    whole GPU.
+    """
     lines = [
         f"| category | ms | share | kernels | {' | '.join(phases)} |",
         f"| --- | --- | --- | --- | {' | '.join('---' for _ in phases)} |",
     ]
     for name, share in profile.shares.items():
         parts = " | ".join(f"{share.by_phase.get(phase, 0.0) / 1e3:.2f}" for phase in phases)
-        lines.append(f"| {name} | {share.total / 1e3:.2f} | {share.total / 10 / profile.total_ms:.1f}% | {share.count} | {parts} |")
-    whole = f"{profile.total_ms:.2f} ms of kernels in {profile.span_ms:.2f} ms, during {100 * profile.busy:.1f}% of which the GPU was busy"
+        percent = share.total / 10 / profile.total_ms
+        lines.append(f"| {name} | {share.total / 1e3:.2f} | {percent:.1f}% | {share.count} | {parts} |")
+    kernels = f"{profile.total_ms:.2f} ms of kernels in {profile.span_ms:.2f} ms"
+    whole = f"{kernels}; the GPU was busy for {100 * profile.busy:.1f}% of that time"
     if profile.communication_ms:
-        whole += f"; {profile.communication_ms:.2f} ms of communication, {100 * profile.overlapped:.0f}% of it beside computing kernels"
+        hidden = f"{100 * profile.overlapped:.0f}% of it overlapped by computing kernels"
+        whole += f"; {profile.communication_ms:.2f} ms of communication, {hidden}"
     return "\n".join([*lines, "", f"{whole}."])
 
 
 def read_trace(path: Path, phases: Sequence[str], loss_region: str) -> list[Kernel]:
-    """The GPU work of the last step in a Chrome trace that torch.profiler wrote, plain or gzipped.
+    """Read the GPU work of the last step from a Chrome trace written by torch.profiler.
 
-    ``phases`` and ``loss_region`` are names of ``record_function`` ranges on the CPU; a kernel belongs to the range in which
-    it was launched (its correlation number leads to the launch), on the very thread for the loss: autograd has its own.
+    A kernel belongs to the CPU range in which it was launched; its correlation number leads to the launch. A
+    kernel belongs to the loss only if it was launched by the same thread, because autograd launches from a
+    thread of its own.
+
+    Args:
+        path: the trace, plain or gzipped.
+        phases: names of the ``record_function`` ranges of the phases; the first one starts a step.
+        loss_region: name of the range around the head's loss.
     """
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+    is_gzipped = path.suffix == ".gz"
+    with gzip.open(path, "rt", encoding="utf-8") if is_gzipped else path.open(encoding="utf-8") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     marks = [event for event in events if event.get("cat") == "user_annotation"]
     begin = max((mark["ts"] for mark in marks if mark["name"] == phases[0]), default=0)
@@ -154,9 +174,10 @@ def read_trace(path: Path, phases: Sequence[str], loss_region: str) -> list[Kern
         if event.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
             continue
         launch = launches.get(event.get("args", {}).get("correlation"))
+        # The step before may still have kernels running; they were launched before this step began.
         if launch and launch["ts"] < begin:
             continue
-        around = [mark for mark in marks if launch and mark["ts"] <= launch["ts"] <= mark["ts"] + mark["dur"]]
+        around = [m for m in marks if launch and m["ts"] <= launch["ts"] <= m["ts"] + m["dur"]]
         phase = next((mark["name"] for mark in around if mark["name"] in phases), NO_PHASE)
         in_loss = any(mark["name"] == loss_region and mark["tid"] == launch["tid"] for mark in around)
         kernels.append(Kernel(event["name"], event["ts"], event["ts"] + event["dur"], phase, in_loss))
@@ -164,7 +185,7 @@ def read_trace(path: Path, phases: Sequence[str], loss_region: str) -> list[Kern
 
 
 def union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Sorted and disjoint."""
+    """Merge intervals into sorted, disjoint ones."""
     joined: list[tuple[float, float]] = []
     for start, stop in sorted(intervals):
         if joined and start <= joined[-1][1]:
@@ -175,16 +196,17 @@ def union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def length(intervals: Iterable[tuple[float, float]]) -> float:
-    """Of disjoint intervals."""
+    """Return the total length of disjoint intervals."""
     return sum(stop - start for start, stop in intervals)
 
 
 def common(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> float:
-    """Length of what two unions share."""
+    """Return the length of the intersection of two unions of sorted, disjoint intervals."""
     i = j = 0
     total = 0.0
     while i < len(a) and j < len(b):
         total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        # Advance past the interval that ends first; the other one may meet more intervals.
         if a[i][1] <= b[j][1]:
             i += 1
         else:

@@ -1,4 +1,9 @@
-"""The JSON lines of tools/bench_step.py, read back: typed, grouped, and as a table."""
+"""Results of tools/bench_step.py: read its JSON lines, and make tables of time and of memory.
+
+The tables compare each step with that of SpecForge ("the peer"): commit of August 2026, on H200s,
+Llama-3.1-8B draft, T = 7. The peer's step is forward and backward without the optimizer, and its cost does
+not depend on how many rows are trained.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +14,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle_ds.bench.peer import OUT_OF_MEMORY_FROM, PEER_MODEL, PEER_TTT_STEPS, PeerStep, peer_for
+
+@dataclass(frozen=True)
+class PeerStep:
+    """One measured step of the peer."""
+
+    tokens: int
+    gpus: int
+    layout: str  # as in our result lines, without the ring's mode
+    step_ms: float
+    peak_gib: float
+
+
+PEER_MODEL, PEER_TTT_STEPS = "llama3_8b", 7
+PEER = (
+    PeerStep(32_768, 1, "U1 R1", 2043, 81.6),
+    PeerStep(32_768, 4, "U4 R1", 749, 24.5),
+    PeerStep(131_072, 4, "U4 R1", 4760, 81.6),
+    PeerStep(131_072, 4, "U2 R2", 6180, 81.3),
+    PeerStep(131_072, 4, "U1 R4", 6817, 81.4),
+)
+OUT_OF_MEMORY_FROM = 52_000  # tokens beyond which the peer runs out of memory on one GPU
+
+
+def peer_for(tokens: int, gpus: int, layout: str) -> PeerStep | None:
+    """Return the peer's step of this length on this many GPUs: in the same layout if measured, else the
+    fastest.
+    """
+    found = [step for step in PEER if (step.tokens, step.gpus) == (tokens, gpus)]
+    same = [step for step in found if layout.startswith(step.layout)]
+    return (same or sorted(found, key=lambda step: step.step_ms) or [None])[0]
+
 
 HEADINGS = (
-    *("shape", "GPUs", "layout", "recompute", "step", "forward / backward / optimizer", "tokens/s/GPU", "peak memory"),
-    *("floor", "ratio", "MFU", "the peer"),
+    *("shape", "GPUs", "layout", "recompute", "step", "forward / backward / optimizer"),
+    *("tokens/s/GPU", "peak memory", "floor", "ratio", "MFU", "the peer"),
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """One measured step, or one that ran out of memory (``step_ms`` None).
+    """One measured step, or one that ran out of memory (``step_ms`` is None).
 
-    Where ranks shared a GPU only ``peak_gib`` means anything: ``is_timed`` is what tables and pictures of time go by.
+    If ranks shared a GPU, only ``peak_gib`` is meaningful. Tables and pictures of time use ``is_timed``.
     """
 
     model: str
@@ -32,25 +67,27 @@ class Result:
     turn: int
     layout: str  # "U2 R2 gather", "U4 R1, one rank alone"
     ttt_steps: int
-    settings: str  # what costs time to save memory: "recompute full, offload"
+    settings: str  # what trades time for memory: "recompute full, offload"
     source: str  # "memory" or "store"
     step_ms: float | None
     phases_ms: tuple[float, float, float] = (0.0, 0.0, 0.0)  # forward, backward, optimizer
     data_wait_ms: float = 0.0
-    tokens_per_s: float = 0.0  # a GPU
+    tokens_per_s: float = 0.0  # per GPU
     peak_gib: float = 0.0
-    resident_gib: float = 0.0  # of it, what lies there between steps
-    kept_gib: float = 0.0  # of it, what a forward leaves for the backward: what sequence parallelism shards
+    resident_gib: float = 0.0  # part of the peak that is held between steps
+    # part of the peak that the forward keeps for the backward; divided by sequence parallelism
+    kept_gib: float = 0.0
     floor_ms: float | None = None
     mfu: float | None = None
     shared_gpu: bool = False
-    alone: bool = False  # one rank of ``gpus`` in a single process, without communication
+    alone: bool = False  # one rank of ``gpus`` ran in a single process, without communication
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Result:
-        """Raises KeyError for a line that is none of ours."""
+        """Convert one JSON line of the tool. Raises KeyError if a value is missing."""
         documents = line.get("documents", 1)
-        settings = f"recompute {line.get('recompute', '?')}" + (", offload" if line.get("offload_activations") else "")
+        settings = f"recompute {line.get('recompute', '?')}"
+        settings += ", offload" if line.get("offload_activations") else ""
         shape = cls(
             model=line["model"],
             gpus=line["gpus"],
@@ -83,36 +120,39 @@ class Result:
 
     @property
     def is_timed(self) -> bool:
-        """Whether its times are those of hardware at work."""
+        """Whether the times are those of real hardware."""
         return self.step_ms is not None and not self.shared_gpu
 
     @property
     def data_parallel(self) -> int:
-        """Sequences trained at once."""
-        ulysses, ring = (int(degree) for degree in re.findall(r"\d+", self.layout)[:2]) if self.layout else (self.gpus, 1)
+        """Number of sequences trained at the same time."""
+        if not self.layout:
+            return 1
+        ulysses, ring = (int(degree) for degree in re.findall(r"\d+", self.layout)[:2])
         return self.gpus // (ulysses * ring)
 
     @property
     def rows(self) -> str:
-        """Which rows are trained, in words."""
+        """Which rows are trained, for tables and labels."""
         return "all rows" if self.fraction >= 1 else f"{100 * self.fraction:g}% in turns of {self.turn}"
 
     @property
     def shape(self) -> str:
-        """Length and trained rows, in words."""
+        """Length and trained rows, for tables and labels."""
         each = short(self.tokens // self.documents)
         return f"{each if self.documents == 1 else f'{self.documents} x {each} packed'}, {self.rows}"
 
     @property
     def peer(self) -> PeerStep | None:
-        """The peer's step of the same length on as many GPUs."""
-        if self.alone or (self.model, self.ttt_steps, self.documents, self.data_parallel) != (PEER_MODEL, PEER_TTT_STEPS, 1, 1):
+        """The peer's step of the same length on the same number of GPUs, if there is one."""
+        ours = self.model, self.ttt_steps, self.documents, self.data_parallel
+        if self.alone or ours != (PEER_MODEL, PEER_TTT_STEPS, 1, 1):
             return None
         return peer_for(self.tokens, self.gpus, self.layout)
 
 
 def read_results(paths: Iterable[Path]) -> list[Result]:
-    """Every line of the files. Raises ValueError for one that is no result of tools/bench_step.py."""
+    """Read every line of the files. Raises ValueError for a line that tools/bench_step.py did not write."""
     results = []
     for path in paths:
         if not path.is_file():
@@ -121,23 +161,25 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
             try:
                 results.append(Result.from_line(json.loads(text)))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                found = f"{path}, line {number} is no result of tools/bench_step.py ({error!r})"
+                found = f"{path}, line {number} is not a result of tools/bench_step.py ({error!r})"
                 raise ValueError(f"{found}; give files written by its --json") from error
     if not results:
-        raise ValueError("the files hold no result; give files written by tools/bench_step.py --json")
+        raise ValueError("the files hold no results; give files written by tools/bench_step.py --json")
     return results
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A table, a row a result."""
+    """Return a Markdown table with one row per result."""
     rows = [HEADINGS, ["---"] * len(HEADINGS), *map(_row, results)]
-    note = "\nOne rank alone: the work of one rank of so many, done in a single process, without communication.\n"
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + (note if any(result.alone for result in results) else "")
+    note = "\nOne rank alone: one process does the work of one of these ranks, without communication.\n"
+    return _table(rows) + (note if any(result.alone for result in results) else "")
 
 
 def _row(result: Result) -> Sequence[str]:
     waits = f" (from store, waits {milliseconds(result.data_wait_ms)})" if result.source == "store" else ""
-    start = [result.shape + waits, str(result.gpus), result.layout, result.settings.removeprefix("recompute ")]
+    start = [
+        result.shape + waits, str(result.gpus), result.layout, result.settings.removeprefix("recompute ")
+    ]
     if result.step_ms is None:
         return [*start, "out of memory", "", "", "", "", "", "", _peer(result)]
     if result.shared_gpu:
@@ -163,15 +205,66 @@ def _peer(result: Result) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """With its unit, in three or four digits."""
+    """Format with a unit, in three or four digits."""
     if value >= 1000:
         return f"{value / 1000:.2f} s"
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
 
 
 def short(tokens: int) -> str:
-    """4K, 128K, 1M; other lengths as they are."""
+    """Format as 4K, 128K or 1M; other lengths unchanged."""
     for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
         if tokens >= unit and tokens % unit == 0:
             return f"{tokens // unit}{name}"
     return str(tokens)
+
+
+
+MEMORY_HEADINGS = (
+    *("shape", "recompute", "P", "layout", "peak", "between steps", "kept for the backward"),
+    *("1/P of one GPU's", "ratio", "the rest"),
+)
+MEMORY_NOTES = """
+GiB of the fullest of P ranks.
+
+- Between steps: weights, float32 gradients and the optimizer's state. ZeRO shards the optimizer's state.
+- Kept for the backward: hidden states, K_0/V_0 and the activations of the T TTT steps. Sequence parallelism
+  divides all of it, so it should be 1/P of the figure for one GPU; the ratio says how close it is (1.00 is ideal).
+- The rest: work space of a fixed size (a chunk of the loss, a tile of the MLP), and gradients.
+"""
+
+
+def memory_markdown(results: Sequence[Result]) -> str | None:
+    """Return a Markdown table of memory for shapes measured on one GPU and on several; None if there are
+    none.
+    """
+    groups: dict[tuple[object, ...], dict[str, Result]] = {}
+    for result in results:
+        if result.kept_gib and result.resident_gib and result.data_parallel == 1:
+            key = (result.model, result.shape, result.ttt_steps, result.settings, result.source)
+            groups.setdefault(key, {})[result.layout] = result  # of equal results the last one counts
+    rows = []
+    for group in groups.values():
+        rows += _memory_rows(sorted(group.values(), key=lambda result: result.gpus))
+    if not rows:
+        return None
+    return _table([MEMORY_HEADINGS, ["---"] * len(MEMORY_HEADINGS), *rows]) + MEMORY_NOTES
+
+
+def _memory_rows(group: Sequence[Result]) -> list[Sequence[str]]:
+    """Return the rows of one shape; none unless one result has one GPU and another one has several."""
+    one = group[0]
+    if one.gpus > 1 or group[-1].gpus == 1:
+        return []
+    return [_memory_row(result, one.kept_gib / result.gpus) for result in group]
+
+
+def _memory_row(result: Result, ideal: float) -> Sequence[str]:
+    rest = result.peak_gib - result.resident_gib - result.kept_gib
+    sizes = (result.peak_gib, result.resident_gib, result.kept_gib, ideal)
+    start = (result.shape, result.settings.removeprefix("recompute "), str(result.gpus), result.layout)
+    return (*start, *(f"{size:.2f}" for size in sizes), f"{result.kept_gib / ideal:.2f}", f"{rest:.2f}")
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

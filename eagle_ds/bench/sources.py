@@ -1,4 +1,5 @@
-"""Where the batches of a timed step come from: one random batch that stays in GPU memory, or HDF5 files through the trainer's feed."""
+"""Sources of the batches of timed steps: one random batch in GPU memory, or HDF5 files read as in training.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +19,35 @@ from eagle_ds.model.arch import DraftArch
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import SequenceSharding
 from eagle_ds.store.store import Store
-from eagle_ds.training.feed import Feed, read_pool
+from eagle_ds.training.feed import Feed, FeedSettings, read_pool
 from eagle_ds.training.sizing import sharding_settings
 from eagle_ds.training.world import World
 
-FOREVER = 1 << 40  # steps
+FOREVER = 1 << 40  # steps that the sampler provides; more than a benchmark runs
 
 
 class Source(Protocol):
-    """Hands out this rank's share of sequences of one shape."""
+    """Provides this rank's share of sequences of one shape."""
 
     name: str
 
     def take(self) -> tuple[Batch, Tensor]:
-        """The next batch on the device, and the step's counted rows of all ranks, int64 [T]. May be collective."""
+        """Return the next batch on the device and the counted rows of all ranks, int64 [T]. May be
+        collective.
+        """
         ...
 
-    def go_on(self) -> None:
-        """The forward is launched: what comes next may be read."""
+    def advance(self) -> None:
+        """Allow the source to read the next batch. Called once the forward is queued."""
         ...
 
     def close(self) -> None:
-        """End threads and processes, let go of memory."""
+        """End threads and processes, and free memory."""
         ...
 
 
 class MemorySource:
-    """The same random batch each time."""
+    """The same random batch for every step."""
 
     name = "memory"
 
@@ -54,12 +57,12 @@ class MemorySource:
         self._counted = torch.full((training.ttt_steps,), rows)
 
     def take(self) -> tuple[Batch, Tensor]:
-        """Costs nothing."""
+        """Return the batch; takes no time."""
         assert self._batch is not None, "take after close"
         return self._batch, self._counted
 
-    def go_on(self) -> None:
-        """Nothing is read."""
+    def advance(self) -> None:
+        """Do nothing: the batch is in memory."""
 
     def close(self) -> None:
         """Free the batch."""
@@ -67,23 +70,30 @@ class MemorySource:
 
 
 class StoreSource:
-    """Sequences of ``plan``'s shape from a store, again and again, read and copied ahead as in training.
+    """Sequences of the sharding's shape from a store, repeated forever, read and copied ahead as in training.
 
-    Raises ValueError if the store cannot fill a step of ``plan``'s documents.
+    Raises ValueError if the store has too few samples for one step.
     """
 
     name = "store"
 
-    def __init__(self, store: Store, recipe: Recipe, sharding: SequenceSharding, world: World, dtype: torch.dtype) -> None:
+    def __init__(
+        self, store: Store, recipe: Recipe, sharding: SequenceSharding, world: World, dtype: torch.dtype
+    ) -> None:
         topology, data, training = world.topology, recipe.data, recipe.training
         self._pool = read_pool(data, world.device)
         per_step = len(sharding.documents) * topology.dp
         samples, _ = screen(
-            store.entries, max_length=data.max_length, overlong="skip", ttt_steps=training.ttt_steps, alignment=training.mask_alignment
+            store.entries,
+            max_length=data.max_length,
+            overlong="skip",
+            ttt_steps=training.ttt_steps,
+            alignment=training.mask_alignment,
         )
         samples = samples[: len(samples) // per_step * per_step]
         if not samples:
-            raise ValueError(f"{store.root} holds {len(store)} samples and one step takes {per_step}; make it with more")
+            found = f"{store.root} holds {len(store)} samples, but one step takes {per_step}"
+            raise ValueError(f"{found}; make a store with more samples")
         dataset = RankDataset(
             store,
             samples,
@@ -94,25 +104,34 @@ class StoreSource:
             pool=self._pool,
             pin=world.device.type == "cuda",
         )
-        sampler = Sampler(samples, dp=topology.dp, pack_tokens=data.pack_tokens, seed=training.seed, ttt_steps=training.ttt_steps)
+        sampler = Sampler(
+            samples,
+            dp=topology.dp,
+            pack_tokens=data.pack_tokens,
+            seed=training.seed,
+            ttt_steps=training.ttt_steps,
+        )
         self._digest, self._agreement = sharding.digest, world.agreement
-        self._feed = Feed(dataset, sampler.steps(0, FOREVER), depth=data.prefetch, device=world.device, dtype=dtype)
+        settings = FeedSettings(data.prefetch, world.device, dtype)
+        self._feed = Feed(dataset, sampler.steps(0, FOREVER), settings)
         self._read_s: list[float] = []
 
     def take(self) -> tuple[Batch, Tensor]:
-        """Waits for what reads, then agrees with the other ranks. Collective."""
+        """Wait for the reading thread, then check that all ranks have a batch. Collective."""
         item, counted = self._feed.take(self._agreement)
-        assert item.batch.sharding.digest == self._digest, "a timed sequence has another plan than the one in memory"
+        same = item.batch.sharding.digest == self._digest
+        assert same, "the store's sequence is sharded in another way than the benchmark's"
         self._read_s.append(item.read_s)
         return item.batch, counted
 
-    def go_on(self) -> None:
-        """Read and copy ahead."""
-        self._feed.go_on()
+    def advance(self) -> None:
+        """Let the background threads read the next batch and copy it to the device."""
+        self._feed.advance()
 
     @property
     def read_s(self) -> float:
-        """Seconds that the reading thread spent on a sequence, mean over the last half of those taken."""
+        """Mean seconds in which the reading thread reads a sequence, over the last half of the batches taken.
+        """
         return mean(self._read_s[len(self._read_s) // 2 :]) if self._read_s else 0.0
 
     def close(self) -> None:
@@ -123,13 +142,15 @@ class StoreSource:
 
 
 def _random_batch(recipe: Recipe, sharding: SequenceSharding, world: World, dtype: torch.dtype) -> Batch:
-    arch, device, rank, rng = DraftArch.from_recipe(recipe), world.device, world.topology.sp_rank, np.random.default_rng(0)
-    info = []
+    arch, device, rank = DraftArch.from_recipe(recipe), world.device, world.topology.sp_rank
+    # Token ids and labels must be the same on all ranks, so they have one seed. Hidden states differ by rank.
+    rng = np.random.default_rng(0)
+    labels = []
     for document in sharding.documents:
         size, mask = document.num_tokens, np.zeros(document.num_tokens, dtype=np.uint8)
         mask[rg.rows(document.trained_spans)] = 1
-        ids = rng.integers(0, arch.target_vocab_size, (2, size), dtype=np.int32)
-        info.append(TokenLabels(ids[0], mask, ids[1], np.full(size, 10.0, dtype=np.float32)))
+        ids, argmax = rng.integers(0, arch.target_vocab_size, (2, size), dtype=np.int32)
+        labels.append(TokenLabels(ids, mask, argmax, np.full(size, 10.0, dtype=np.float32)))
     generator = torch.Generator(device).manual_seed(rank)
 
     def random(rows: rg.Ranges, width: int) -> Tensor:
@@ -137,4 +158,5 @@ def _random_batch(recipe: Recipe, sharding: SequenceSharding, world: World, dtyp
 
     aux = random(sharding.aux_rows(rank), arch.num_aux * arch.target_hidden_size)
     hidden = random(sharding.target_rows(rank), arch.target_hidden_size)
-    return assemble(sharding, rank, info, aux, hidden, alignment=recipe.training.mask_alignment).to(device)
+    batch = assemble(sharding, rank, labels, aux, hidden, alignment=recipe.training.mask_alignment)
+    return batch.to(device)

@@ -1,4 +1,4 @@
-"""One rank of tools/bench_step.py whose GPU has no memory left at the second shape: python launched.py RANK OPTIONS..."""
+"""One rank of tools/bench_step.py whose GPU has no memory left at the second shape: python launched_bench_step.py RANK OPTIONS..."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ from unittest import mock
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from eagle_ds.bench.alone import alone_world
-from eagle_ds.bench.random_store import random_store
+from eagle_ds.bench.simulated_world import alone_world
 from eagle_ds.bench.sources import MemorySource, StoreSource
 from eagle_ds.bench.step import StepBench, StepTimes, forget_benches
+from eagle_ds.bench.synthetic_data import random_store
 from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.sharding import ranges as rg

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eagle_ds.bench.alone import AloneGroup, busiest_rank
+from eagle_ds.bench.process_groups import AloneGroup
+from eagle_ds.bench.simulated_world import busiest_rank
 from eagle_ds.sharding.sequence import Document
 from tests.bench.step_ranks import alone_steps, outlived
 from tests.gloo_pool import GlooPool
@@ -73,11 +74,11 @@ def test_the_rank_that_is_loaded_most_is_taken(tiny: Tiny) -> None:
 
 def test_a_rank_or_layout_that_is_not_there_is_refused(pool: GlooPool, tiny: Tiny) -> None:
     recipe = tiny.recipe(parallel__ulysses=4, deepspeed=str(tiny.root / "ds_1.json"))
-    with pytest.raises(AssertionError, match="rank 4 is none of a world of 4; give one from 0 to 3"):
+    with pytest.raises(AssertionError, match="rank 4 is out of range in a world of 4 ranks; use 0 to 3"):
         pool.run(alone_steps, 1, recipe, LATE, 4)
     with pytest.raises(AssertionError, match="world_size=4 is not a multiple of"):
         pool.run(alone_steps, 1, tiny.recipe(parallel__ulysses=8), LATE, None)
-    with pytest.raises(AssertionError, match="rank 3 cannot be alone; take rank 0"):
+    with pytest.raises(AssertionError, match="rank 3 cannot run alone under ZeRO-3, .*; use rank 0"):
         pool.run(alone_steps, 1, tiny.recipe(parallel__ulysses=4, deepspeed=str(tiny.root / "ds_3.json")), LATE, 3)
 
 

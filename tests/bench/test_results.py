@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 
-from eagle_ds.bench.memory_table import memory_markdown
-from eagle_ds.bench.peer import peer_for
 from eagle_ds.bench.plots import fraction_figure, length_figure, scaling_figure, write_results
-from eagle_ds.bench.results import Result, markdown, milliseconds, read_results, short
+from eagle_ds.bench.results import (
+    Result,
+    markdown,
+    memory_markdown,
+    milliseconds,
+    peer_for,
+    read_results,
+    short,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG"

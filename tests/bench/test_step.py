@@ -11,11 +11,13 @@ from unittest.mock import Mock
 
 import pytest
 
-from eagle_ds.bench.ceilings import data_sheet_tflops
-from eagle_ds.bench.flops import model_flops
-from eagle_ds.bench.random_store import default_samples, random_store
+from eagle_ds.bench.flops import data_sheet_tflops, model_flops
 from eagle_ds.bench.sources import StoreSource
-from eagle_ds.estimate.planner import Device, draft_parameters, floor_seconds, in_turns, sharding_for
+from eagle_ds.bench.synthetic_data import default_samples, random_store
+from eagle_ds.estimate.devices import Device
+from eagle_ds.estimate.sequences import document_in_turns, sharding_for
+from eagle_ds.estimate.step_time import floor_seconds
+from eagle_ds.estimate.tensor_sizes import draft_parameters
 from eagle_ds.sharding.sequence import Document
 from eagle_ds.store.store import StoreWriter
 from tests.bench.step_ranks import time_both
@@ -45,7 +47,7 @@ def pool() -> Iterator[GlooPool]:
 )
 def test_memory_and_store_give_batches_of_the_same_rows(pool: GlooPool, tiny: Tiny, tmp_path: Path, layout: dict) -> None:
     recipe = tiny.recipe(data__max_length=TOKENS, data__pack_tokens=2 * TOKENS, **layout)
-    for times, same in pool.run(time_both, 2, recipe, in_turns(TOKENS, 0.5, 16), tmp_path):
+    for times, same in pool.run(time_both, 2, recipe, document_in_turns(TOKENS, 0.5, 16), tmp_path):
         assert all(same)
         memory, store = times
         assert memory.step_ms > memory.forward_ms > 0 and memory.backward_ms > 0 and memory.optimizer_ms > 0
@@ -55,7 +57,7 @@ def test_memory_and_store_give_batches_of_the_same_rows(pool: GlooPool, tiny: Ti
 
 
 def test_a_random_store_is_kept_topped_up_and_checked(tiny: Tiny, tmp_path: Path) -> None:
-    recipe, document = tiny.recipe(), in_turns(TOKENS, 0.5, 16)
+    recipe, document = tiny.recipe(), document_in_turns(TOKENS, 0.5, 16)
     first = random_store(tmp_path, recipe, document, 2, dtype="bfloat16")
     assert len(first) == 2 and {e.trained_spans for e in first.entries} == {document.trained_spans}
     assert first.info.hidden_size == H and first.info.aux_layer_ids == recipe.target.aux_ids
@@ -66,16 +68,17 @@ def test_a_random_store_is_kept_topped_up_and_checked(tiny: Tiny, tmp_path: Path
     assert ids[0] != ids[1] != ids[2]
     with StoreWriter(tmp_path, more.info):  # another process has it open
         assert len(random_store(tmp_path, recipe, document, 3, dtype="bfloat16")) == 3
-    with pytest.raises(ValueError, match="48 trained, where 96 with 96 trained are timed; give another folder"):
+    message = "48 trained, but this benchmark times 96 tokens with 96 trained; give another folder"
+    with pytest.raises(ValueError, match=message):
         random_store(tmp_path, recipe, Document(TOKENS, ((0, TOKENS),)), 3, dtype="bfloat16")
     with pytest.raises(ValueError, match="dtype"):
         random_store(tmp_path, recipe, document, 3, dtype="float32")
 
 
 def test_a_store_that_cannot_fill_a_step_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    recipe, document = tiny.recipe(data__max_length=TOKENS), in_turns(TOKENS, 0.5, 16)
+    recipe, document = tiny.recipe(data__max_length=TOKENS), document_in_turns(TOKENS, 0.5, 16)
     store = random_store(tmp_path, recipe, document, 2, dtype="float32")
-    with pytest.raises(ValueError, match="holds 2 samples and one step takes 3"):
+    with pytest.raises(ValueError, match="holds 2 samples, but one step takes 3"):
         StoreSource(store, recipe, sharding_for(recipe, [document] * 3), Mock(**{"topology.dp": 1}), None)
 
 
@@ -85,7 +88,7 @@ def test_samples_suffice_for_two_different_steps() -> None:
 
 
 def test_the_models_work_is_that_of_the_shape_and_not_of_the_layout(tiny: Tiny) -> None:
-    document = in_turns(4096, 0.5, 512)
+    document = document_in_turns(4096, 0.5, 512)
     alone, spread = tiny.recipe(), tiny.recipe(parallel__ulysses=2, parallel__ring=2)
     flops = [model_flops(recipe, sharding_for(recipe, [document])) for recipe in (alone, spread)]
     assert flops[0] == pytest.approx(flops[1], rel=1e-12)
@@ -108,7 +111,7 @@ def test_the_models_work_counted_by_hand(tiny: Tiny, steps: int) -> None:
 
 def test_a_flash_kernel_does_more_than_the_models_work(tiny: Tiny) -> None:
     recipe = tiny.recipe()
-    sharding = sharding_for(recipe, [in_turns(4096, 1.0)])
+    sharding = sharding_for(recipe, [document_in_turns(4096, 1.0)])
     at_one_rate = Device("one TFLOP/s", 1, 1, 1, 1)
     assert 0.8 < model_flops(recipe, sharding) / (1e12 * sum(floor_seconds(recipe, sharding, at_one_rate).values())) < 1
 
@@ -164,7 +167,7 @@ def test_ranks_that_share_a_device_say_so(tiny: Tiny, tmp_path: Path) -> None:
     command = [*launcher, "tools/bench_step.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    assert "ranks a device, which talk through host memory" in done.stderr
+    assert "2 ranks share each device and exchange tensors through host memory" in done.stderr
     line = json.loads(done.stdout)
     assert line["resident_gib"] == line["kept_gib"] == 0  # measured on GPUs alone
     assert line["shared_gpu"] and line["gpus"] == 2 and line["layout"] == "U2 R1" and "floor_ms" not in line
@@ -176,7 +179,7 @@ def test_out_of_memory_on_one_rank_ends_all_and_keeps_the_lines_before_it(tiny: 
     recipe.write_text(tiny.recipe().model_dump_json())
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     options = ["--recipe", str(recipe), "--sweep", "64", "128", "64", "--ulysses", "2", "--steps", "1", "--ttt-steps", "2"]
-    command = [*launcher, "tests/bench/launched.py", "1", *options, "--out", str(tmp_path / "out")]
+    command = [*launcher, "tests/bench/launched_bench_step.py", "1", *options, "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode != 0
     text = next(line for line in done.stderr.splitlines() if line.startswith("error (rank 1): "))

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from eagle_ds.bench.learnable import Playground, Sizes
+from eagle_ds.bench.synthetic_data import Playground, Sizes
 from eagle_ds.config.recipe import load_recipe
 from eagle_ds.store.store import Store
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle_ds.bench import convert
-from eagle_ds.bench.chart import io_figure
-from eagle_ds.bench.formats import RankRows
-from eagle_ds.bench.io import as_record, goals, measure_all
-from eagle_ds.bench.states import make_sample
+from eagle_ds.bench import conversion
+from eagle_ds.bench.plots import io_figure
+from eagle_ds.bench.store_io import RankRows, as_record, goals, measure_all
+from eagle_ds.bench.synthetic_data import make_sample
 from eagle_ds.store.manifest import StoreInfo
 from tests.store_cases import write_store
 
@@ -64,34 +63,34 @@ def test_conversion_is_timed_over_whole_trees(
     states: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = StoreInfo("t", "h", "k", WIDTH, (0, 1, 2), 40_000)
-    tool, runs = convert._run, []
+    tool, runs = conversion._run, []
 
-    def run(title: str, tree: convert.Tree, *rest: object) -> float:
+    def run(title: str, tree: conversion.Tree, *rest: object) -> float:
         runs.append((title, len(tree.paths), tree.source_bytes))
-        return 1.0 + tool(title, tree, *rest) if title.startswith("next") else fake_run(tree)
+        return 1.0 + tool(title, tree, *rest) if title.startswith("an almost") else fake_run(tree)
 
-    def fake_run(tree: convert.Tree) -> float:
-        write_store(convert._store_of(tree), info, make_sample(states, 200))
+    def fake_run(tree: conversion.Tree) -> float:
+        write_store(conversion._store_of(tree), info, make_sample(states, 200))
         return 100.0
 
-    monkeypatch.setattr(convert, "_run", run)
-    found = list(convert.measure_conversions(states, info, 8, 200, 1, tmp_path))
+    monkeypatch.setattr(conversion, "_run", run)
+    found = list(conversion.measure_conversions(states, info, 8, 200, 1, tmp_path))
     assert [(result.files, result.gzipped) for result in found] == [(8, False)] * 3 + [(2, True)]
     assert [count for _, count, _ in runs] == [1, 8, 8, 8, 2]
     for result in found:
         assert result.raw_bytes == result.files * 200 * 4 * WIDTH * 2
         assert result.gzipped or result.raw_bytes < result.source_bytes < 1.3 * result.raw_bytes
         assert result.source_mb_per_s == pytest.approx(result.source_bytes / 1e8) and result.sustained_mb_per_s > result.source_mb_per_s
-        assert convert.as_record(result)["sustained_mb_per_s"] == result.sustained_mb_per_s
-    assert [goal.met for goal in convert.goals(found)] == [False, False]  # of plain files alone, and 100 s were far too long
+        assert conversion.as_record(result)["sustained_mb_per_s"] == result.sustained_mb_per_s
+    assert [goal.met for goal in conversion.goals(found)] == [False, False]  # of plain files alone, and 100 s were far too long
     assert found[0].disk_mb_per_s is None and found[1].disk_mb_per_s == found[2].disk_mb_per_s > 0
     assert not (tmp_path / "copies").exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith("_store")] == ["small_store"]
 
 
 def test_a_disk_too_slow_for_the_promise_is_measured_against_itself() -> None:
-    made = convert.Conversion("plain", False, 1, 1_000_000_000, 1, 1, seconds=6.0, start_s=1.0, disk_mb_per_s=240.0)
-    (goal,) = convert.goals([made])
+    made = conversion.Conversion("plain", False, 1, 1_000_000_000, 1, 1, seconds=6.0, start_s=1.0, disk_mb_per_s=240.0)
+    (goal,) = conversion.goals([made])
     assert goal.met and goal.limit == 0.8 and goal.value == pytest.approx(200 / 240)
-    (goal,) = convert.goals([dataclasses.replace(made, disk_mb_per_s=900.0)])
+    (goal,) = conversion.goals([dataclasses.replace(made, disk_mb_per_s=900.0)])
     assert not goal.met and goal.limit == 250

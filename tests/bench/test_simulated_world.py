@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from eagle_ds.bench import shared_gpu
+from eagle_ds.bench import simulated_world
 from eagle_ds.parallel.topology import SOLO, Topology
 from eagle_ds.training import world
 
@@ -22,7 +22,7 @@ def test_ranks_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, gpus: int,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for local_rank, index in enumerate(expected):
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-        assert shared_gpu.take_shared_device(local_rank) == torch.device("cuda", index)
+        assert simulated_world.take_shared_device(local_rank) == torch.device("cuda", index)
         assert os.environ["LOCAL_RANK"] == str(index)  # DeepSpeed's engine takes its GPU from there
         accelerator.set_device.assert_called_with(index)
     assert world.take_device(2) == torch.device("cuda", 2)
