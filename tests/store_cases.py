@@ -1,4 +1,4 @@
-"""Small samples and stores, and what it means for one to have come back unharmed."""
+"""Build small samples and stores, and compare what is read with what was written."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 
 from eagle_ds.store.format import SMALL_DTYPES, TORCH_DTYPES, WIDE_NAMES, raw_view
 from eagle_ds.store.reader import SampleReader
-from eagle_ds.store.store import Sample, SampleEntry, Store, StoreInfo, StoreWriter
+from eagle_ds.store.store import Sample, Store, StoreInfo, StoreWriter
 
 VOCAB = 1000
 
 
-def make_facts(hidden_size: int = 8, num_aux: int = 3, dtype: str = "bfloat16", target: str = "some/target") -> StoreInfo:
+def make_info(hidden_size: int = 8, num_aux: int = 3, dtype: str = "bfloat16", target: str = "some/target") -> StoreInfo:
     return StoreInfo(target, "target-hash", "tokenizer-hash", hidden_size, tuple(range(num_aux)), VOCAB, dtype=dtype)
 
 
 def make_sample(name: str, num_tokens: int, info: StoreInfo, seed: int = 0, labels: bool = True) -> Sample:
-    """Random bits for hidden states (NaN payloads, denormals, negative zeros and all)."""
+    """Make a sample whose hidden states are random bits, so NaN payloads, denormals and negative zeros occur."""
     generator = torch.Generator().manual_seed(seed)
     dtype = TORCH_DTYPES[info.dtype]
 
@@ -41,24 +41,20 @@ def make_sample(name: str, num_tokens: int, info: StoreInfo, seed: int = 0, labe
 
 
 def write_store(root: Path, info: StoreInfo, *samples: Sample) -> Store:
+    """Write ``samples`` to a store and open it."""
     with StoreWriter(root, info) as writer:
         for sample in samples:
             writer.add(sample)
     return Store(root)
 
 
-def rewrite_reader(root: Path, entry: SampleEntry, info: StoreInfo) -> SampleReader:
-    """A reader that does not know the file's size, so that a changed file is judged by its content."""
-    return SampleReader(root / entry.path, None, info, threads=1)
-
-
 def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Equal bit for bit, NaN included."""
+    """Compare bit for bit, so equal NaNs are equal."""
     return ours.dtype == theirs.dtype and ours.shape == theirs.shape and bool((raw_view(ours) == raw_view(theirs)).all())
 
 
 def assert_stored(reader: SampleReader, sample: Sample) -> None:
-    """What ``reader`` gives is ``sample``, every bit of it."""
+    """Check that ``reader`` returns ``sample``, bit for bit."""
     with reader:
         for name in SMALL_DTYPES:
             ours, theirs = getattr(sample, name), reader.read_small(name)

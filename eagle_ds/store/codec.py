@@ -1,28 +1,30 @@
-"""A chunk of hidden states <-> one valid zlib stream of its byte-shuffled rows.
+"""Compress a chunk of hidden states: one valid zlib stream of its byte-shuffled rows.
 
-HDF5's shuffle filter turns the bytes of n numbers into byte planes: all lowest bytes, ..., all highest bytes. Of a
-trained network's hidden states only the highest plane (sign and exponent) compresses, by its uneven frequencies and not by
-repetition; the mantissa planes are noise. LZ77 wastes its time on both. So the encoder writes
+HDF5's shuffle filter regroups the bytes of n numbers into byte planes: all lowest bytes, ..., all highest
+bytes. In the hidden states of a trained network only the highest plane (sign and exponent) compresses,
+because its byte values are unevenly frequent, not because sequences repeat. The mantissa planes are noise.
+LZ77, the search for repeats inside gzip, therefore wastes its time on both. So the encoder writes
 
     78 01 | stored blocks: noise planes | Huffman-coded blocks: highest plane | adler32
 
-which saves more than gzip -6 at a fortieth of its time, and is still one plain zlib stream: any reader of HDF5's
-shuffle + gzip pipeline inflates it. ISA-L, told to look back no further than two bytes, is a pure Huffman coder four times as
-fast as zlib's own, and still sees runs.
+This saves more than gzip -6 in a fortieth of the time. It is still one ordinary zlib stream, so every reader
+of HDF5's shuffle + gzip pipeline inflates it. ISA-L limited to a history of two bytes is a pure Huffman
+coder, four times as fast as zlib's own, and still finds runs of equal bytes.
 
-zlib's adler32 is a sum: a flipped bit that turns three neighbouring symbols into others whose changes cancel passes it (two of
-72,000 flips did). So a chunk also has a crc32 of its planes, kept beside the streams and checked by our reader.
+zlib's adler32 is a sum. A flipped bit can turn three neighbouring symbols into others whose changes cancel in
+the sum (two of 72,000 flips did), and adler32 then misses the damage. So each chunk also gets a crc32 of its
+planes. It is stored outside the stream, and our reader checks it.
 
-=========  ==============================  =========================  ===============================================
-source     stored                          Huffman-coded              remark
-=========  ==============================  =========================  ===============================================
-bfloat16   byte 0: e0 m6..m0               byte 1: s e7..e1           saves about a third
-float16    byte 0: m7..m0                  byte 1: s e4..e0 m9 m8     saves less: two mantissa bits spoil the plane
-float32    bytes 0-2                       byte 3: s e7..e1           one that holds bfloat16 values has two zero planes
-=========  ==============================  =========================  ===============================================
+========  ====================  ========================  ===============================================
+source    stored                Huffman-coded             remark
+========  ====================  ========================  ===============================================
+bfloat16  byte 0: e0 m6..m0     byte 1: s e7..e1          saves about a third
+float16   byte 0: m7..m0        byte 1: s e4..e0 m9 m8    saves less: two mantissa bits spoil the plane
+float32   bytes 0-2             byte 3: s e7..e1          float32 that holds bfloat16: two zero planes
+========  ====================  ========================  ===============================================
 
-A plane of zeros, and the zero rows that pad a chunk, become runs of a few bytes. Nothing is ever cast: the codec sees
-unsigned integers, so NaN payloads and negative zeros come back bit for bit.
+A plane of zeros, and the zero rows that pad the last chunk, become runs of a few bytes. Values are never
+cast: the codec handles unsigned integers, so NaN payloads and negative zeros come back bit for bit.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ ENCODER = "eagle_ds planes 1: low bytes stored, high byte huffman"
 
 Bytes = bytes | memoryview | np.ndarray
 
-_ZLIB_HEADER = b"\x78\x01"
-_MAX_STORED_BYTES = 65_535  # deflate's 16-bit length of a stored block
-_RAW_DEFLATE = -15
+_ZLIB_HEADER = b"\x78\x01"  # deflate with a 32 KiB window, no dictionary, "fastest" level
+_MAX_STORED_BYTES = 65_535  # deflate gives the length of a stored block in 16 bits
+_RAW_DEFLATE = -15  # zlib's wbits for a stream without header and checksum
 _MAX_MEM_LEVEL = 9
 
 
@@ -52,7 +54,7 @@ class DamagedChunk(ValueError):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedChunk:
     """A chunk's zlib stream, and the crc32 of the planes that it inflates to."""
 
     stream: bytes
@@ -61,26 +63,31 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Backend:
-    """Who does the work: ISA-L, or zlib where that is not installed."""
+    """The compression functions: of ISA-L, or of zlib where ISA-L is not installed."""
 
-    deflate: Callable[[Bytes], bytes]  # to final, raw deflate blocks
-    inflate: Callable[[Bytes, int], bytes]  # a zlib stream, to about so many bytes
+    deflate: Callable[[Bytes], bytes]  # data -> raw deflate blocks, the last one marked as final
+    inflate: Callable[[Bytes, int], bytes]  # (zlib stream, expected bytes: a hint for the buffer) -> data
     adler32: Callable[[Bytes], int]
     crc32: Callable[[Bytes], int]
-    failure: type[Exception]  # what inflate raises
+    failure: type[Exception]  # raised by inflate
 
 
 @functools.cache
 def backend() -> Backend:
-    """The one that is installed; chosen once and logged."""
+    """Choose the backend at the first call, and log it if it is the slow one."""
     try:
         from isal import igzip_lib, isal_zlib
     except ImportError:
-        logger.warning("isal is not installed: zlib codes hidden states, three to four times slower (pip install isal)")
+        logger.warning("isal is not installed; zlib takes 3 to 4 times as long (pip install isal)")
         return zlib_backend()
+
+    def deflate(data: Bytes) -> bytes:
+        # The last argument, hist_bits = 1, limits matches to the last two bytes: Huffman codes and runs only.
+        return igzip_lib.compress(data, 1, igzip_lib.COMP_DEFLATE, igzip_lib.MEM_LEVEL_EXTRA_LARGE, 1)
+
     return Backend(
-        deflate=lambda data: igzip_lib.compress(data, 1, igzip_lib.COMP_DEFLATE, igzip_lib.MEM_LEVEL_EXTRA_LARGE, 1),
-        inflate=lambda stream, num_bytes: igzip_lib.decompress(stream, igzip_lib.DECOMP_ZLIB, 15, num_bytes),
+        deflate=deflate,
+        inflate=lambda stream, size: igzip_lib.decompress(stream, igzip_lib.DECOMP_ZLIB, 15, size),
         adler32=isal_zlib.adler32,
         crc32=isal_zlib.crc32,
         failure=igzip_lib.IsalError,
@@ -88,44 +95,46 @@ def backend() -> Backend:
 
 
 def zlib_backend() -> Backend:
-    """The reference: run-length deflate, which on noise is Huffman coding."""
+    """Return the reference: Python's zlib with run-length matches only, which on noise is Huffman coding."""
     return Backend(
-        deflate=lambda data: b"".join(_runs(data, zlib.Z_FINISH)),
-        inflate=lambda stream, num_bytes: zlib.decompress(stream, bufsize=num_bytes),
+        deflate=lambda data: b"".join(_run_length(data, zlib.Z_FINISH)),
+        inflate=lambda stream, size: zlib.decompress(stream, bufsize=size),
         adler32=zlib.adler32,
         crc32=zlib.crc32,
         failure=zlib.error,
     )
 
 
-def encode_chunk(rows: np.ndarray, chunk_rows: int | None = None) -> bytes:
-    """Compress ``rows`` (unsigned [n, H] of 16 or 32 bits, any strides), zero-padded to ``chunk_rows`` rows."""
-    return encode(rows, chunk_rows).stream
+def encode_chunk(rows: np.ndarray, chunk_rows: int | None = None) -> EncodedChunk:
+    """Compress the rows of a chunk.
 
-
-def encode(rows: np.ndarray, chunk_rows: int | None = None) -> Encoded:
-    """`encode_chunk`, with the checksum that lets `inflate` vouch for the result."""
+    Args:
+        rows: unsigned [n, H] of 16 or 32 bits, any strides.
+        chunk_rows: rows of a full chunk; missing ones are added as zeros. Default n.
+    """
     height, width = rows.shape
     planes = split_planes(rows, (chunk_rows or height) - height)
     body: list[Bytes] = [_ZLIB_HEADER]
     for plane in planes[:-1]:
-        filled = height * width if plane.any() else 0
-        body += _stored(plane[:filled])
-        if filled < plane.size:
-            body += _runs(plane[filled:], zlib.Z_SYNC_FLUSH)
+        # Noise is stored as it is. Zeros (the padding, or a whole plane of zeros) are run-length coded; that
+        # part ends on a byte boundary (Z_SYNC_FLUSH), because a stored block must begin on one.
+        noise_bytes = height * width if plane.any() else 0
+        body += _stored(plane[:noise_bytes])
+        if noise_bytes < plane.size:
+            body += _run_length(plane[noise_bytes:], zlib.Z_SYNC_FLUSH)
+    # The highest plane comes last: its blocks carry deflate's end mark. The checksum covers all planes.
     body.append(backend().deflate(planes[-1]))
     whole = planes.reshape(-1)
     body.append(backend().adler32(whole).to_bytes(4, "big"))
-    return Encoded(b"".join(body), backend().crc32(whole))
-
-
-def decode_chunk(stream: Bytes, out: np.ndarray) -> np.ndarray:
-    """Inverse of `encode_chunk`: fill ``out`` (unsigned, the padded chunk's shape); raises `DamagedChunk`."""
-    return merge_planes(inflate(stream, out.nbytes).reshape(out.itemsize, *out.shape), out)
+    return EncodedChunk(b"".join(body), backend().crc32(whole))
 
 
 def inflate(stream: Bytes, num_bytes: int, crc32: int | None = None) -> np.ndarray:
-    """Inflate any zlib stream, ours or not, to uint8 [num_bytes]; raises `DamagedChunk` unless it is whole and sound."""
+    """Inflate any zlib stream, ours or not, to uint8 [num_bytes].
+
+    Raises:
+        DamagedChunk: the stream is damaged, has another length, or does not match ``crc32``.
+    """
     try:
         data = backend().inflate(stream, num_bytes)
     except backend().failure as error:
@@ -142,13 +151,18 @@ def split_planes(rows: np.ndarray, padding: int = 0) -> np.ndarray:
     height, width = rows.shape
     planes = np.empty((rows.itemsize, height + padding, width), np.uint8)
     planes[:, height:] = 0
-    for byte in range(rows.itemsize):  # shifts and narrowing casts run on SIMD, strided byte copies do not
+    # numpy runs shifts and narrowing casts on SIMD units; copies of every second byte it does one by one.
+    for byte in range(rows.itemsize):
         np.copyto(planes[byte, :height], rows >> 8 * byte if byte else rows, casting="unsafe")
     return planes.reshape(rows.itemsize, -1)
 
 
 def merge_planes(planes: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Byte unshuffle: uint8 [itemsize, n, H] -> ``out`` unsigned [n, H], of any strides; twice as fast as strided copies."""
+    """Byte unshuffle: uint8 [itemsize, n, H] -> ``out``, unsigned [n, H] of any strides.
+
+    Builds each number from its highest byte down, by shift and or. This is twice as fast as strided byte
+    copies.
+    """
     np.left_shift(planes[-1], 8, out=out, dtype=out.dtype, casting="unsafe")
     for plane in planes[-2:0:-1]:
         np.bitwise_or(out, plane, out=out)
@@ -157,7 +171,7 @@ def merge_planes(planes: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 def _stored(data: np.ndarray) -> list[Bytes]:
-    """Stored deflate blocks: 5 bytes of header, then the bytes as they are."""
+    """Return stored deflate blocks: 5 bytes of header (type, length, ~length), then the raw bytes."""
     blocks: list[Bytes] = []
     for start in range(0, data.size, _MAX_STORED_BYTES):
         block = memoryview(data[start : start + _MAX_STORED_BYTES])
@@ -166,7 +180,7 @@ def _stored(data: np.ndarray) -> list[Bytes]:
     return blocks
 
 
-def _runs(data: Bytes, flush: int) -> list[bytes]:
-    """Run-length and Huffman coded deflate blocks; Z_SYNC_FLUSH ends them on a byte boundary, for more to follow."""
+def _run_length(data: Bytes, flush: int) -> list[bytes]:
+    """Return run-length and Huffman coded deflate blocks; with Z_SYNC_FLUSH more blocks can follow them."""
     compressor = zlib.compressobj(1, zlib.DEFLATED, _RAW_DEFLATE, _MAX_MEM_LEVEL, zlib.Z_RLE)
     return [compressor.compress(data), compressor.flush(flush)]

@@ -1,10 +1,18 @@
-"""What a sample's HDF5 file looks like, schema 1: types, datasets, filters and header, and the checks on opening one.
+"""Define the HDF5 file of one sample, schema 1: types, datasets, filters, header, and the checks when one is
+opened.
 
-Every byte that a reader relies on lies under a checksum: object headers and the chunk index under HDF5's own (libver
-v110), the datasets under their zlib streams' adler32, which any reader checks, and a crc32, which ours does (why: see
-data/codec.py). So header strings have a fixed length (HDF5 keeps variable ones in an unchecked heap) and even the small
-datasets are chunked and gzip-filtered. The crc32 of a small dataset is its attribute; those of a wide one's chunks are a small
-dataset of their own, uint32 [chunks of rows, layers]. A file without them (made by other means) is read all the same.
+Every byte that a reader relies on is protected by a checksum:
+
+- object headers and the chunk index by HDF5's own checksums (file format v110);
+- each dataset by the adler32 of its zlib streams, which every reader checks, and by a crc32, which ours
+  checks too (store/codec.py says why).
+
+Two choices follow. Header strings have a fixed length, because HDF5 keeps variable-length strings in a heap
+without a checksum. Even small datasets are chunked and gzip-filtered.
+
+The crc32 of a small dataset is an attribute of it. The crc32s of a hidden-state dataset's chunks form a small
+dataset of their own: uint32 [chunks of rows, layers]. Files without crc32s (made by other programs) can be
+read too.
 """
 
 from __future__ import annotations
@@ -22,28 +30,30 @@ from eagle_ds.store.codec import ENCODER
 from eagle_ds.store.manifest import StoreError, StoreInfo
 
 SCHEMA = 1
-CHUNK_ROWS = 64
-SMALL_CHUNK = 65_536
+CHUNK_ROWS = 64  # rows of one layer in a chunk: 512 KiB of bfloat16 at H = 4096
+SMALL_CHUNK = 65_536  # elements
 CRC32 = "crc32"
 WIDE_NAMES = ("aux_hidden_state", "hidden_state")
-SMALL_DTYPES = {"input_ids": np.int32, "loss_mask": np.uint8, "target_token_id": np.int32, "target_logsumexp": np.float32}
-Datasets = Mapping[str, h5py.Dataset]
+SMALL_DTYPES = {
+    "input_ids": np.int32, "loss_mask": np.uint8, "target_token_id": np.int32, "target_logsumexp": np.float32,
+}
 OPTIONAL_NAMES = ("target_token_id", "target_logsumexp")
+Datasets = Mapping[str, h5py.Dataset]
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # by item size in bytes
 
 
 @dataclass
 class Sample:
-    """One conversation and what the target made of it, nothing shifted (torch CPU tensors)."""
+    """One conversation and the target's hidden states for it: CPU tensors, row p belongs to token p."""
 
     id: str
     input_ids: torch.Tensor  # int32 [S]
     loss_mask: torch.Tensor  # uint8 [S], 1 where the token is trained
-    aux_hidden_state: torch.Tensor  # [S, A * H], the aux layers' outputs side by side
+    aux_hidden_state: torch.Tensor  # [S, A * H], the aux layers' outputs concatenated
     hidden_state: torch.Tensor  # [S, H], what the target's lm_head reads
-    target_token_id: torch.Tensor | None = None  # int32 [S], argmax of head(hidden_state) over the full vocabulary
-    target_logsumexp: torch.Tensor | None = None  # float32 [S], its log-sum-exp
+    target_token_id: torch.Tensor | None = None  # int32 [S], argmax of the target's logits
+    target_logsumexp: torch.Tensor | None = None  # float32 [S], log-sum-exp of the same logits
 
     @property
     def num_tokens(self) -> int:
@@ -52,7 +62,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's attributes, decoded."""
+    """The attributes of a file, decoded."""
 
     id: str
     num_tokens: int
@@ -66,7 +76,10 @@ class Header:
 
 
 def storage_type(dtype: str) -> h5py.h5t.TypeFloatID:
-    """The HDF5 type of stored hidden states; bfloat16 is a true 16-bit float with 8 exponent bits, not an opaque integer."""
+    """Return the HDF5 type of hidden states.
+
+    bfloat16 is a true 16-bit float type, so any HDF5 tool shows its numbers.
+    """
     if dtype == "float16":
         return h5py.h5t.IEEE_F16LE.copy()
     kind = h5py.h5t.IEEE_F32LE.copy()
@@ -78,7 +91,7 @@ def storage_type(dtype: str) -> h5py.h5t.TypeFloatID:
 
 
 def torch_dtype(kind: h5py.h5t.TypeID) -> torch.dtype:
-    """Of hidden states stored as ``kind``."""
+    """Return the torch dtype of hidden states stored as ``kind``; StoreError if it is not one of ours."""
     for name, dtype in TORCH_DTYPES.items():
         if storage_type(name).equal(kind):
             return dtype
@@ -86,17 +99,12 @@ def torch_dtype(kind: h5py.h5t.TypeID) -> torch.dtype:
 
 
 def raw_view(tensor: torch.Tensor) -> np.ndarray:
-    """The same memory as unsigned integers of the same width, because numpy knows no bfloat16."""
-    return tensor.detach().view(_INTEGERS[tensor.itemsize][0]).numpy().view(unsigned(tensor.itemsize))
-
-
-def unsigned(itemsize: int) -> type[np.unsignedinteger]:
-    """The numpy type that hidden states of so many bytes are handled as."""
-    return _INTEGERS[itemsize][1]
+    """View a tensor's memory as unsigned integers of the same width, because numpy has no bfloat16."""
+    return tensor.detach().view(_INTEGERS[tensor.itemsize]).numpy().view(f"u{tensor.itemsize}")
 
 
 def check_sample(sample: Sample, info: StoreInfo) -> None:
-    """Raise ValueError unless the sample has the shapes, dtypes and value ranges that the store's facts promise."""
+    """Raise ValueError unless the sample has the shapes, dtypes and value ranges that ``info`` declares."""
     num_tokens, width = sample.num_tokens, len(info.aux_layer_ids) * info.hidden_size
     state = TORCH_DTYPES[info.dtype]
     expected = {
@@ -114,41 +122,45 @@ def check_sample(sample: Sample, info: StoreInfo) -> None:
         if tensor is None and name in OPTIONAL_NAMES:
             continue
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"sample {sample.id!r}: {name} is {tensor.dtype} {list(tensor.shape)}, this store holds {dtype} {list(shape)}; "
-                "convert it explicitly, nothing is cast on the way in"
-            )
+            found = f"sample {sample.id!r}: {name} is {tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{found}, this store holds {dtype} {list(shape)}; convert it, nothing is cast")
     if int(sample.input_ids.min()) < 0 or int(sample.input_ids.max()) >= info.vocab_size:
-        raise ValueError(f"sample {sample.id!r}: input_ids reach outside 0..{info.vocab_size - 1}, the target's vocabulary")
-    if int(sample.loss_mask.max()) > 1:
-        raise ValueError(f"sample {sample.id!r}: loss_mask holds {int(sample.loss_mask.max())}, expected 0 or 1")
+        expected_ids = f"0..{info.vocab_size - 1}; use the target's own tokenizer"
+        raise ValueError(f"sample {sample.id!r}: input_ids leave the target's vocabulary {expected_ids}")
+    if (most := int(sample.loss_mask.max())) > 1:
+        raise ValueError(f"sample {sample.id!r}: loss_mask holds {most}, expected 0 or 1")
 
 
 def create_file(sink: BinaryIO) -> h5py.File:
-    """An empty file in a format whose metadata is checksummed throughout."""
+    """Create an empty file in the format version whose metadata has checksums everywhere."""
     return h5py.File(sink, "w", libver=("v110", "v110"))
 
 
-def create_wide(file: h5py.File, name: str, num_tokens: int, width: int, info: StoreInfo) -> h5py.h5d.DatasetID:
-    """An empty [S, width] dataset, one layer's 64 rows a chunk, shuffle + gzip, never filled: we write each chunk ourselves."""
+def create_wide(file: h5py.File, name: str, shape: tuple[int, int], info: StoreInfo) -> h5py.h5d.DatasetID:
+    """Create an empty hidden-state dataset [S, width] with the filters shuffle + gzip.
+
+    A chunk holds 64 rows of one layer. HDF5 writes no fill values, because the writer stores every chunk
+    itself.
+    """
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plist.set_chunk((min(CHUNK_ROWS, num_tokens), info.hidden_size))
+    plist.set_chunk((min(CHUNK_ROWS, shape[0]), info.hidden_size))
     plist.set_shuffle()
-    plist.set_deflate(6)
+    plist.set_deflate(6)  # a label only: chunks are written already compressed, and inflating needs no level
     plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    space = h5py.h5s.create_simple((num_tokens, width))
+    space = h5py.h5s.create_simple(shape)
     return h5py.h5d.create(file.id, name.encode(), storage_type(info.dtype), space, dcpl=plist)
 
 
 def write_small(file: h5py.File, name: str, values: np.ndarray) -> None:
-    """A dataset under HDF5's own gzip, and its crc32."""
+    """Write a small dataset, compressed by HDF5 itself, with its crc32 as an attribute."""
     chunk = (min(SMALL_CHUNK, len(values)), *values.shape[1:])
-    dataset = file.create_dataset(name, data=values, chunks=chunk, shuffle=True, compression="gzip", compression_opts=4)
+    gzip = {"shuffle": True, "compression": "gzip", "compression_opts": 4}
+    dataset = file.create_dataset(name, data=values, chunks=chunk, **gzip)
     dataset.attrs[CRC32] = np.uint32(zlib.crc32(values.tobytes()))
 
 
 def write_header(file: h5py.File, sample: Sample, info: StoreInfo) -> None:
-    """Attributes; ``complete`` comes last, after every chunk."""
+    """Write the attributes. ``complete`` is the last, so a file that has it holds every chunk."""
     for name in ("target", "target_hash", "tokenizer_hash", "dtype"):
         _set_string(file, name, getattr(info, name))
     _set_string(file, "id", sample.id)
@@ -161,73 +173,89 @@ def write_header(file: h5py.File, sample: Sample, info: StoreInfo) -> None:
 
 
 def read_header(file: h5py.File) -> Header:
-    """Decode the attributes; raises StoreError for a missing one, an unknown schema or an unfinished file."""
+    """Decode the attributes.
+
+    Raises StoreError if one is missing, the schema is unknown, or the file is unfinished.
+    """
     attrs = file.attrs
     if (schema := attrs.get("schema")) is None:
-        raise StoreError("it has no readable schema attribute: a damaged file, or not one of ours (tools/convert_ckpt_to_hdf5.py --map)")
+        raise StoreError(
+            "it has no readable schema attribute: it is damaged, or another program wrote it "
+            "(tools/convert_ckpt_to_hdf5.py --map imports such files)")
     if schema != SCHEMA:
         raise StoreError(f"schema is {schema}, this version reads {SCHEMA}; write the store again")
     if attrs.get("complete") != 1:
         raise StoreError("the file was never completed; delete it and write the sample again")
     missing = [name for name in Header.__dataclass_fields__ if name not in attrs]
     if missing:
-        raise StoreError(f"attributes are missing: {', '.join(missing)}")
-    strings = {name: _text(attrs[name]) for name in ("id", "target", "target_hash", "tokenizer_hash", "encoder", "dtype")}
+        raise StoreError(f"attributes are missing: {', '.join(missing)}; write this sample again")
+    names = ("id", "target", "target_hash", "tokenizer_hash", "encoder", "dtype")
+    strings = {name: _text(attrs[name]) for name in names}
     return Header(
-        num_tokens=int(attrs["num_tokens"]),
-        hidden_size=int(attrs["hidden_size"]),
-        aux_layer_ids=tuple(int(layer) for layer in attrs["aux_layer_ids"]),
-        **strings,
+        num_tokens=int(attrs["num_tokens"]), hidden_size=int(attrs["hidden_size"]),
+        aux_layer_ids=tuple(map(int, attrs["aux_layer_ids"])), **strings,
     )
 
 
 def open_datasets(file: h5py.File) -> Datasets:
-    """Every dataset by name, looked up once: to h5py that is most of the work of opening a short sample."""
-    return {name: file[name] for name in file}  # not items(): it keeps quiet about a damaged one
+    """Look up every dataset once: in h5py that is most of the cost of opening a short sample."""
+    return {name: file[name] for name in file}  # file.items() would silently skip a damaged dataset
 
 
 def check_datasets(datasets: Datasets, header: Header) -> None:
-    """Raise StoreError unless each dataset has the shape and type that the header implies."""
-    width = {"aux_hidden_state": len(header.aux_layer_ids) * header.hidden_size, "hidden_state": header.hidden_size}
+    """Raise StoreError unless each dataset exists with the shape and type that the header implies."""
+    width = {"hidden_state": header.hidden_size}
+    width["aux_hidden_state"] = len(header.aux_layer_ids) * header.hidden_size
     if header.dtype not in TORCH_DTYPES:
         raise StoreError(f"dtype is {header.dtype!r}, expected one of {', '.join(TORCH_DTYPES)}")
     for name in (*WIDE_NAMES, *SMALL_DTYPES):
         if name not in datasets:
             if name in OPTIONAL_NAMES:
                 continue
-            raise StoreError(f"dataset {name} is missing")
+            raise StoreError(f"dataset {name} is missing; write this sample again")
         shape = (header.num_tokens, width[name]) if name in width else (header.num_tokens,)
         dataset = datasets[name]
         if dataset.shape != shape:
-            raise StoreError(f"{name} has shape {list(dataset.shape)}, expected {list(shape)}")
-        kind = storage_type(header.dtype) if name in width else h5py.h5t.py_create(np.dtype(SMALL_DTYPES[name]))
+            raise StoreError(
+                f"{name} has shape {list(dataset.shape)}, expected {list(shape)}; write this sample again")
+        expected = header.dtype if name in width else SMALL_DTYPES[name].__name__
+        kind = storage_type(expected) if name in width else h5py.h5t.py_create(np.dtype(expected))
         if not dataset.id.get_type().equal(kind):
-            raise StoreError(f"{name} has another type than {header.dtype if name in width else SMALL_DTYPES[name].__name__}")
+            raise StoreError(f"{name} has another type than {expected}; write this sample again")
 
 
 def read_small(dataset: h5py.Dataset) -> np.ndarray:
-    """A whole small dataset, checked."""
+    """Read a whole small dataset and check its crc32.
+
+    Raises StoreError if it is damaged or not compressed.
+    """
     name, stored_crc32 = dataset.name[1:], dataset.attrs.get(CRC32)
-    if h5py.h5z.FILTER_DEFLATE not in filters(dataset):
-        raise StoreError(f"{name} is not gzip-filtered, so nothing guards its bytes; write this sample again")
+    check_gzip(dataset)
     try:
         values = dataset[()]
     except OSError as error:
         raise StoreError(f"{name} is damaged ({error}); write this sample again") from error
     if stored_crc32 is not None and zlib.crc32(values.tobytes()) != stored_crc32:
-        raise StoreError(f"{name} is damaged (its crc32 is not the one that was stored with it); write this sample again")
+        raise StoreError(f"{name} is damaged (its crc32 is not the stored one); write this sample again")
     return values
 
 
 def crc32_name(name: str) -> str:
-    """The dataset that holds the crc32 of a wide dataset's chunks."""
+    """Return the name of the dataset that holds the crc32s of a hidden-state dataset's chunks."""
     return f"{name}_{CRC32}"
 
 
-def filters(dataset: h5py.Dataset) -> list[int]:
-    """HDF5 filter numbers in the order of the pipeline."""
+def check_gzip(dataset: h5py.Dataset) -> list[int]:
+    """Return the dataset's HDF5 filter numbers in order. Raises StoreError unless gzip is among them.
+
+    Without gzip there is no zlib stream, so no adler32 would protect the data.
+    """
     plist = dataset.id.get_create_plist()
-    return [plist.get_filter(index)[0] for index in range(plist.get_nfilters())]
+    filters = [plist.get_filter(index)[0] for index in range(plist.get_nfilters())]
+    if h5py.h5z.FILTER_DEFLATE not in filters:
+        name = dataset.name[1:]
+        raise StoreError(f"{name} is not gzip-filtered, so no checksum protects it; write this sample again")
+    return filters
 
 
 def _set_string(file: h5py.File, name: str, text: str) -> None:

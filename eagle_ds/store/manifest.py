@@ -1,9 +1,11 @@
-"""What a store is about (``store.json``) and what is in it (``manifest.jsonl``, one line a sample).
+"""Describe a store: ``store.json`` (what holds for all samples) and ``manifest.jsonl`` (one line per sample).
 
-Both carry a crc32 of their own content, so that a flipped bit is an error and never another length or another mask. The
-manifest only grows: a sample is in the store when its line, newline included, is on disk. A line of an id seen before
-replaces the earlier one (the sample was written again). A last line without newline was torn by a crash: readers skip
-it, the next writer cuts it off.
+Both carry a crc32 of their own content, so a flipped bit is an error instead of another length or another
+mask.
+
+The manifest only grows. A sample is in the store once its line, newline included, is on disk. A line replaces
+an earlier line of the same id (the sample was written again). A last line without a newline was interrupted
+by a crash: readers skip it, and the next writer truncates the file there.
 """
 
 from __future__ import annotations
@@ -28,22 +30,22 @@ MANIFEST_NAME = "manifest.jsonl"
 
 
 class StoreError(ValueError):
-    """The stored data is missing, damaged or not what was expected; the message names the file and the rows."""
+    """Stored data is missing, damaged or not what was expected. The message names the file and the rows."""
 
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What holds for every sample of a store."""
+    """What holds for every sample of a store: the content of store.json."""
 
     target: str
     target_hash: str
     tokenizer_hash: str
     hidden_size: int  # H
-    aux_layer_ids: tuple[int, ...]  # as outputs of layers, 0-based
-    vocab_size: int  # input_ids and target_token_id stay below it
+    aux_layer_ids: tuple[int, ...]  # numbered as layer outputs, from 0
+    vocab_size: int  # upper limit of input_ids and target_token_id
     encoder: str = field(default=ENCODER, compare=False)
-    dtype: str = "bfloat16"  # of the hidden states: bfloat16, float16 or float32, stored as they came
-    head_size: int = 0  # rows of the target's lm_head; 0: as many as vocab_size
+    dtype: str = "bfloat16"  # of the hidden states, stored as captured: bfloat16, float16 or float32
+    head_size: int = 0  # rows of the target's lm_head; 0 means vocab_size
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "aux_layer_ids", tuple(self.aux_layer_ids))
@@ -51,12 +53,12 @@ class StoreInfo:
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}, a store holds bfloat16, float16 or float32")
         if min(self.hidden_size, self.vocab_size, len(self.aux_layer_ids)) < 1:
-            raise ValueError("hidden_size and vocab_size must be at least 1, and aux_layer_ids must name a layer")
+            raise ValueError("hidden_size and vocab_size must be at least 1, aux_layer_ids must name a layer")
 
 
 @dataclass(frozen=True)
 class SampleEntry:
-    """A line of the manifest: enough to plan an epoch without opening a file."""
+    """One line of the manifest: all that packing and sampling need, so no HDF5 file has to be opened."""
 
     id: str
     path: str  # relative to the store
@@ -67,22 +69,23 @@ class SampleEntry:
 
 
 def trained_spans(loss_mask: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Runs of ones in uint8 [S], as [start, end)."""
+    """Return the runs of ones in ``loss_mask`` (uint8 [S]) as [start, end)."""
+    # +1 where a run starts and -1 one past its end; the zeros added at both ends close runs at the borders.
     edges = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0, append=0))
     return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def sample_path(sample_id: str) -> str:
-    """Where a sample lies: 256 subfolders by hash, so that no folder grows to a million files."""
+    """Return the path of a sample: 256 subfolders by hash, because folders with a million files are slow."""
     digest = hashlib.sha256(sample_id.encode()).hexdigest()
     return f"samples/{digest[:2]}/{digest[2:34]}.h5"
 
 
 def write_store_info(root: Path, info: StoreInfo) -> None:
-    """Atomically: a store whose ``store.json`` exists has a whole one."""
+    """Write store.json atomically, so a store has either a complete one or none."""
     temporary = root / f"{STORE_JSON}.tmp"
     with temporary.open("w") as file:
-        json.dump(_sealed(asdict(info)), file, indent=2)
+        json.dump(_with_crc32(asdict(info)), file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -91,63 +94,70 @@ def write_store_info(root: Path, info: StoreInfo) -> None:
 
 
 def read_store_info(root: Path) -> StoreInfo:
+    """Read and check store.json. Raises StoreError if it is missing or damaged."""
     path = root / STORE_JSON
     try:
-        record = _unsealed(json.loads(path.read_bytes()))
+        record = _checked(json.loads(path.read_bytes()))
         record["aux_layer_ids"] = tuple(record["aux_layer_ids"])
         return StoreInfo(**record)
     except FileNotFoundError as error:
-        raise StoreError(f"{root} is not a hidden-state store: it has no {STORE_JSON}") from error
+        found = f"{root} is not a hidden-state store: it has no {STORE_JSON}"
+        raise StoreError(f"{found}; give the folder that contains it") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise StoreError(f"{path} is damaged ({error})") from error
+        raise StoreError(f"{path} is damaged ({error}); write the store again") from error
 
 
 def manifest_line(entry: SampleEntry) -> bytes:
-    return json.dumps(_sealed(asdict(entry)), ensure_ascii=False).encode() + b"\n"
+    """Return the line of a sample, with its crc32 and the newline that makes it valid."""
+    return json.dumps(_with_crc32(asdict(entry)), ensure_ascii=False).encode() + b"\n"
 
 
 def read_manifest(root: Path) -> tuple[list[SampleEntry], bytes]:
-    """Entries in order of their first line, and the bytes of all whole lines."""
+    """Read the manifest.
+
+    Returns:
+        The entries, ordered by the first line of each id, and the bytes of all complete lines.
+
+    Raises:
+        StoreError: a line is damaged.
+    """
     path = root / MANIFEST_NAME
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
-        logger.warning("%s ends in a line torn by a crash or still being written; it is ignored", path)
+        logger.warning("%s ends in an incomplete line (crash, or writer at work); it is ignored", path)
     entries: dict[str, SampleEntry] = {}
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            record = _unsealed(json.loads(line))
+            record = _checked(json.loads(line))
             record["trained_spans"] = tuple((start, end) for start, end in record["trained_spans"])
             entry = SampleEntry(**record)
         except (ValueError, TypeError, KeyError) as error:
-            raise StoreError(f"{path} line {number} is damaged ({error}); remove the line and write that sample again") from error
+            fix = "remove the line and write that sample again"
+            raise StoreError(f"{path} line {number} is damaged ({error}); {fix}") from error
         entries[entry.id] = entry
     return list(entries.values()), whole
 
 
 def manifest_hash(root: Path, manifest: bytes) -> str:
-    """One number for the facts and the list of samples: equal on two ranks when they see the same store."""
+    """Hash store.json and the manifest. The hashes of two ranks are equal if they see the same store."""
     return hashlib.sha256((root / STORE_JSON).read_bytes() + manifest).hexdigest()
 
 
-def differing_facts(ours: StoreInfo, theirs: StoreInfo) -> list[str]:
-    """Human-readable differences, one a fact."""
-    compared = [f.name for f in fields(StoreInfo) if f.compare]
-    return [
-        f"{name} is {getattr(theirs, name)!r} there, {getattr(ours, name)!r} here"
-        for name in compared
-        if getattr(ours, name) != getattr(theirs, name)
-    ]
-
-
 def check_same_store(root: Path, info: StoreInfo) -> None:
-    """Raise ValueError, naming the differences, if the store at ``root`` was made with other facts."""
-    if differences := differing_facts(info, read_store_info(root)):
-        raise ValueError(f"the store {root} was made with other facts: {'; '.join(differences)}; choose another folder")
+    """Raise ValueError if the store at ``root`` differs from ``info``; the message lists each difference."""
+    there = read_store_info(root)
+    differences = []
+    for name in [f.name for f in fields(StoreInfo) if f.compare]:
+        if getattr(info, name) != getattr(there, name):
+            differences.append(f"{name} is {getattr(there, name)!r} there, {getattr(info, name)!r} here")
+    if differences:
+        listed = "; ".join(differences)
+        raise ValueError(f"the store {root} was made from other data: {listed}; choose another folder")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable."""
+    """Flush a folder's entries to the disk, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -155,16 +165,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+def _with_crc32(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "crc32": _crc32(record)}
 
 
-def _unsealed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without its seal. A hand-made record may lack one; a broken one is an error."""
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record without its crc32, after checking it. A record made by hand may have none."""
     if not isinstance(record, dict):
         raise ValueError("it is not a JSON object")
-    seal = record.pop("crc32", None)
-    if seal is not None and seal != _crc32(record):
+    crc32 = record.pop("crc32", None)
+    if crc32 is not None and crc32 != _crc32(record):
         raise ValueError("its crc32 does not match")
     return record
 

@@ -1,8 +1,8 @@
 """Worker processes: they start at once, and their parent knows when one dies.
 
-Importing torch takes seconds. The fork server is a process that has imported the heavy libraries and does nothing else;
-forking it takes milliseconds, and is safe as long as it has no threads, no GPU and no open file. This module imports
-nothing heavy, so that a tool can start the server before its own imports.
+Importing torch takes seconds. The fork server is a process that has imported the heavy libraries and does
+nothing else; forking it takes milliseconds, and is safe as long as it has no threads, no GPU and no open
+file. This module imports nothing heavy, so that a tool can start the server before its own imports.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def start_fork_server() -> None:
 
 
 class WorkerProcess:
-    """A child process that runs ``body(connection, *arguments)`` and exchanges messages with its parent over a pipe."""
+    """A child process that runs ``body(connection, *arguments)`` and exchanges messages over a pipe."""
 
     def __init__(self, context: BaseContext, body: Callable[..., None], *arguments: object) -> None:
         self.connection, childs_end = context.Pipe()
         self.process = context.Process(target=body, args=(childs_end, *arguments), daemon=True)
         self.process.start()
-        # Only the child holds its end from here on. However it dies, the pipe then ends, and `receive` does not wait.
+        # From here on only the child holds its end. If it dies, for any reason, the pipe ends and `receive`
+        # returns.
         childs_end.close()
 
     def receive(self) -> Any:
@@ -60,9 +61,13 @@ class WorkerProcess:
 
 
 def receive_all(workers: Sequence[WorkerProcess]) -> Iterator[Any]:
-    """Yield the messages of all workers as they arrive, until every worker has ended; then, or when closed, stop them.
+    """Yield the messages of all workers as they arrive, until every worker has ended.
 
-    Raises: an exception that a worker sent as its message; ChildProcessError if a worker died without sending one.
+    Stops the workers at the end, on an error, and when the iterator is closed.
+
+    Raises:
+        Exception: a worker sent an exception as its message.
+        ChildProcessError: a worker died without sending one.
     """
     running = {worker.connection: worker for worker in workers}
     try:
@@ -72,8 +77,8 @@ def receive_all(workers: Sequence[WorkerProcess]) -> Iterator[Any]:
                     message = running[connection].receive()
                 except EOFError:
                     if code := running.pop(connection).exit_code():
-                        detail = f"a worker process died with exit code {code}; -9 usually means that memory ran out"
-                        raise ChildProcessError(detail) from None
+                        died = f"a worker process died with exit code {code}"
+                        raise ChildProcessError(f"{died}; -9 usually means that memory ran out") from None
                     continue
                 if isinstance(message, BaseException):
                     raise message

@@ -1,8 +1,9 @@
-"""A file for HDF5 to write to that never tells it of a full disk.
+"""A file object for HDF5 that hides a full disk from it.
 
-HDF5 does not survive a failing write: closing the file fails too, its handle stays behind, and the process dies of a
-segmentation fault some time later. So HDF5 writes through this object, which keeps the first error to itself and
-from then on drops what it is given; the writer asks for the error after each chunk and at the end.
+HDF5 does not survive a failing write: closing the file then fails too, its handle stays open, and the process
+crashes with a segmentation fault some time later. So HDF5 writes through this object. It remembers the first
+error and discards all later data without complaint. The writer asks for the error after each chunk and at the
+end (`DiskSink.check`).
 """
 
 from __future__ import annotations
@@ -12,31 +13,37 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-FLUSH_BYTES = 16 << 20
+FLUSH_BYTES = 16 << 20  # bytes written between two hints to the page cache
 
 
 class DiskSink(io.RawIOBase):
-    """A new file at ``path``, in the form of h5py's file-like objects. `check` raises what went wrong, an OSError."""
+    """Create a file at ``path`` as a file-like object for h5py. Write errors are kept for `check`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._position = 0
-        self._dropped = self._flushed = 0  # written and forgotten up to the first, told to be written up to the second
+        # Byte positions: pages before the first were dropped from the cache; those before the second are
+        # being written.
+        self._dropped = self._flushed = 0
         self._error: OSError | None = None
 
     def check(self) -> None:
-        """Raise the first error of the disk, naming the file; the file is worthless then."""
+        """Raise the first write error, as an OSError that names the file. The file is unusable then."""
         if self._error is not None:
             raise OSError(self._error.errno, self._error.strerror, str(self._path)) from self._error
 
     def sync(self) -> int:
-        """Wait until all is on the disk; the size in bytes."""
+        """Wait until all data is on the disk and return the file's size in bytes."""
         self.check()
         os.fsync(self._descriptor)
         return os.fstat(self._descriptor).st_size
 
     def write(self, data: bytes | memoryview) -> int:
+        """Write all of ``data``, or discard it after an error.
+
+        HDF5 always gets the answer that it succeeded.
+        """
         view = memoryview(data).cast("B")
         done = 0
         try:
@@ -46,14 +53,20 @@ class DiskSink(io.RawIOBase):
             self._error = error
         self._position += len(view)
         if self._position >= self._flushed + FLUSH_BYTES:
-            self._flush_behind()
+            self._drop_pages()
         return len(view)
 
-    def _flush_behind(self) -> None:
-        """Let the disk write while the encoders go on, so that the final fsync has little to wait for, and terabytes pass through
-        a few megabytes of page cache. DONTNEED starts the writing of dirty pages, waits for none, and drops those already written."""
-        with suppress(OSError):  # advice only
-            os.posix_fadvise(self._descriptor, self._dropped, self._position - self._dropped, os.POSIX_FADV_DONTNEED)
+    def _drop_pages(self) -> None:
+        """Start writing the newest pages to the disk and drop the older ones from the page cache.
+
+        The disk then works while the encoders compute, the final fsync has little left to wait for, and
+        terabytes pass through a few megabytes of page cache. DONTNEED does not block: it starts the writing
+        of dirty pages and drops pages that are already written. So each call covers the range that the call
+        before started, and the new one.
+        """
+        with suppress(OSError):  # a hint: if the file system refuses it, nothing is lost
+            size = self._position - self._dropped
+            os.posix_fadvise(self._descriptor, self._dropped, size, os.POSIX_FADV_DONTNEED)
         self._dropped, self._flushed = self._flushed, self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:
@@ -62,8 +75,8 @@ class DiskSink(io.RawIOBase):
         return size
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
-        self._position = start + offset
+        end = os.fstat(self._descriptor).st_size
+        self._position = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: end}[whence] + offset
         return self._position
 
     def truncate(self, size: int | None = None) -> int:
@@ -77,14 +90,10 @@ class DiskSink(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
     def seekable(self) -> bool:
         return True
+
+    readable = writable = seekable
 
     def close(self) -> None:
         if not self.closed:

@@ -1,9 +1,13 @@
-"""Write samples into a store so that a crash, a full disk or a second writer can never leave something to trust.
+"""Write samples into a store, safely against crashes, full disks and a second writer.
 
-A sample goes to ``writing/`` first, is closed, fsynced, renamed into place, and only then gets its manifest line, fsynced
-too. The line is what counts: a file without one is written again (its path follows from its id, so nothing piles up), and
-whatever lies in ``writing/`` is swept by the next writer. A line whose file is gone or has another size does not count as
-done either, so deleting a damaged file and running again mends a store.
+A sample is added in this order: write its file in ``writing/``, close it, fsync it, rename it to its place,
+append its manifest line, fsync the manifest. The line is what makes the sample exist. So after a crash at any
+point:
+
+- a file without a line is written again, to the same path, because the path follows from the sample's id;
+- files in ``writing/`` are deleted by the next writer;
+- a line whose file is missing or has another size does not count as done. Deleting a damaged file and running
+  the same command again therefore repairs a store.
 """
 
 from __future__ import annotations
@@ -16,104 +20,93 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 
 import h5py
 import numpy as np
 
 from eagle_ds.config.outputs import InUse, hold
-from eagle_ds.store.codec import Encoded, encode
-from eagle_ds.store.format import (
-    CHUNK_ROWS,
-    SMALL_DTYPES,
-    WIDE_NAMES,
-    Sample,
-    check_sample,
-    crc32_name,
-    create_file,
-    create_wide,
-    raw_view,
-    write_header,
-    write_small,
-)
-from eagle_ds.store.manifest import (
-    MANIFEST_NAME,
-    STORE_JSON,
-    SampleEntry,
-    StoreInfo,
-    check_same_store,
-    manifest_line,
-    read_manifest,
-    sample_path,
-    sync_folder,
-    trained_spans,
-    write_store_info,
-)
+from eagle_ds.store import format as fmt
+from eagle_ds.store import manifest
+from eagle_ds.store.codec import EncodedChunk, encode_chunk
+from eagle_ds.store.format import CHUNK_ROWS, SMALL_DTYPES, WIDE_NAMES, Sample
+from eagle_ds.store.manifest import MANIFEST_NAME, STORE_JSON, SampleEntry, StoreInfo
 from eagle_ds.store.sink import DiskSink
 
 Offset = tuple[int, int]  # first row and column of a chunk
 
 
 class SampleFiles:
-    """Writes sample files alone, without their manifest lines: what `StoreWriter` is made of, and what other processes
-    use that help the one which holds the `StoreWriter` (it then takes their entries by `StoreWriter.register`).
+    """Write the HDF5 files of samples, without manifest lines.
 
-    ``workers`` threads encode; memory beyond the sample stays under a few chunks a worker, so the tensors of a sample may
-    be memory maps. ``write`` may be called from several threads.
+    `StoreWriter` uses this class. Helper processes use it too: they write files, and the one process that
+    holds the `StoreWriter` adds the manifest lines with `StoreWriter.register`.
+
+    ``workers`` threads encode chunks. Beyond the sample itself only a few chunks per worker are in memory, so
+    the tensors of a sample may be memory maps. Several threads may call ``write`` at once.
     """
 
     def __init__(self, root: str | Path, info: StoreInfo, *, workers: int = 2) -> None:
         self.root = Path(root)
         self.info = info
-        self._window = 3 * workers
+        self._window = 3 * workers  # chunks submitted to the encoders but not yet written
         self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
 
     def write(self, sample: Sample) -> SampleEntry:
-        """Store one sample's file durably, replacing one of the same id; ValueError if it does not fit the facts."""
-        check_sample(sample, self.info)
+        """Write one sample's file durably, replacing any file of the same id.
+
+        Raises ValueError if the sample does not fit ``info``, and OSError if the disk is full.
+        """
+        fmt.check_sample(sample, self.info)
         temporary = self.root / "writing" / f"{uuid.uuid4().hex}.h5"
-        path = sample_path(sample.id)
+        path = manifest.sample_path(sample.id)
         try:
             with DiskSink(temporary) as sink:
-                with create_file(sink) as file:
+                with fmt.create_file(sink) as file:
                     for name in WIDE_NAMES:
-                        self._write_wide(file, sink, name, raw_view(getattr(sample, name)))
+                        self._write_wide(file, sink, name, fmt.raw_view(getattr(sample, name)))
                     for name in SMALL_DTYPES:
                         if (tensor := getattr(sample, name)) is not None:
-                            write_small(file, name, tensor.numpy())
-                    write_header(file, sample, self.info)
+                            fmt.write_small(file, name, tensor.numpy())
+                    fmt.write_header(file, sample, self.info)
                 num_bytes = sink.sync()
             _rename(temporary, self.root / path)
         finally:
             temporary.unlink(missing_ok=True)
         mask = sample.loss_mask.numpy()
-        return SampleEntry(sample.id, path, sample.num_tokens, int(mask.sum()), trained_spans(mask), num_bytes)
+        spans, num_trained = manifest.trained_spans(mask), int(mask.sum())
+        return SampleEntry(sample.id, path, sample.num_tokens, num_trained, spans, num_bytes)
 
     def _write_wide(self, file: h5py.File, sink: DiskSink, name: str, rows: np.ndarray) -> None:
-        """Write chunks in file order: row by row, so that a range of rows is one stretch of the file."""
-        dataset = create_wide(file, name, *rows.shape, self.info)
+        """Write a hidden-state dataset, chunks of the same rows one after another.
+
+        A range of rows, with all its layers, is then one contiguous part of the file and can be read by one
+        call.
+        """
+        dataset = fmt.create_wide(file, name, rows.shape, self.info)
         crc32s = []
         for offset, chunk in self._encoded(rows):
             dataset.write_direct_chunk(offset, chunk.stream)
             crc32s.append(chunk.crc32)
             sink.check()
-        write_small(file, crc32_name(name), np.array(crc32s, np.uint32).reshape(-1, rows.shape[1] // self.info.hidden_size))
+        layers = rows.shape[1] // self.info.hidden_size
+        fmt.write_small(file, fmt.crc32_name(name), np.array(crc32s, np.uint32).reshape(-1, layers))
 
-    def _encoded(self, rows: np.ndarray) -> Iterator[tuple[Offset, Encoded]]:
-        """Each chunk's place and stream; the worker threads are a window ahead of the consumer."""
+    def _encoded(self, rows: np.ndarray) -> Iterator[tuple[Offset, EncodedChunk]]:
+        """Yield each chunk with its offset, in order. The encoders run at most ``_window`` chunks ahead."""
         chunk_rows, width = min(CHUNK_ROWS, len(rows)), self.info.hidden_size
-        pending: deque[tuple[Offset, Future[Encoded]]] = deque()
+        pending: deque[tuple[Offset, Future[EncodedChunk]]] = deque()
         for row in range(0, len(rows), chunk_rows):
             for column in range(0, rows.shape[1], width):
                 chunk = rows[row : row + chunk_rows, column : column + width]
-                pending.append(((row, column), self._encoders.submit(encode, chunk, chunk_rows)))
+                pending.append(((row, column), self._encoders.submit(encode_chunk, chunk, chunk_rows)))
                 if len(pending) > self._window:
                     yield _finished(pending)
         while pending:
             yield _finished(pending)
 
     def close(self) -> None:
+        """End the encoder threads."""
         self._encoders.shutdown()
 
     def __enter__(self) -> SampleFiles:
@@ -124,9 +117,15 @@ class SampleFiles:
 
 
 class StoreWriter:
-    """Appends to the store at ``root``, creating it or going on where an earlier writer of equal facts stopped.
+    """Append samples to the store at ``root``, which is created if it does not exist.
 
-    ``add`` may be called from several threads. ``workers`` threads encode (see `SampleFiles`).
+    Several threads may call ``add`` at once. ``workers`` threads encode (see `SampleFiles`).
+
+    Attributes:
+        done_ids: ids of the samples that are stored already and need no writing.
+
+    Raises:
+        ValueError: another process writes to the store, or the store differs from ``info``.
     """
 
     def __init__(self, root: str | Path, info: StoreInfo, *, workers: int = 2) -> None:
@@ -135,7 +134,7 @@ class StoreWriter:
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_store(self.root)
         try:
-            self.done_ids = self._settle()
+            self.done_ids = self._prepare_folder()
         except BaseException:
             self._lock.close()
             raise
@@ -144,10 +143,13 @@ class StoreWriter:
         self._files = SampleFiles(self.root, info, workers=workers)
 
     def add(self, sample: Sample) -> SampleEntry:
-        """Store one sample durably; ValueError if it does not fit the facts or its id is already stored."""
+        """Store one sample durably.
+
+        Raises ValueError if it does not fit ``info`` or its id is stored already.
+        """
         with self._mutex:
             if sample.id in self.done_ids or sample.id in self._busy_ids:
-                raise ValueError(f"sample {sample.id!r} is already in the store {self.root}; ids must be unique")
+                raise ValueError(f"{sample.id!r} is already in the store {self.root}; ids must be unique")
             self._busy_ids.add(sample.id)
         try:
             entry = self._files.write(sample)
@@ -157,75 +159,77 @@ class StoreWriter:
         return entry
 
     def register(self, entry: SampleEntry) -> None:
-        """Make a file that `SampleFiles` wrote, here or in another process, part of the store."""
+        """Add the manifest line of a file that `SampleFiles` wrote, in this process or another."""
         with self._mutex:
             self._append(entry)
             self.done_ids.add(entry.id)
 
     def close(self) -> None:
-        """Let the next writer in; every sample added is already durable."""
+        """Release the store for the next writer. Every sample that was added is already on the disk."""
         self._files.close()
         self._lock.close()
 
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _settle(self) -> set[str]:
-        """Bring the folder into a sound state and return the ids that need no writing."""
+    def _prepare_folder(self) -> set[str]:
+        """Remove unfinished data of an earlier writer. Return the ids of the samples that are complete."""
         writing, is_new = self.root / "writing", not (self.root / STORE_JSON).exists()
         if is_new and writing.is_dir() and any(writing.iterdir()):
-            raise ValueError(f"{writing} has files in it that no store of ours put there, and would be swept; choose another folder")
+            problem = f"{self.root} is not a store, and files in {writing} would be deleted"
+            raise ValueError(f"{problem}; choose another folder")
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
         if is_new:
-            write_store_info(self.root, self.info)
+            manifest.write_store_info(self.root, self.info)
         else:
-            check_same_store(self.root, self.info)
-        entries, whole_lines = read_manifest(self.root)
-        with (self.root / MANIFEST_NAME).open("ab") as manifest:
-            if manifest.tell() > len(whole_lines):
-                manifest.truncate(len(whole_lines))
-        sync_folder(self.root)
+            manifest.check_same_store(self.root, self.info)
+        entries, whole_lines = manifest.read_manifest(self.root)
+        with (self.root / MANIFEST_NAME).open("ab") as file:
+            if file.tell() > len(whole_lines):  # the last line is incomplete
+                file.truncate(len(whole_lines))
+        manifest.sync_folder(self.root)
         return {entry.id for entry in entries if _size(self.root / entry.path) == entry.bytes}
 
     def _append(self, entry: SampleEntry) -> None:
-        """Add the manifest line; a line that does not fit on the disk is taken back whole."""
-        with (self.root / MANIFEST_NAME).open("ab", buffering=0) as manifest:
-            start = manifest.seek(0, os.SEEK_END)
-            line = manifest_line(entry)
+        """Append the manifest line. If the disk is full, remove the part that was written."""
+        with (self.root / MANIFEST_NAME).open("ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            line = manifest.manifest_line(entry)
             try:
-                if manifest.write(line) != len(line):
-                    raise OSError(f"{manifest.name}: the disk took only a part of a line")
-                os.fsync(manifest.fileno())
+                if file.write(line) != len(line):
+                    raise OSError(f"{file.name}: the disk took only a part of a line; free some space")
+                os.fsync(file.fileno())
             except OSError:
-                manifest.truncate(start)
+                file.truncate(start)
                 raise
 
 
-def _finished(pending: deque[tuple[Offset, Future[Encoded]]]) -> tuple[Offset, Encoded]:
+def _finished(pending: deque[tuple[Offset, Future[EncodedChunk]]]) -> tuple[Offset, EncodedChunk]:
     offset, chunk = pending.popleft()
     return offset, chunk.result()
 
 
 def _lock_store(root: Path) -> TextIO:
-    """One writer a store."""
+    """Lock the store for one writer. Raises ValueError if another process has the lock."""
     try:
         return hold(root / "writer.lock")
     except InUse as error:
-        raise ValueError(f"another writer is at work on the store {root}; wait for it or choose another folder") from error
+        problem = f"another writer is at work on {root}"
+        raise ValueError(f"{problem}; wait for it or choose another folder") from error
 
 
 def _rename(source: Path, destination: Path) -> None:
-    """Durable rename: the subfolder's own entry is synced before the file's."""
+    """Rename a file durably: sync new parent folders first, then the file's own folder."""
     if not destination.parent.exists():
         destination.parent.mkdir(parents=True, exist_ok=True)
-        sync_folder(destination.parent.parent)
-        sync_folder(destination.parent.parent.parent)
+        manifest.sync_folder(destination.parent.parent)
+        manifest.sync_folder(destination.parent.parent.parent)
     source.replace(destination)
-    sync_folder(destination.parent)
+    manifest.sync_folder(destination.parent)
 
 
 def _size(path: Path) -> int:

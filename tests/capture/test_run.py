@@ -18,7 +18,8 @@ from eagle_ds.capture.hf import ForwardLimits
 from eagle_ds.capture.job import CaptureJob, PendingSample, prepare_capture
 from eagle_ds.capture.run import capture, make_batches, predict_seconds
 from eagle_ds.data.vocab import count_trained_tokens
-from eagle_ds.store.store import Store, StoreWriter, verify_file
+from eagle_ds.store.store import Store, StoreWriter
+from eagle_ds.store.verification import verify_file
 from tests.tiny_targets import save_tiny_llama
 
 LENGTHS = (3, 60, 17, 150, 33, 8)
@@ -90,7 +91,7 @@ def test_a_second_run_has_nothing_to_do(job, monkeypatch):
 
 
 KILLS = {
-    "inside a file": ("eagle_ds.store.writer.write_header", 2),
+    "inside a file": ("eagle_ds.store.format.write_header", 2),
     "before the rename": ("eagle_ds.store.writer._rename", 3),
     "before the manifest line": ("eagle_ds.store.writer.StoreWriter._append", 2),
 }

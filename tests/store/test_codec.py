@@ -1,4 +1,4 @@
-"""The codec's promises: any bits come back, any damage is noticed, any zlib reads the stream, whatever wrote it."""
+"""The codec: every bit comes back, damage is detected, and any zlib reads the streams of any backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from eagle_ds.store import codec
-from eagle_ds.store.codec import DamagedChunk, decode_chunk, encode_chunk, inflate, merge_planes, split_planes
+from eagle_ds.store.codec import Bytes, DamagedChunk, inflate, merge_planes, split_planes
 
 UNSIGNED = [np.uint16, np.uint32]
 
@@ -36,13 +36,23 @@ def without_isal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     codec.backend.cache_clear()
 
 
+def encode(rows: np.ndarray, chunk_rows: int | None = None) -> bytes:
+    """Return the zlib stream of a chunk."""
+    return codec.encode_chunk(rows, chunk_rows).stream
+
+
+def decode_chunk(stream: Bytes, out: np.ndarray) -> np.ndarray:
+    """Inverse of `encode`: fill ``out`` (unsigned, the padded chunk's shape). Raises DamagedChunk."""
+    return merge_planes(inflate(stream, out.nbytes).reshape(out.itemsize, *out.shape), out)
+
+
 def chunks(max_rows: int = 6, max_width: int = 40) -> st.SearchStrategy[np.ndarray]:
     shape = st.tuples(st.integers(1, max_rows), st.integers(1, max_width))
     return st.sampled_from(UNSIGNED).flatmap(lambda kind: arrays(kind, shape))
 
 
 def states(rows: int = 64, width: int = 256, seed: int = 0) -> np.ndarray:
-    """bfloat16 bits of numbers whose channels differ in scale, as a network's do."""
+    """Return bfloat16 bits of numbers whose channels differ in scale, as hidden states do."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((rows, width)) * np.exp(rng.standard_normal(width))
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -53,21 +63,21 @@ def states(rows: int = 64, width: int = 256, seed: int = 0) -> np.ndarray:
 def test_any_bits_come_back_and_padding_is_zero(rows: np.ndarray, padding: int) -> None:
     height = len(rows) + padding
     out = np.full((height, rows.shape[1]), 0xAB, rows.dtype)
-    decode_chunk(encode_chunk(rows, height), out)
+    decode_chunk(encode(rows, height), out)
     assert (out[: len(rows)] == rows).all()
     assert not out[len(rows) :].any()
 
 
 @given(rows=chunks())
 @settings(max_examples=100, deadline=None)
-def test_the_stream_is_what_hdf5_shuffle_and_gzip_would_hold(rows: np.ndarray) -> None:
+def test_the_stream_inflates_to_what_hdf5s_shuffle_filter_produces(rows: np.ndarray) -> None:
     shuffled = rows.view(np.uint8).reshape(-1, rows.itemsize).T.tobytes()
-    assert zlib.decompress(encode_chunk(rows)) == shuffled
+    assert zlib.decompress(encode(rows)) == shuffled
 
 
 @pytest.mark.parametrize("rows", [states(), states(3, 5), np.zeros((64, 256), np.uint16), np.full((64, 256), 0x7FC1, np.uint16)])
-def test_every_backend_reads_every_other(any_backend: str, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = encode_chunk(rows)
+def test_each_backend_reads_the_streams_of_the_other(any_backend: str, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = encode(rows)
     monkeypatch.undo()
     assert (decode_chunk(stream, np.empty_like(rows)) == rows).all()
     assert zlib.decompress(stream)
@@ -75,35 +85,35 @@ def test_every_backend_reads_every_other(any_backend: str, rows: np.ndarray, mon
 
 def test_a_full_chunk_of_noise_grows_by_less_than_a_thousandth() -> None:
     rows = np.random.default_rng(0).integers(0, 1 << 16, (64, 4096), dtype=np.uint16)
-    stream = encode_chunk(rows)
+    stream = encode(rows)
     assert len(stream) < rows.nbytes * 1.001
     assert (decode_chunk(stream, np.empty_like(rows)) == rows).all()
 
 
 def test_uneven_exponents_shrink_more_than_under_gzip() -> None:
     rows = states(width=4096)
-    assert len(encode_chunk(rows)) < 0.75 * rows.nbytes
-    assert len(encode_chunk(rows)) < len(zlib.compress(rows.tobytes(), 6))
+    assert len(encode(rows)) < 0.75 * rows.nbytes
+    assert len(encode(rows)) < len(zlib.compress(rows.tobytes(), 6))
 
 
 @pytest.mark.parametrize("kind", UNSIGNED)
-def test_zero_planes_and_padding_cost_next_to_nothing(kind: type) -> None:
+def test_zero_planes_and_padding_cost_almost_nothing(kind: type) -> None:
     width = 4096
-    assert len(encode_chunk(np.zeros((64, width), kind))) < 2000
+    assert len(encode(np.zeros((64, width), kind))) < 2000
     one_row = np.random.default_rng(0).integers(0, 1 << 16, (1, width), dtype=np.uint16).astype(kind)
-    assert len(encode_chunk(one_row, 64)) < 2 * width + 3000
+    assert len(encode(one_row, 64)) < 2 * width + 3000
 
 
-def test_float32_that_holds_bfloat16_costs_as_much_as_bfloat16() -> None:
+def test_float32_holding_bfloat16_values_costs_as_much_as_bfloat16() -> None:
     rows = states(width=1024)
     widened = rows.astype(np.uint32) << 16
-    assert len(encode_chunk(widened)) < 1.01 * len(encode_chunk(rows))
+    assert len(encode(widened)) < 1.01 * len(encode(rows))
 
 
 def test_rows_may_be_columns_of_a_wider_array_and_so_may_the_destination() -> None:
     wide = states(64, 96)
     out = np.zeros_like(wide)
-    decode_chunk(encode_chunk(wide[:, 32:64]), out[:, 32:64])
+    decode_chunk(encode(wide[:, 32:64]), out[:, 32:64])
     assert (out[:, 32:64] == wide[:, 32:64]).all()
     assert not out[:, :32].any()
     assert not out[:, 64:].any()
@@ -118,35 +128,35 @@ def test_merging_inverts_splitting(kind: type) -> None:
     assert (merged == rows).all()
 
 
-def test_every_flipped_bit_is_an_error_or_harmless(any_backend: str) -> None:
+def test_every_flipped_bit_is_detected_or_harmless(any_backend: str) -> None:
     rows = states(16, 16)
-    stream = encode_chunk(rows)
-    noticed = 0
+    stream = encode(rows)
+    detected = 0
     for bit in range(8 * len(stream)):
         damaged = bytearray(stream)
         damaged[bit // 8] ^= 1 << bit % 8
         try:
-            assert (decode_chunk(bytes(damaged), np.empty_like(rows)) == rows).all(), f"bit {bit} changed the rows in silence"
+            assert (decode_chunk(bytes(damaged), np.empty_like(rows)) == rows).all(), f"bit {bit} changed the rows undetected"
         except DamagedChunk:
-            noticed += 1
-    assert noticed > 0.98 * 8 * len(stream)  # the rest: the unused bits of stored blocks' headers
+            detected += 1
+    assert detected > 0.98 * 8 * len(stream)  # the others are unused bits in the headers of stored blocks
 
 
 def test_every_truncation_is_an_error(any_backend: str) -> None:
-    stream = encode_chunk(states(8, 16))
+    stream = encode(states(8, 16))
     for size in range(len(stream)):
         with pytest.raises(DamagedChunk, match="damaged"):
             inflate(stream[:size], 8 * 16 * 2)
 
 
-def test_a_stream_of_another_length_is_an_error(any_backend: str) -> None:
+def test_a_stream_of_the_wrong_length_is_an_error(any_backend: str) -> None:
     with pytest.raises(DamagedChunk, match="holds 64 bytes, expected 128"):
-        inflate(encode_chunk(states(2, 16)), 128)
+        inflate(encode(states(2, 16)), 128)
 
 
-def test_without_isal_zlib_takes_over_and_says_so_once(without_isal: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_isal_zlib_is_used_and_one_warning_is_logged(without_isal: None, caplog: pytest.LogCaptureFixture) -> None:
     rows = states()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert (decode_chunk(encode_chunk(rows), np.empty_like(rows)) == rows).all()
+            assert (decode_chunk(encode(rows), np.empty_like(rows)) == rows).all()
     assert [record.message for record in caplog.records if "isal" in record.message] == [caplog.messages[0]]

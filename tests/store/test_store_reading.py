@@ -1,4 +1,4 @@
-"""Files that any HDF5 reader understands, and row ranges that cost no more than the chunks they lie in."""
+"""The files are plain HDF5 that any reader understands, and a row range costs only the chunks that hold it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eagle_ds.store import reader as reader_module
-from eagle_ds.store.chunks import ChunkIndex, chunk_jobs
+from eagle_ds.store.chunks import ChunkIndex, chunk_reads
 from eagle_ds.store.format import CHUNK_ROWS, SMALL_DTYPES, TORCH_DTYPES, WIDE_NAMES
-from eagle_ds.store.store import ReadStats, SampleReader, Store, StoreError, read_rows_h5py
-from tests.store_cases import assert_stored, make_facts, make_sample, same_bits, write_store
+from eagle_ds.store.reader import read_rows_h5py
+from eagle_ds.store.store import ReadStats, SampleReader, Store, StoreError
+from tests.store_cases import assert_stored, make_info, make_sample, same_bits, write_store
 
 TOKENS = 5 * CHUNK_ROWS + 11
 DTYPES = list(TORCH_DTYPES)
-BF16 = make_facts()
+BF16 = make_info()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def row_ranges() -> st.SearchStrategy[list[tuple[int, int]]]:
 def test_any_shape_and_any_bits_come_back(
     tmp_path_factory: pytest.TempPathFactory, dtype: str, num_tokens: int, hidden_size: int, num_aux: int, seed: int
 ) -> None:
-    info = make_facts(hidden_size, num_aux, dtype)
+    info = make_info(hidden_size, num_aux, dtype)
     sample = make_sample("any", num_tokens, info, seed, labels=seed % 2 == 0)
     store = write_store(tmp_path_factory.mktemp("any"), info, sample)
     assert_stored(store.reader(store.entries[0]), sample)
@@ -61,17 +62,17 @@ def test_any_shape_and_any_bits_come_back(
 @pytest.mark.parametrize("name", WIDE_NAMES)
 @given(ranges=row_ranges(), threads=st.sampled_from([1, 3]))
 @settings(max_examples=60, deadline=None)
-def test_ranges_in_any_order_overlaps_included_are_what_slicing_gives(
+def test_ranges_in_any_order_and_overlapping_equal_slices(
     store: Store, name: str, ranges: list[tuple[int, int]], threads: int
 ) -> None:
     rows = getattr(make_sample("s", TOKENS, BF16), name)
-    wanted = torch.cat([rows[start:stop] for start, stop in ranges]) if ranges else rows[:0]
+    expected = torch.cat([rows[start:stop] for start, stop in ranges]) if ranges else rows[:0]
     with store.reader(store.entries[0], threads=threads) as reader:
-        assert same_bits(reader.read_rows(name, ranges), wanted)
-    assert same_bits(read_rows_h5py(file_of(store), name, ranges), wanted)
+        assert same_bits(reader.read_rows(name, ranges), expected)
+    assert same_bits(read_rows_h5py(file_of(store), name, ranges), expected)
 
 
-def test_plain_h5py_shows_the_right_numbers(tmp_path: Path) -> None:
+def test_plain_h5py_reads_the_right_numbers(tmp_path: Path) -> None:
     sample = make_sample("s", 100, BF16)
     sample.hidden_state = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     store = write_store(tmp_path, BF16, sample)
@@ -111,7 +112,7 @@ def test_hidden_states_are_chunked_by_layer_and_filtered_by_shuffle_and_gzip(sto
             assert dataset.id.get_num_chunks() == -(-TOKENS // CHUNK_ROWS) * (3 if name == "aux_hidden_state" else 1)
 
 
-def test_the_header_says_what_it_is(store: Store) -> None:
+def test_the_header_describes_the_file(store: Store) -> None:
     with h5py.File(file_of(store)) as file:
         assert file.attrs["schema"] == 1
         assert file.attrs["complete"] == 1
@@ -122,7 +123,7 @@ def test_the_header_says_what_it_is(store: Store) -> None:
         assert file.attrs["encoder"].startswith(b"eagle_ds")
 
 
-def test_each_chunk_is_read_and_inflated_once_however_the_ranges_fall(reader: SampleReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_chunk_is_read_and_inflated_once_for_any_ranges(reader: SampleReader, monkeypatch: pytest.MonkeyPatch) -> None:
     inflated: list[int] = []
     real = reader_module.inflate
     monkeypatch.setattr(reader_module, "inflate", lambda stream, size, crc32: inflated.append(size) or real(stream, size, crc32))
@@ -136,14 +137,14 @@ def test_each_chunk_is_read_and_inflated_once_however_the_ranges_fall(reader: Sa
     assert reader.stats.bytes_used - before.bytes_used == rows.nbytes
 
 
-def test_the_counters_tell_bytes_from_the_file(reader: SampleReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_statistics_count_the_bytes_read_from_the_file(reader: SampleReader, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[int] = []
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda *call: fetched.append(len(block := real(*call))) or block)
     reader.read_small("input_ids")
     before = reader.stats.bytes_read
     reader.read_rows("hidden_state", [(0, TOKENS)])
-    assert len(fetched) <= 2  # neighbours come in one go; HDF5 puts its chunk index behind the first
+    assert len(fetched) <= 2  # adjacent chunks come in one call; HDF5 puts its chunk index after the first
     assert reader.stats.bytes_read - before == sum(fetched)
     assert sum(fetched) < 1.2 * TOKENS * BF16.hidden_size * 2
 
@@ -157,7 +158,7 @@ def test_stats_add_up() -> None:
 
 @pytest.mark.parametrize(("num_tokens", "most"), [(4096, 1.12), (131_072, 1.02)])
 def test_a_rank_of_eight_inflates_little_more_than_its_rows(num_tokens: int, most: float) -> None:
-    """Context rows of the aux states, and as many hidden states plus the seven that the later steps look ahead to."""
+    """A rank reads its context rows of the aux states, and as many target rows plus the seven after them."""
     grid = (num_tokens // CHUNK_ROWS, 3)
     aux = ChunkIndex(np.arange(grid[0] * 3).reshape(grid), np.ones(grid, np.int64), None, CHUNK_ROWS)
     hidden = ChunkIndex(np.arange(grid[0]).reshape(-1, 1), np.ones((grid[0], 1), np.int64), None, CHUNK_ROWS)
@@ -165,11 +166,11 @@ def test_a_rank_of_eight_inflates_little_more_than_its_rows(num_tokens: int, mos
     for rank in range(8):
         start, stop = rank * share, (rank + 1) * share
         ahead = min(num_tokens, stop + 7)
-        jobs = [job for batch in chunk_jobs(aux, [(start, stop)]) + chunk_jobs(hidden, [(start, ahead)]) for job in batch]
-        assert len(jobs) * CHUNK_ROWS / (3 * share + ahead - start) <= most
+        reads = [read for batch in chunk_reads(aux, [(start, stop)]) + chunk_reads(hidden, [(start, ahead)]) for read in batch]
+        assert len(reads) * CHUNK_ROWS / (3 * share + ahead - start) <= most
 
 
-def test_rows_go_straight_into_the_given_tensor(reader: SampleReader) -> None:
+def test_rows_are_read_directly_into_the_given_tensor(reader: SampleReader) -> None:
     out = torch.zeros(20, BF16.hidden_size, dtype=torch.bfloat16)
     rows = reader.read_rows("hidden_state", [(0, 6), (70, 74)], out[5:15])
     assert rows.data_ptr() == out[5:].data_ptr()
@@ -191,7 +192,7 @@ def test_rows_outside_the_sample_are_refused(reader: SampleReader, wrong: tuple[
 
 
 @pytest.mark.gpu
-def test_pinned_memory_is_a_destination_like_any_other(reader: SampleReader) -> None:
+def test_rows_can_be_read_into_pinned_memory(reader: SampleReader) -> None:
     out = torch.empty(TOKENS, BF16.hidden_size, dtype=torch.bfloat16, pin_memory=True)
     rows = reader.read_rows("hidden_state", [(0, TOKENS)], out)
     assert rows.is_pinned()
@@ -199,7 +200,7 @@ def test_pinned_memory_is_a_destination_like_any_other(reader: SampleReader) -> 
 
 
 def rewritten(store: Store, path: Path, **options: object) -> SampleReader:
-    """The same file as another program might copy it: its datasets created anew by h5py with ``options``."""
+    """Copy the file as another program might: h5py creates its hidden-state datasets with ``options``."""
     with h5py.File(file_of(store), locking=False) as source, h5py.File(path, "w") as copy:
         for key, value in source.attrs.items():
             copy.attrs[key] = value
@@ -219,7 +220,7 @@ def test_files_rewritten_with_another_gzip_pipeline_are_read_by_plain_h5py(store
 
 
 def test_files_without_a_checksum_are_refused(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is not gzip-filtered, so nothing guards its bytes"):
+    with pytest.raises(StoreError, match="is not gzip-filtered, so no checksum protects it"):
         rewritten(store, tmp_path / "plain.h5", compression=None).read_rows("hidden_state", [(0, 1)])
 
 
@@ -233,6 +234,7 @@ def test_a_chunk_stored_without_its_filters_is_refused(store: Store, tmp_path: P
 
 
 def edit(file: h5py.File, change: str) -> None:
+    """Make one change after which the file must be refused."""
     if change == "unfinished":
         file.attrs["complete"] = np.uint8(0)
     elif change == "schema":

@@ -1,4 +1,4 @@
-"""The inspector tells what is in a store, finds every damage and names it, and can write a peer's files back."""
+"""tools/inspect_hdf5.py shows what a store contains, finds and names damage, and exports SpecForge's files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from eagle_ds.convert import iter_source
+from eagle_ds.convert.options import ConvertOptions
 from eagle_ds.convert.run import convert
-from eagle_ds.convert.setup import ConvertOptions
-from eagle_ds.store.inspection import histogram, inspect
 from eagle_ds.store.store import Store
+from eagle_ds.store.summary import histogram, summarize
 from tests.peer_files import AUX_IDS, VOCAB, Features, features, write_specforge
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "inspect_hdf5.py"
@@ -37,7 +37,7 @@ def tool() -> ModuleType:
 
 @pytest.fixture
 def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run the tool in this process; (exit code, what it printed, white space squeezed)."""
+    """Run the tool in this process; return its exit code and its output with white space collapsed."""
 
     def call(*arguments: str | Path) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments), "--workers", "1"])
@@ -63,7 +63,7 @@ def entry_of(store: Path, number: int):
 
 
 def flip(path: Path, name: str, row: int) -> None:
-    """One bit in the middle of the chunk that holds ``row`` of the dataset's last layer."""
+    """Flip one bit in the middle of the chunk that holds ``row`` of the dataset's last layer."""
     with h5py.File(path, "r", locking=False) as file:
         dataset = file[name]
         chunks = [dataset.id.get_chunk_info(number) for number in range(dataset.id.get_num_chunks())]
@@ -73,7 +73,7 @@ def flip(path: Path, name: str, row: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_store_is_told_at_a_glance(store: Path, run) -> None:
+def test_the_summary_of_a_store_shows_counts_target_and_datasets(store: Path, run) -> None:
     code, text = run(store)
     trained = sum(sum(1 for row in range(length) if row % 16 >= 8) for length in LENGTHS)
     assert code == 0
@@ -83,16 +83,16 @@ def test_a_store_is_told_at_a_glance(store: Path, run) -> None:
         assert name in text
 
 
-def test_compression_is_what_the_files_say(store: Path) -> None:
-    report = inspect(store)
-    assert report.sized_files == len(LENGTHS)
-    assert report.sizes["hidden_state"].raw_bytes == sum(LENGTHS) * 64 * 2
-    assert report.sizes["aux_hidden_state"].raw_bytes == 3 * report.sizes["hidden_state"].raw_bytes
-    assert 0.15 < report.sizes["aux_hidden_state"].saved < 0.4
-    assert sum(size.stored_bytes for size in report.sizes.values()) < report.stored_bytes
+def test_compression_is_measured_from_the_files(store: Path) -> None:
+    summary = summarize(store)
+    assert summary.sized_files == len(LENGTHS)
+    assert summary.sizes["hidden_state"].raw_bytes == sum(LENGTHS) * 64 * 2
+    assert summary.sizes["aux_hidden_state"].raw_bytes == 3 * summary.sizes["hidden_state"].raw_bytes
+    assert 0.15 < summary.sizes["aux_hidden_state"].saved < 0.4
+    assert sum(size.stored_bytes for size in summary.sizes.values()) < summary.stored_bytes
 
 
-def test_one_file_is_told_too(store: Path, run) -> None:
+def test_one_file_is_summarized_too(store: Path, run) -> None:
     code, text = run(store / entry_of(store, 3).path)
     assert code == 0 and "1,000" in text and "tiny-8B" in text
 
@@ -111,20 +111,20 @@ def test_the_histogram_is_drawn_as_text_and_as_a_picture(store: Path, run, tmp_p
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_cannot_be_written_is_refused_before_the_store_is_read(store: Path, tmp_path: Path, run) -> None:
+def test_an_output_that_cannot_be_written_is_refused_before_the_store_is_read(store: Path, tmp_path: Path, run) -> None:
     (tmp_path / "file").touch()
     for option, path in (("--plot", tmp_path / "file" / "lengths.png"), ("--export-ckpt", tmp_path / "file")):
         code, text = run(store, option, path)
         assert code == 1 and text.startswith(f"error: {option} {path}: {tmp_path / 'file'} is a file, where a folder was expected")
 
 
-def test_a_sound_store_verifies(store: Path, run) -> None:
+def test_an_intact_store_passes_verify(store: Path, run) -> None:
     code, text = run(store, "--verify")
     assert code == 0 and "6 files verified, 0 damaged" in text
 
 
 @pytest.mark.parametrize(("name", "row", "rows"), [("aux_hidden_state", 700, "640 to 704"), ("hidden_state", 0, "0 to 64")])
-def test_verify_names_the_damaged_file_and_rows_and_goes_on(store: Path, run, name: str, row: int, rows: str) -> None:
+def test_verify_names_the_damaged_file_and_rows_and_continues(store: Path, run, name: str, row: int, rows: str) -> None:
     path = store / entry_of(store, 3).path
     flip(path, name, row)
     code, text = run(store, "--verify")
@@ -134,7 +134,7 @@ def test_verify_names_the_damaged_file_and_rows_and_goes_on(store: Path, run, na
     assert code == 3 and f"{name} rows {rows}" in text
 
 
-def test_verify_finds_missing_cut_and_exchanged_files(store: Path, run) -> None:
+def test_verify_finds_missing_truncated_and_exchanged_files(store: Path, run) -> None:
     first, second, third = (store / entry_of(store, number).path for number in (0, 1, 2))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-100])
@@ -144,7 +144,7 @@ def test_verify_finds_missing_cut_and_exchanged_files(store: Path, run) -> None:
     assert all(str(path) in text for path in (first, second, third))
 
 
-def test_any_missing_or_cut_file_is_named_without_verify_too(store: Path, run) -> None:
+def test_missing_and_truncated_files_are_named_without_verify_too(store: Path, run) -> None:
     paths = [store / entry_of(store, number).path for number in (3, 5)]
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[:-100])
@@ -153,7 +153,7 @@ def test_any_missing_or_cut_file_is_named_without_verify_too(store: Path, run) -
     assert "over 4 files" in text
 
 
-def test_an_export_to_a_full_disk_is_one_sentence_and_leaves_no_half_file(store: Path, run, tmp_path: Path) -> None:
+def test_an_export_to_a_full_disk_is_a_one_line_error_and_leaves_no_partial_file(store: Path, run, tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # the sample of 1000 tokens needs half a megabyte
     try:
@@ -177,7 +177,7 @@ def test_a_damaged_small_dataset_is_found(store: Path, run) -> None:
     assert code == 3 and "damaged" in text
 
 
-def test_a_file_that_no_line_speaks_of_is_pointed_out(store: Path, run) -> None:
+def test_a_file_without_a_manifest_line_is_pointed_out(store: Path, run) -> None:
     orphan = store / entry_of(store, 0).path.replace(".h5", "0.h5")
     orphan.write_bytes((store / entry_of(store, 0).path).read_bytes())
     code, text = run(store, "--verify")
@@ -205,7 +205,7 @@ def test_chosen_samples_are_exported_and_unknown_ones_refused(store: Path, run, 
     assert code == 1 and "'data_2' is not a sample" in text and "rows_0-5000/data_0" in text
 
 
-def test_a_killed_process_of_verify_is_one_sentence(store: Path, run, tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_of_verify_is_a_one_line_error(store: Path, run, tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: object) -> Iterator[None]:
         raise BrokenProcessPool
         yield
@@ -215,7 +215,7 @@ def test_a_killed_process_of_verify_is_one_sentence(store: Path, run, tool: Modu
     assert code == 1 and "use fewer --workers" in text and "Traceback" not in text
 
 
-def test_what_is_no_store_is_one_sentence(tmp_path: Path, run) -> None:
+def test_a_path_that_is_not_a_store_is_a_one_line_error(tmp_path: Path, run) -> None:
     for path, words in ((tmp_path, "not a hidden-state store"), (tmp_path / "x.h5", "does not exist")):
         code, text = run(path)
         assert code == 1 and words in text and "Traceback" not in text
