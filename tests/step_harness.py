@@ -13,6 +13,7 @@ from eagle_ds.kernels.attention import BlockAttention, ReferenceAttention
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, head_loss
 from eagle_ds.model.ttt import PrefixAttention
+from eagle_ds.parallel.exchange import SequenceExchange
 from eagle_ds.parallel.topology import SOLO, ProcessGroups
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import SequenceSharding
@@ -39,16 +40,10 @@ def prefix_for(
     model: Eagle3Draft, sharding: SequenceSharding, groups: ProcessGroups = SOLO, kernel: BlockAttention | None = None, recompute: str = "none"
 ) -> PrefixAttention:
     arch = model.arch
+    exchange = SequenceExchange(sharding, groups, arch.num_attention_heads, arch.num_key_value_heads)
     return PrefixAttention(
-        sharding,
-        groups,
-        kernel or ReferenceAttention(),
-        query_heads=arch.num_attention_heads,
-        kv_heads=arch.num_key_value_heads,
-        head_dim=arch.head_dim,
-        sliding_window=arch.sliding_window,
-        resend_queries=recompute == "full",
-        device=model.fc.weight.device,
+        exchange, kernel or ReferenceAttention(), head_dim=arch.head_dim, sliding_window=arch.sliding_window,
+        resend_queries=recompute == "full", device=model.fc.weight.device,
     )
 
 

@@ -98,7 +98,7 @@ def describe_job(args: argparse.Namespace, recipe: Recipe | None, draft: DraftOn
     from eagle_ds.evaluation.acceptance import TargetFiles
     from eagle_ds.evaluation.decoding import DecodeSettings
     from eagle_ds.evaluation.decoding_pool import DecodingJob
-    from eagle_ds.target.files import check_aux_ids
+    from eagle_ds.target.info import check_aux_ids
 
     model = args.target or (recipe.target.model if recipe else None)
     layers = args.aux_layer_ids or draft.layer_outputs or (recipe.target.aux_ids if recipe else None)

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> Path:
     from eagle_ds.drafts.export import ExportSettings, export_draft
     from eagle_ds.drafts.folder import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
-    from eagle_ds.target.files import TargetInfo, resolve_target
+    from eagle_ds.target.files import resolve_target
+    from eagle_ds.target.info import TargetInfo
 
     enter_repository(args)
     if args.out:

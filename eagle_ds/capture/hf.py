@@ -1,11 +1,12 @@
-"""Hidden states of a target that transformers runs: three aux layers, the final state, and the labels of its head.
+"""Hidden states of a target that transformers runs: three aux layers, the final state, and the labels of its
+head.
 
-A forward pass runs the decoder without its head, and hooks copy the outputs of the aux layers. Logits exist for a few rows
-at a time only, because [S, V] of them would be larger than everything else.
+A forward pass runs the decoder without its head, and hooks copy the outputs of the aux layers. Logits exist
+for a few rows at a time only, because [S, V] of them would be larger than everything else.
 
-Samples shorter than a chunk are batched and padded on the right. Under a causal mask no token sees what comes after it, so
-the padding changes nothing: no attention mask is needed, and the padded rows are dropped. A longer sample goes alone, chunk
-by chunk through a KV cache.
+Samples shorter than a chunk are batched and padded on the right. Under a causal mask no token sees what comes
+after it, so the padding changes nothing: no attention mask is needed, and the padded rows are dropped. A
+longer sample goes alone, chunk by chunk through a KV cache.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from eagle_ds.target.files import check_aux_ids
 from eagle_ds.target.head import argmax_and_logsumexp, head_logits
+from eagle_ds.target.info import check_aux_ids
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,9 @@ class StateExtractor:
     """
 
     def __init__(
-        self, model: nn.Module, aux_ids: Sequence[int], store_dtype: torch.dtype, limits: ForwardLimits | None = None
+        self, model: nn.Module, aux_ids: Sequence[
+            int
+        ], store_dtype: torch.dtype, limits: ForwardLimits | None = None
     ) -> None:
         self.model = model.eval()
         self.decoder = model.get_decoder()
@@ -79,7 +82,8 @@ class StateExtractor:
     def __call__(self, samples: Sequence[torch.Tensor]) -> list[SampleStates]:
         """Compute the states of each sample (int [S]), all in one padded batch.
 
-        Raises: ValueError if there are several samples and one is longer than a chunk: that one must go alone.
+        Raises: ValueError if there are several samples and one is longer than a chunk: that one must go
+        alone.
         """
         width = max(map(len, samples))
         if len(samples) > 1 and width > self.limits.chunk_tokens:
@@ -95,7 +99,10 @@ class StateExtractor:
         return [self._with_labels(aux[i, :length], hidden[i, :length]) for i, length in enumerate(lengths)]
 
     def _forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the decoder on ids [B, S]. Returns aux [B, S, A * H] and hidden [B, S, H] on the CPU, in the stored dtype."""
+        """Run the decoder on ids [B, S].
+
+        Returns aux [B, S, A * H] and hidden [B, S, H] on the CPU, in the stored dtype.
+        """
         chunks = ids.split(self.limits.chunk_tokens, dim=1)
         cache: Any = None
         hidden: list[torch.Tensor] = []
@@ -104,7 +111,8 @@ class StateExtractor:
                 output = self.decoder(input_ids=chunk, past_key_values=cache, use_cache=len(chunks) > 1)
                 cache = output.past_key_values
                 hidden.append(self._to_host(output.last_hidden_state))
-        # Each layer's list holds one [B, chunk, H] for each chunk: join the chunks, then put the layers side by side.
+        # Each layer's list holds one [B, chunk, H] for each chunk: join the chunks, then put the layers side
+        # by side.
         return torch.cat([torch.cat(parts, dim=1) for parts in aux], dim=2), torch.cat(hidden, dim=1)
 
     def _to_host(self, states: torch.Tensor) -> torch.Tensor:
@@ -114,14 +122,15 @@ class StateExtractor:
     def _captured_aux(self) -> Iterator[list[list[torch.Tensor]]]:
         """Append the output [B, chunk, H] of each aux layer to a list of its own while the context is open.
 
-        Forward hooks are used because ``output_hidden_states=True`` would keep the outputs of all layers. The hooks are
-        removed even if the pass fails, so that a later pass does not append twice.
+        Forward hooks are used because ``output_hidden_states=True`` would keep the outputs of all layers. The
+        hooks are removed even if the pass fails, so that a later pass does not append twice.
         """
         outputs: list[list[torch.Tensor]] = [[] for _ in self._layers]
 
         def appending_to(parts: list[torch.Tensor]) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                # A decoder layer returns its states, or a tuple that begins with them, depending on the version.
+                # A decoder layer returns its states, or a tuple that begins with them, depending on the
+                # version.
                 parts.append(self._to_host(output if torch.is_tensor(output) else output[0]))
 
             return hook
@@ -142,8 +151,8 @@ class StateExtractor:
     def read_head(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute argmax int32 [S] and log-sum-exp float32 [S] of the head's logits, on the CPU.
 
-        ``hidden`` [S, H] are the states AS STORED, already rounded: training computes its label probabilities from those,
-        and argmax and log-sum-exp must be of the same logits.
+        ``hidden`` [S, H] are the states AS STORED, already rounded: training computes its label probabilities
+        from those, and argmax and log-sum-exp must be of the same logits.
         """
         token, logsumexp = argmax_and_logsumexp(hidden, self.head, LOGIT_BYTES)
         return token.to(torch.int32).cpu(), logsumexp.float().cpu()
@@ -163,8 +172,8 @@ def decoder_layers(decoder: nn.Module, aux_ids: Sequence[int]) -> list[nn.Module
 def check_head(extractor: StateExtractor) -> None:
     """Raise ValueError if the target's logits are anything but head @ h (scaled, capped, or with a bias).
 
-    The draft's labels are softmax(head @ h): for another target they would be wrong without any sign of it. The
-    comparison runs on eight arbitrary tokens.
+    The draft's labels are softmax(head @ h): for another target they would be wrong without any sign of it.
+    The comparison runs on eight arbitrary tokens.
     """
     ids = torch.arange(8, device=extractor.device)[None]
     output = extractor.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -173,8 +182,8 @@ def check_head(extractor: StateExtractor) -> None:
     tolerance = 2e-2 if extractor.head.element_size() == 2 else 1e-4
     if (found - expected).norm() > tolerance * expected.norm():
         raise ValueError(
-            f"{type(extractor.model).__name__} does not compute its logits as head @ final state (it scales or caps them, "
-            "or adds a bias); a draft cannot be trained on such a target"
+            f"{type(extractor.model).__name__} does not compute its logits as head @ final state (it scales or "
+            "caps them, or adds a bias); a draft cannot be trained on such a target"
         )
 
 

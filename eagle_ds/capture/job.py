@@ -1,7 +1,8 @@
-"""What to capture: the job as requested, the job prepared against target, conversations and store, and its size on disk.
+"""What to capture: the job as requested, the job prepared against target, conversations and store, and its
+size on disk.
 
-Everything here is known from the tokenizer and the files alone, before the target's weights are loaded: a wrong setting
-is reported at once and not after hours.
+Everything here is known from the tokenizer and the files alone, before the target's weights are loaded: a
+wrong setting is reported at once and not after hours.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from eagle_ds.data.chat import ChatEncoder, EncodeStats, load_tokenizer
 from eagle_ds.data.conversations import ConversationFile, require_samples
 from eagle_ds.store.manifest import STORE_JSON, SampleEntry, StoreInfo
 from eagle_ds.store.store import Store, StoreWriter
-from eagle_ds.target.files import TargetInfo, check_aux_ids, resolve_target, target_hash, tokenizer_hash
+from eagle_ds.target.files import resolve_target
+from eagle_ds.target.identity import target_hash, tokenizer_hash
+from eagle_ds.target.info import TargetInfo, check_aux_ids
 
 # Stored bytes / raw bytes. Measured 0.69 on SmolLM2 (H = 576); wider targets compress a little better.
 STORED_SHARE = 0.7
@@ -55,7 +58,9 @@ class CaptureJob:
         store = getattr(recipe.data, prefix + "store")
         if not conversations or not store:
             missing = f"data.{prefix}conversations or no data.{prefix}store"
-            raise ValueError(f"the recipe has no {missing}; set both, or capture the other split alone with --split")
+            raise ValueError(
+                f"the recipe has no {missing}; set both, or capture the other split alone with --split"
+            )
         return cls(
             target=recipe.target.model,
             revision=recipe.target.revision,
@@ -181,14 +186,18 @@ def _file_size(path: Path) -> int:
 
 
 def is_stored(sample: PendingSample, stored: Mapping[str, SampleEntry], root: Path) -> bool:
-    """Return whether the store has this sample. Raises ValueError if it has another text under the same id."""
+    """Return whether the store has this sample.
+
+    Raises ValueError if it has another text under the same id.
+    """
     entry = stored.get(sample.id)
     if entry is None:
         return False
     if (entry.num_tokens, entry.trained_spans) != (sample.num_tokens, sample.trained_spans):
         raise ValueError(
-            f"store {root} holds sample {sample.id} with {entry.num_tokens} tokens, but the conversation file "
-            f"now gives {sample.num_tokens} (or other answers); capture into another folder, or delete this store"
+            f"store {root} holds sample {sample.id} with {entry.num_tokens} tokens, but the conversation "
+            f"file now gives {sample.num_tokens} (or other answers); capture into another folder, or delete "
+            "this store"
         )
     return True
 
@@ -198,6 +207,6 @@ def require_space(prepared: PreparedCapture) -> None:
     estimate = prepared.estimate()
     if estimate.store_bytes + MARGIN_BYTES > estimate.free_bytes:
         raise ValueError(
-            f"the disk of {prepared.job.store} has {estimate.free_bytes / 1e9:.1f} GB free but the capture needs "
-            f"about {estimate.store_bytes / 1e9:.1f} GB; free some, or choose another folder"
+            f"the disk of {prepared.job.store} has {estimate.free_bytes / 1e9:.1f} GB free but the capture "
+            f"needs about {estimate.store_bytes / 1e9:.1f} GB; free some, or choose another folder"
         )

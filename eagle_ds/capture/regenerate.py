@@ -25,7 +25,8 @@ import torch
 from eagle_ds.capture.hf import load_model
 from eagle_ds.data.chat import ChatEncoder, Message, load_tokenizer, messages_of, record_id
 from eagle_ds.data.conversations import ConversationFile
-from eagle_ds.target.files import resolve_target, stop_token_ids
+from eagle_ds.target.files import resolve_target
+from eagle_ds.target.info import stop_token_ids
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from eagle_ds.drafts.cached import CachedDraft
 from eagle_ds.drafts.folder import DraftOnDisk, load_served_draft
 from eagle_ds.drafts.served import ServeCommands, served_config, served_name
 from eagle_ds.drafts.served_check import Probe, ServedReader
-from eagle_ds.target.files import TargetInfo
+from eagle_ds.target.info import TargetInfo
 
 log = logging.getLogger(__name__)
 

@@ -24,10 +24,17 @@ from eagle_ds.config.recipe import Recipe, load_recipe
 from eagle_ds.config.run_folder import RECIPE_FILE, draft_candidates
 from eagle_ds.config.settings import read_json
 from eagle_ds.data.vocab import VocabMap
-from eagle_ds.drafts.served import EMBEDDING, VOCABULARY, arch_of_config, layer_outputs, tensor_shapes, training_name
+from eagle_ds.drafts.served import (
+    EMBEDDING,
+    VOCABULARY,
+    arch_of_config,
+    layer_outputs,
+    tensor_shapes,
+    training_name,
+)
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.target.files import TargetInfo
+from eagle_ds.target.info import TargetInfo
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ import torch
 from eagle_ds.config.recipe import RopeScaling
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.target.files import TargetInfo, rope_of
+from eagle_ds.target.info import TargetInfo, rope_of
 
 SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle3"
 VLLM_ARCHITECTURE = "Eagle3LlamaForCausalLM"

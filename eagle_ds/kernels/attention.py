@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds.parallel.transfer import to_device
+from eagle_ds.parallel.copies import to_device
 
 SCORE_BYTES = 64 << 20  # the reference works on score blocks of about this size
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eagle_ds.kernels.attention import BlockAttention, KeyBounds, ReferenceAttention
 from eagle_ds.kernels.attention_parts import BACKWARD, FORWARD, Cut, Part, keys_behind
-from eagle_ds.parallel.words import copy_rows
+from eagle_ds.parallel.copies import copy_rows
 
 logger = logging.getLogger(__name__)
 

@@ -243,7 +243,7 @@ class Eagle3Draft(nn.Module):
         keys_at = self.arch.num_attention_heads * self.arch.head_dim
         lent = weights.weight[keys_at:], None if weights.bias is None else weights.bias[keys_at:]
         rows = (_pick(fused, batch.context_index), batch.context_ids, batch.context_positions)
-        anchor = prefix.exchange(*self._in_tiles(again, partial(self.context_kv, lent), *rows))
+        backward_token = prefix.share_keys(*self._in_tiles(again, partial(self.context_kv, lent), *rows))
         project = self._step_projections(batch)
         begun = project.begin(*self._tokens(batch.token_ids), weights)
         state, states, diagonals = _pick(fused, batch.query_index), [], []
@@ -252,7 +252,7 @@ class Eagle3Draft(nn.Module):
             diagonals += kv
             if stay:
                 stay(*kv)
-            attended = prefix.attend(anchor, step, q, diagonals)
+            attended = prefix.attend(backward_token, step, q, diagonals)
             raw = self._finish(state, attended, recompute)
             states.append(raw)
             state = self.hand_on(raw)

@@ -29,8 +29,7 @@ from eagle_ds.kernels.fused import is_half_on_gpu
 from eagle_ds.kernels.linear import add_product
 from eagle_ds.kernels.loss import LossKernels, LossKind, PlainKernels
 from eagle_ds.kernels.norm import rms_norm
-from eagle_ds.parallel.transfer import to_host
-from eagle_ds.parallel.words import copy_rows
+from eagle_ds.parallel.copies import copy_rows, to_host
 from eagle_ds.sharding.tiles import LOSS_CHUNK_BYTES, loss_chunk_rows
 from eagle_ds.target.head import TargetHead, head_logits
 

@@ -23,7 +23,7 @@ from eagle_ds.kernels.elementwise import rotate_into
 from eagle_ds.kernels.linear import add_product
 from eagle_ds.kernels.norm import norm_into, rms_norm, rms_norm_gradients
 from eagle_ds.kernels.rows import add_rows, take_rows
-from eagle_ds.parallel.words import copy_rows
+from eagle_ds.parallel.copies import copy_rows
 from eagle_ds.sharding.tiles import tile_rows
 
 
@@ -61,10 +61,10 @@ class StepProjections:
         self._tokens = len(tokens if rows is None else rows)
         return _Begin.apply(self, tokens, rows, *weights)
 
-    def __call__(self, anchor: Tensor, step: int, state: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, backward_token: Tensor, step: int, state: Tensor) -> tuple[Tensor, ...]:
         """States g_k [N, D] -> rotated queries [N, Hq, d], and from step 1 on the row's diagonal: a rotated key and a plain value, each
         [N, Hkv, d]. The keys of step 0 are among K_0."""
-        return _Step.apply(self, step, anchor, state)
+        return _Step.apply(self, step, backward_token, state)
 
     def heads(self, step: int) -> list[int]:
         """Heads of q, or of q, k and v."""
@@ -144,7 +144,7 @@ class _Step(torch.autograd.Function):
     """One step; adds to the sums in backward."""
 
     @staticmethod
-    def forward(ctx: Any, steps: StepProjections, step: int, anchor: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, steps: StepProjections, step: int, backward_token: Tensor, state: Tensor) -> tuple[Tensor, ...]:
         assert steps.table is not None, "begin, then the steps in order, once each"
         weight, _, _, norm = steps.weights
         heads, index = steps.heads(step), steps.token_index[step]

@@ -1,8 +1,19 @@
-"""DeepSpeed-Ulysses: all-to-all between sequence-sharded rows and head-sharded rows (arXiv:2309.14509).
+"""DeepSpeed-Ulysses (arXiv:2309.14509): an all-to-all between sequence-sharded rows and head-sharded rows.
 
-DeepSpeed's own ``DistributedAttention`` is not used: it wants equal row counts on every rank and at least as many
-KV heads as ranks, and it would send K and V again in every TTT step. Here row counts come from the plan, query and
-key rows differ, KV heads are replicated where U does not divide them, and K_0/V_0 travel once per sample.
+Before, each rank has all heads of its own rows. After, it has its own heads of all rows of the group. With U
+= 2:
+
+             heads 0,1  heads 2,3                           heads 0,1      heads 2,3
+    rank 0       a          b                 rank 0's rows     a              b
+    rank 1       c          d                 rank 1's rows     c              d
+                                                              rank 0         rank 1
+
+Here rank 0 sends b to rank 1, and rank 1 sends c to rank 0.
+
+DeepSpeed's own ``DistributedAttention`` does not fit: it needs equal row counts on every rank and at least as
+many KV heads as ranks, and it would send K and V again at every TTT step. Here row counts come from the
+sharding, query rows and context rows differ, KV heads are replicated where U does not divide them, and
+K_0/V_0 are sent once for each sequence.
 """
 
 from __future__ import annotations
@@ -13,16 +24,16 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
+from eagle_ds.parallel.copies import dense, to_device
 from eagle_ds.parallel.topology import Group
-from eagle_ds.parallel.transfer import to_device
-from eagle_ds.parallel.words import dense
 from eagle_ds.sharding.heads import HeadSharding
 
 
 class UlyssesExchange:
-    """Moves tensors [rows, heads, width] within one Ulysses group.
+    """Move tensors [rows, heads, width] within one Ulysses group.
 
-    ``heads`` says which KV heads each rank gets.
+    ``counts`` is the number of rows of each rank of the group, in order. Every method is collective and costs
+    nothing in a group of one.
     """
 
     def __init__(self, group: Group, heads: HeadSharding) -> None:
@@ -31,19 +42,20 @@ class UlyssesExchange:
         self.heads = heads
 
     def to_heads(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """[own rows, U*h, w] -> [all rows of the group, h, w]; ``counts`` are the rows of each rank. Collective."""
+        """Exchange [own rows, U*h, w] -> [all rows of the group, h, w]."""
         u = self.group.size
         if u == 1:
             return rows
         own, heads, width = rows.shape
-        sent = dense(dense(rows).view(own, u, heads // u * width).transpose(0, 1))
-        received = rows.new_empty(sum(counts), heads // u, width)
         unit = heads // u * width
+        # [own rows, U, h*w] -> [U, own rows, h*w]: the piece for each rank must be contiguous.
+        sent = dense(dense(rows).view(own, u, unit).transpose(0, 1))
+        received = rows.new_empty(sum(counts), heads // u, width)
         self._all_to_all(received, sent, [c * unit for c in counts], [own * unit] * u)
         return received
 
     def to_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """[all rows of the group, h, w] -> [own rows, U*h, w], the inverse of ``to_heads``. Collective."""
+        """Exchange [all rows of the group, h, w] -> [own rows, U*h, w], the inverse of ``to_heads``."""
         u = self.group.size
         if u == 1:
             return rows
@@ -51,16 +63,17 @@ class UlyssesExchange:
         own, unit = counts[self.group.rank], heads * width
         received = rows.new_empty(u, own, heads, width)
         self._all_to_all(received, dense(rows), [own * unit] * u, [c * unit for c in counts])
+        # What rank r sent, received[r], holds the heads of r. Put the heads of one row next to each other.
         return dense(received.view(u, own, unit).transpose(0, 1)).view(own, u * heads, width)
 
     def kv_to_slots(self, kv: Tensor, counts: Sequence[int]) -> Tensor:
-        """[own rows, Hkv, w] -> [all rows of the group, slots, w]. Collective."""
+        """Exchange [own rows, Hkv, w] -> [all rows of the group, slots, w]; copies KV heads as needed."""
         if self.heads.replicates:
             kv = kv.index_select(1, self._slot_heads(kv.device))
         return self.to_heads(kv, counts)
 
     def slots_to_kv(self, slots: Tensor, counts: Sequence[int]) -> Tensor:
-        """The transpose of ``kv_to_slots``, for gradients: copies of one KV head are summed. Collective."""
+        """Send gradients back, and sum those of copies of a KV head: the transpose of ``kv_to_slots``."""
         rows = self.to_rows(slots, counts)
         if not self.heads.replicates:
             return rows
@@ -70,5 +83,6 @@ class UlyssesExchange:
     def _slot_heads(self, device: torch.device) -> Tensor:
         return to_device(torch.tensor(self.heads.slot_heads), device)
 
-    def _all_to_all(self, received: Tensor, sent: Tensor, received_splits: list[int], sent_splits: list[int]) -> None:
-        dist.all_to_all_single(received.view(-1), sent.view(-1), received_splits, sent_splits, group=self.group.handle)
+    def _all_to_all(self, received: Tensor, sent: Tensor, *splits: list[int]) -> None:
+        """``splits``: how many numbers are received from each rank, and how many are sent to each."""
+        dist.all_to_all_single(received.view(-1), sent.view(-1), *splits, group=self.group.handle)

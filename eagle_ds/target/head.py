@@ -1,7 +1,8 @@
 """The target's output head: its logits, and the labels that training derives from them.
 
 Every position's label needs two numbers of the full vocabulary: the argmax of the target's logits, and their
-log-sum-exp. Capture, conversion and training all compute them here. Logits exist for a few rows at a time only.
+log-sum-exp. Capture, conversion and training all compute them here. Logits exist for a few rows at a time
+only.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def head_logits(hidden: Tensor, head: Tensor, *, widen: bool = True) -> Tensor:
     """Compute hidden [M, H] @ head [V, H].T in float32 (in float64 for float64 states).
 
     On a GPU the matrix units multiply 16-bit operands and accumulate in float32, so nothing is rounded.
-    Elsewhere ``widen`` converts both operands first; without it the product is made, and rounded, in the states'
-    own type, as the training loss does with its draft logits.
+    Elsewhere ``widen`` converts both operands first; without it the product is made, and rounded, in the
+    states' own type, as the training loss does with its draft logits.
     """
     if is_half_on_gpu(hidden) and hidden.dtype == head.dtype:
         return torch.mm(hidden, head.t(), out_dtype=torch.float32)
@@ -41,7 +42,8 @@ def head_logits(hidden: Tensor, head: Tensor, *, widen: bool = True) -> Tensor:
 
 @torch.no_grad()
 def argmax_and_logsumexp(
-    hidden: Tensor, head: Tensor, chunk_bytes: int = 1 << 27, *, vocab_rows: int | None = None, widen: bool = True
+    hidden: Tensor, head: Tensor, chunk_bytes: int = 1 << 27, *,
+    vocab_rows: int | None = None, widen: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return argmax and log-sum-exp over the full vocabulary of the target's logits at each position.
 
@@ -49,8 +51,8 @@ def argmax_and_logsumexp(
         hidden: [M, H], the states that the head reads; chunks of rows are moved to the head's device.
         head: [V, H].
         chunk_bytes: float32 logits computed at once.
-        vocab_rows: rows of the head multiplied at once; all V by default. Fewer save memory where the head has to
-            be converted to float32 first.
+        vocab_rows: rows of the head multiplied at once; all V by default. Fewer save memory where the head
+            has to be converted to float32 first.
         widen: see `head_logits`.
 
     Returns:

@@ -1,6 +1,8 @@
-"""What a run reads, opened and checked before anything expensive: target, stores, vocabulary, draft to start from.
+"""Open and check what a run reads, before anything expensive: target, stores, vocabulary, draft to start
+from.
 
-All ranks check, and all stop together with one sentence; then they make sure that they see the same files.
+Every rank checks, and all ranks stop together with one message if any finds an error. Then the ranks compare
+hashes: on a cluster, one node may see other files than the rest.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ from eagle_ds.data.packing import TrainSample, screen
 from eagle_ds.data.vocab import VocabMap, load_or_build
 from eagle_ds.drafts.folder import DraftOnDisk, initial_draft
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.store.store import Store, StoreInfo
-from eagle_ds.target.files import TargetInfo, resolve_target, target_hash
+from eagle_ds.store.store import Store
+from eagle_ds.target.files import resolve_target
+from eagle_ds.target.identity import target_hash
+from eagle_ds.target.info import TargetInfo
+from eagle_ds.training.preflight import check_store
 from eagle_ds.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -24,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenStore:
-    """A store that fits the recipe, and the samples of it that are used."""
+    """A store that fits the recipe, and those of its samples that are used."""
 
     store: Store
     samples: list[TrainSample]
@@ -35,7 +40,6 @@ class Inputs:
     """Everything that a run reads."""
 
     target: Path
-    target_info: TargetInfo
     train: OpenStore
     held_out: OpenStore | None
     vocab: VocabMap
@@ -44,38 +48,42 @@ class Inputs:
 
     @property
     def all_samples(self) -> list[TrainSample]:
-        """Samples of every store, held-out ones too."""
+        """Samples of the training store and of the held-out store."""
         return self.train.samples + (self.held_out.samples if self.held_out else [])
-
-    @property
-    def vocab_hash(self) -> str:
-        """Identity of the draft vocabulary."""
-        return hashlib.sha256(self.vocab.d2t.numpy().tobytes()).hexdigest()[:16]
 
 
 def open_inputs(recipe: Recipe, world: World) -> Inputs:
-    """Check and open. Collective. Raises RankFailure (a ValueError) on all ranks if any rank finds something wrong."""
+    """Open and check everything that a run reads. Collective.
+
+    Raises RankFailure (a ValueError) on all ranks if any rank finds an error, or if ranks see different
+    files.
+    """
     agreement = world.agreement
-    target = agreement.first_then_all(lambda: resolve_target(recipe.target.model, recipe.target.revision, weights=True))
-    info, identity = agreement.together(lambda: _target_facts(recipe, target))
+    # Rank 0 goes first where a call may download or write a file; the others then find it done.
+    model, revision = recipe.target.model, recipe.target.revision
+    target = agreement.first_then_all(lambda: resolve_target(model, revision, weights=True))
+    info, identity = agreement.together(lambda: _check_target(recipe, target))
     train = agreement.together(lambda: _open_store(recipe, recipe.data.store, identity))
     held_out = agreement.together(lambda: _open_held_out(recipe, identity))
     start = agreement.together(lambda: initial_draft(recipe, info) if recipe.draft.init_from else None)
-    vocab = start.vocab if start else agreement.first_then_all(lambda: load_or_build(train.store, recipe.draft.vocab_size))
-    inputs = Inputs(target, info, train, held_out, vocab, start.arch if start else DraftArch.from_recipe(recipe), start)
+    if start:
+        vocab, arch = start.vocab, start.arch
+    else:
+        vocab = agreement.first_then_all(lambda: load_or_build(train.store, recipe.draft.vocab_size))
+        arch = DraftArch.from_recipe(recipe)
     agreement.same(
         {
-            "recipe": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16],
+            "recipe": _short_hash(recipe.model_dump_json().encode()),
             "store manifest": train.store.manifest_hash,
             "held-out manifest": held_out.store.manifest_hash if held_out else None,
-            "draft vocabulary": inputs.vocab_hash,
+            "draft vocabulary": _short_hash(vocab.d2t.numpy().tobytes()),
             "target": identity,
         }
     )
-    return inputs
+    return Inputs(target, train, held_out, vocab, arch, start)
 
 
-def _target_facts(recipe: Recipe, folder: Path) -> tuple[TargetInfo, str]:
+def _check_target(recipe: Recipe, folder: Path) -> tuple[TargetInfo, str]:
     info = TargetInfo.from_folder(folder)
     info.check_against(recipe.target)
     return info, target_hash(folder)
@@ -89,35 +97,21 @@ def _open_held_out(recipe: Recipe, identity: str) -> OpenStore | None:
 
 def _open_store(recipe: Recipe, root: str, identity: str) -> OpenStore:
     store = Store(root)
-    check_store_facts(recipe, store.info, root, identity)
+    check_store(recipe, root, store.info, "capture again, or correct the recipe", identity)
     if not store.entries:
         raise ValueError(f"the store {root} holds no samples; its capture has not written any yet")
+    # Open one file here: a warning that the fast reader cannot be used is logged now. Reading processes log
+    # nothing.
     with store.reader(store.entries[0]) as reader:
-        reader.read_small("loss_mask")  # a store that plain h5py must read says so here: reading processes log nothing
+        reader.read_small("loss_mask")
+    data, training = recipe.data, recipe.training
     samples, screening = screen(
-        store.entries,
-        max_length=recipe.data.max_length,
-        overlong=recipe.data.overlong,
-        ttt_steps=recipe.training.ttt_steps,
-        alignment=recipe.training.mask_alignment,
-    )
+        store.entries, max_length=data.max_length, overlong=data.overlong,
+        ttt_steps=training.ttt_steps, alignment=training.mask_alignment,
+    )  # fmt: skip
     logger.info("%s: %s", root, screening)
     return OpenStore(store, samples)
 
 
-def check_store_facts(recipe: Recipe, info: StoreInfo, root: str, identity: str) -> None:
-    """Raise ValueError unless the store holds this target's states of the recipe's layers. ``identity`` is the target's hash;
-    a converted store may not know its target's."""
-    target = recipe.target
-    for name, found, stated in (
-        ("hidden_size", info.hidden_size, target.hidden_size),
-        ("vocab_size", info.vocab_size, target.vocab_size),
-        ("aux_layer_ids", list(info.aux_layer_ids), list(target.aux_ids)),
-    ):
-        if found != stated:
-            raise ValueError(f"the store {root} was captured with {name} {found}, the recipe says {stated}; capture again or mend that")
-    if info.target_hash and info.target_hash != identity:
-        raise ValueError(
-            f"the store {root} was captured from other weights ({info.target}, hash {info.target_hash}) than those of {target.model} "
-            f"(hash {identity}), so labels would come from the wrong head; capture again, or give the target that it was captured from"
-        )
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,4 +1,8 @@
-"""From sums over all ranks to the numbers in the log: the one place that divides."""
+"""Turn sums over all ranks into the numbers of the log. Only this file divides.
+
+Ranks hold different rows, so a mean of means would be wrong: ranks add up sums and counts, and one division
+follows.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +20,28 @@ from eagle_ds.parallel.transfer import to_host
 
 @dataclass(frozen=True)
 class Metrics:
-    """Of one optimizer step or one evaluation (formulae: DESIGN section 2)."""
+    """The metrics of one optimizer step or one evaluation."""
 
-    loss: float  # sum_k decay^k * (step k's loss over its counted rows) / N_k
+    loss: float  # sum_k decay^k * (loss of TTT step k, summed over its counted rows) / N_k
     kl: float  # the same with the label's entropy subtracted from the soft cross-entropy
-    accuracy: list[float]  # by TTT step, of trained rows: an out-of-vocabulary label is a miss
-    acceptance: list[float]  # by TTT step: mean alpha over trained rows
+    accuracy: list[float]  # per TTT step, over trained rows: a label outside the draft vocabulary is a miss
+    acceptance: list[float]  # per TTT step: mean alpha over trained rows
     simulated_length: float  # 1 + mean over trained rows of sum_k prod_{j<=k} alpha_j
     trained_rows: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON line."""
+        """Return the fields for a JSON line."""
         return asdict(self)
 
 
 def step_weights(counted: Tensor, decay: Tensor, positions: int | None) -> Tensor:
-    """float64 [T]: what multiplies step k's sum of row losses. ``counted`` [T] is N_k over the global batch; with
-    ``positions`` (B * S) that divides instead. A step that counts nothing weighs nothing."""
+    """Return what multiplies the sum of row losses of each TTT step, float64 [T].
+
+    Args:
+        counted: [T], N_k, the counted rows of TTT step k in the global batch. A step with none gets weight 0.
+        decay: float64 [T], decay^k.
+        positions: B * S, which replaces N_k as divisor where the loss is normalised by positions.
+    """
     counted = counted.to(torch.float64)
     if positions is not None:
         return torch.where(counted > 0, decay / positions, 0.0)
@@ -40,7 +49,7 @@ def step_weights(counted: Tensor, decay: Tensor, positions: int | None) -> Tenso
 
 
 def metrics_of(sums: LossSums, decay: Tensor, positions: int | None) -> Metrics:
-    """``sums`` over all ranks and micro-batches, on the CPU."""
+    """Compute the metrics from sums over all ranks and micro-batches, on the CPU."""
     weights = step_weights(sums["counted"], decay, positions)
     trained = sums["trained"].clamp(min=1)
     return Metrics(
@@ -54,7 +63,11 @@ def metrics_of(sums: LossSums, decay: Tensor, positions: int | None) -> Metrics:
 
 
 def sum_over_ranks(sums: LossSums, world_size: int) -> Callable[[], LossSums]:
-    """``sums`` added over all ranks, on their way to the host: call the result for them, see ``transfer.to_host``. Collective."""
+    """Add ``sums`` over all ranks. Collective.
+
+    Returns a function that waits for the copy to the host and returns the total. Calling it later lets the
+    host queue more work meanwhile.
+    """
     flat = sums.flat()
     if world_size > 1:
         dist.all_reduce(flat)
@@ -63,5 +76,5 @@ def sum_over_ranks(sums: LossSums, world_size: int) -> Callable[[], LossSums]:
 
 
 def add(a: LossSums | None, b: LossSums) -> LossSums:
-    """Sum of two, ``a`` possibly not there yet."""
+    """Add two sums; ``a`` may be None, for nothing yet."""
     return b if a is None else LossSums(a.steps + b.steps, a.lengths + b.lengths)

@@ -30,7 +30,8 @@ from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, head_loss, uniform_decay
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.ttt import PrefixAttention
-from eagle_ds.parallel.transfer import to_device, to_host
+from eagle_ds.parallel.copies import to_device, to_host
+from eagle_ds.parallel.exchange import SequenceExchange
 from eagle_ds.sharding.sequence import SequenceSharding
 from eagle_ds.store.store import ReadStats
 from eagle_ds.target.head import TargetHead
@@ -82,16 +83,12 @@ class MicroBatchRunner:
         """
         arch, training = self.arch, self.training
         self.sharding = batch.sharding
+        exchange = SequenceExchange(
+            batch.sharding, self.world.groups, arch.num_attention_heads, arch.num_key_value_heads
+        )
         prefix = PrefixAttention(
-            batch.sharding,
-            self.world.groups,
-            self.kernel,
-            query_heads=arch.num_attention_heads,
-            kv_heads=arch.num_key_value_heads,
-            head_dim=arch.head_dim,
-            sliding_window=arch.sliding_window,
-            resend_queries=training.recompute == "full",
-            device=self.world.device,
+            exchange, self.kernel, head_dim=arch.head_dim, sliding_window=arch.sliding_window,
+            resend_queries=training.recompute == "full", device=self.world.device,
         )
         targets = self._targets(batch)
         weights = to_device(weights, self.world.device)
@@ -108,7 +105,8 @@ class MicroBatchRunner:
         token, logsumexp = batch.target_token, batch.target_logsumexp
         assert token is not None and logsumexp is not None, "the dataset computes missing token labels"
         counted = counted_rows(batch.trained, token, batch.target_index, self.head.t2d)
-        return HeadTargets(self.head, batch.target_hidden, logsumexp, token, batch.target_index, batch.trained, counted)
+        rows = batch.target_index, batch.trained, counted
+        return HeadTargets(self.head, batch.target_hidden, logsumexp, token, *rows)
 
     def _alpha_mean(self, alpha: Tensor, rows: Tensor) -> Tensor:
         """Return the mean acceptance over the counted rows of all ranks in this micro-batch, float32 [T].
@@ -130,7 +128,7 @@ class StepOutcome:
 
     step: GlobalBatch
     sums: LossSums
-    norm: Callable[[], Tensor]  # gradient norm over all ranks before clipping; the call waits for its copy to the host
+    norm: Callable[[], Tensor]  # gradient norm over all ranks before clipping; the call waits for the device
     applied: bool  # whether the norm was finite and the weights were updated
     culprits: tuple[str, ...]  # samples of this rank's micro-batches whose loss was not finite
     tokens: int  # of all ranks
@@ -157,7 +155,9 @@ class OptimizerStep:
         # Plain float32 without ZeRO is the one mode in which DeepSpeed does not check for overflow.
         self._checks_overflow = self.engine.zero_optimization_stage() > 0 or self.engine.bfloat16_enabled()
 
-    def run(self, feed: Feed, learning_rate: float, while_busy: Callable[[], None] = lambda: None) -> StepOutcome:
+    def run(
+        self, feed: Feed, learning_rate: float, while_busy: Callable[[], None] = lambda: None
+    ) -> StepOutcome:
         """Run one optimizer step. Collective over the world.
 
         If a loss or gradient is not finite, the weights are left unchanged and ``applied`` is False.
@@ -236,4 +236,5 @@ class OptimizerStep:
 
 def _not_finite(losses: list[Tensor], names: list[tuple[str, ...]]) -> tuple[str, ...]:
     """Return the samples of the micro-batches whose loss is not finite."""
-    return tuple(name for loss, batch in zip(losses, names, strict=True) if not torch.isfinite(loss) for name in batch)
+    bad = [batch for loss, batch in zip(losses, names, strict=True) if not torch.isfinite(loss)]
+    return tuple(name for batch in bad for name in batch)

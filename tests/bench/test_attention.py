@@ -12,6 +12,7 @@ import pytest
 from eagle_ds.bench.attention import intervals
 from eagle_ds.kernels.attention import ReferenceAttention
 from eagle_ds.model.ttt import PrefixAttention
+from eagle_ds.parallel.exchange import SequenceExchange
 from eagle_ds.parallel.topology import SOLO
 from eagle_ds.sharding.sequence import Document, shard_sequence
 
@@ -21,7 +22,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools/bench_attention.py"
 def test_rows_see_what_they_see_in_training() -> None:
     documents = [Document(40, ((3, 20), (31, 40))), Document(9, ()), Document(25, ((0, 25),))]
     plan = shard_sequence(documents, ttt_steps=7)
-    prefix = PrefixAttention(plan, SOLO, ReferenceAttention(), query_heads=4, kv_heads=2, head_dim=8)
+    prefix = PrefixAttention(SequenceExchange(plan, SOLO, 4, 2), ReferenceAttention(), head_dim=8)
     lo, hi, keys = intervals(documents, 7)
     assert np.array_equal(lo, prefix.bounds(0, 0).lo) and np.array_equal(hi, prefix.bounds(0, 0).hi) and keys == plan.num_tokens
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from eagle_ds.capture import embedded
 from eagle_ds.capture.embedded import GGUF_MEMBER, ensure_embedded_target, is_converted, unpermute_rope
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
-from eagle_ds.target.files import TargetInfo, resolve_target, stop_token_ids
+from eagle_ds.target.files import resolve_target
+from eagle_ds.target.info import TargetInfo, stop_token_ids
 
 
 def permute_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:

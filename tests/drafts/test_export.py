@@ -21,7 +21,7 @@ from eagle_ds.drafts import export
 from eagle_ds.drafts.export import ExportSettings, export_draft, verify_export
 from eagle_ds.drafts.folder import DraftOnDisk, initial_draft, load_draft, load_served_draft
 from eagle_ds.drafts.served import ServeCommands
-from eagle_ds.target.files import TargetInfo
+from eagle_ds.target.info import TargetInfo
 from tests.draft_cases import LAYERS, LLAMA3, PLAIN, VARIANTS, random_draft, recipe_for, variant, write_run
 
 SETTINGS = ExportSettings("org/target", LAYERS)

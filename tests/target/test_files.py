@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle_ds.config.recipe import TargetConfig
-from eagle_ds.target.files import TargetInfo, load_target_weights, resolve_target, rope_of, stop_token_ids, target_hash, tokenizer_hash
+from eagle_ds.target.files import load_target_weights, resolve_target
+from eagle_ds.target.identity import target_hash, tokenizer_hash
+from eagle_ds.target.info import TargetInfo, rope_of, stop_token_ids
 from tests.tiny_targets import save_tiny_llama
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.store.store import Sample, StoreInfo, StoreWriter
-from eagle_ds.target.files import TargetInfo, target_hash
+from eagle_ds.target.identity import target_hash
+from eagle_ds.target.info import TargetInfo
 
 H, V, VD, LAYERS = 24, 37, 19, 8
 MASKS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle_ds.parallel.words import copy_rows, dense, in_words
+from eagle_ds.parallel.copies import copy_rows, dense, in_words
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
