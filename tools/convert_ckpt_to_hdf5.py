@@ -28,7 +28,7 @@ examples
 
 exit codes
   0  every file is in the store (converted now or earlier)
-  1  nothing can be done as asked: wrong flags, no files, a store made with other facts; one sentence says what to change
+  1  nothing can be done as asked: wrong flags, no files, a store made from other data; one sentence says what to change
   2  the command line cannot be read
   3  some files were rejected, all others are in the store; DST/rejected.jsonl has the reasons
   4  --strict: stopped at the first rejected file
@@ -62,7 +62,7 @@ from eagle_ds.store.processes import start_fork_server
 
 if TYPE_CHECKING:
     from eagle_ds.convert.run import Progress, Summary
-    from eagle_ds.convert.setup import ConvertOptions
+    from eagle_ds.convert.options import ConvertOptions
     from eagle_ds.convert.survey import Prediction
 
 SHOWN_REJECTS = 20
@@ -152,12 +152,12 @@ def layer_ids(text: str) -> tuple[int, ...]:
 
 def make_options(arguments: argparse.Namespace) -> ConvertOptions:
     from eagle_ds.convert import Hdf5Map
-    from eagle_ds.convert.setup import ConvertOptions
+    from eagle_ds.convert.options import ConvertOptions
 
     named = vars(arguments)
     kept = {name: named[name] for name in ConvertOptions.__dataclass_fields__ if name in named}
     mapping = Hdf5Map.parse(arguments.map) if arguments.map else None
-    return ConvertOptions(**kept, mapping=mapping, token_facts=not arguments.skip_head)
+    return ConvertOptions(**kept, mapping=mapping, token_labels=not arguments.skip_head)
 
 
 def run(options: ConvertOptions, errors: Console) -> Summary:

@@ -1,13 +1,31 @@
-"""Other projects' hidden-state files, read one sample at a time into what the store holds.
+"""Conversion: other projects' hidden-state files, read one sample at a time into a store.
 
-`iter_source` finds the samples, `SourceItem.load` reads, checks and completes one, `Rejected` says why one cannot be had.
+    run.py           the whole conversion: survey, workers, manifest, rejected files, deletion of sources
+    options.py       what the user asked for, and the store and the completion rules that follow from it
+    sources.py       finds the files, and the samples in them formats.py       RawSample: what every reader
+    returns. Rejected: why a file cannot be converted torch_files.py, hdf5_files.py   readers completion.py
+    checks a RawSample and adds what its format lacks; masks.py makes loss masks from conversations survey.py
+    looks at a few files first: their sizes, the predicted size and time worker.py        converts one sample,
+    in this process or in several
+
+`iter_source` finds the samples, `SourceItem.load` reads, checks and completes one, `Rejected` says why it
+cannot.
 """
 
 from eagle_ds.convert.completion import Completer, FinalNorm
-from eagle_ds.convert.formats import RawSample
+from eagle_ds.convert.formats import RawSample, Reason, Rejected
 from eagle_ds.convert.hdf5_files import Hdf5Map
 from eagle_ds.convert.masks import ConversationMasks
-from eagle_ds.convert.rejected import Reason, Rejected
 from eagle_ds.convert.sources import SourceItem, iter_source
 
-__all__ = ["Completer", "ConversationMasks", "FinalNorm", "Hdf5Map", "RawSample", "Reason", "Rejected", "SourceItem", "iter_source"]
+__all__ = [
+    "Completer",
+    "ConversationMasks",
+    "FinalNorm",
+    "Hdf5Map",
+    "RawSample",
+    "Reason",
+    "Rejected",
+    "SourceItem",
+    "iter_source",
+]

@@ -1,11 +1,15 @@
-"""The feature files that other projects write, each read into one `RawSample`.
+"""The formats that can be read, the RawSample that each is read into, and Rejected for a file that cannot be.
 
-=================  ==========================================================================================
-SpecForge          ``rows_*/data_*.ckpt[.gz]``: input_ids [S], loss_mask [S], hidden_state [1, S, H], aux_hidden_state [1, S, A*H]
-Model-Optimizer    ``*.pt``: input_ids, hidden_states [S, H], aux_hidden_states [S, A*H], and often loss_mask
-speculators        ``hs_*.safetensors``: token_ids [S], hidden_states [S, A+1, H]; the last state is BEFORE the final norm
-HDF5               this project's own schema, or any other through ``--map`` (data/importers/hdf5_files.py)
-=================  ==========================================================================================
+SpecForge
+    ``rows_*/data_*.ckpt[.gz]``, a torch dict of one sample:
+    input_ids [S], loss_mask [S], hidden_state [1, S, H], aux_hidden_state [1, S, A*H]
+Model-Optimizer
+    ``*.pt``, a torch dict: input_ids, hidden_states [S, H], aux_hidden_states [S, A*H], and often loss_mask
+speculators
+    ``hs_*.safetensors``: token_ids [S], hidden_states [S, A+1, H]. The last state is BEFORE the target's
+    final norm, and there is no loss mask
+HDF5
+    this project's own schema, or any other that ``--map`` describes (hdf5_files.py)
 
 The tensors of a `RawSample` are views of the mapped file; nothing is copied here.
 """
@@ -14,29 +18,69 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from eagle_ds.convert.rejected import Reason, Rejected
-from eagle_ds.convert.torch_files import load_torch
-
 IDS_NAMES = ("input_ids", "token_ids")
 AUX_NAMES = ("aux_hidden_state", "aux_hidden_states")
 LAST_NAMES = ("hidden_state", "hidden_states")
 
 
+class Reason(StrEnum):
+    """Why a file was rejected, as a category; the summary counts by these."""
+
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    UNSAFE = "unsafe pickle"
+    UNREADABLE = "unreadable"
+    MISSING_KEY = "missing key"
+    WRONG_SHAPE = "wrong shape"
+    EMPTY = "no tokens"
+    DTYPE = "dtype"
+    HIDDEN_SIZE = "hidden size differs"
+    NOT_FINITE = "NaN or Inf"
+    TOKEN_RANGE = "token ids"
+    MASK = "loss mask"
+    FINAL_NORM = "final norm"
+    DUPLICATE = "duplicate id"
+    READBACK = "read-back differs"
+    FAILED = "conversion failed"
+    WORKER = "worker died"
+
+
+class Rejected(ValueError):
+    """One sample that cannot be converted: its ``path``, the reason, and a sentence with what was found and
+    expected.
+    """
+
+    def __init__(self, path: Path | str, reason: Reason, detail: str) -> None:
+        super().__init__(path, reason, detail)  # all arguments, so that it pickles
+        self.path = printable(str(path))
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}: {self.detail}"
+
+
+def printable(text: str) -> str:
+    """Return a file name fit for JSON and terminals: bytes that are not UTF-8 become backslash escapes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 @dataclass
 class RawSample:
-    """What a file holds, in canonical shapes and its own dtypes."""
+    """What one source file or group holds, in canonical shapes and in its own dtypes."""
 
     input_ids: torch.Tensor  # [S]
     aux: torch.Tensor  # [S, A*H]
     last: torch.Tensor  # [S, H]
     loss_mask: torch.Tensor | None = None  # [S]
-    before_norm: bool = False  # ``last`` has not passed the target's final norm
+    before_norm: bool = False  # ``last`` was taken before the target's final norm
     target_token_id: torch.Tensor | None = None  # [S]
     target_logsumexp: torch.Tensor | None = None  # [S]
 
@@ -46,45 +90,55 @@ class RawSample:
         return self.aux.nbytes + self.last.nbytes
 
 
-def read_torch(path: Path, checksums: bool = True) -> RawSample:
-    """SpecForge's and Model-Optimizer's dicts, plain or gzipped."""
-    tensors = load_torch(path, checksums)
-    mask = _mask(path, tensors)
-    return canonical(path, _pick(path, tensors, IDS_NAMES), _pick(path, tensors, AUX_NAMES), _pick(path, tensors, LAST_NAMES), mask)
+def from_torch_dict(path: Path, tensors: Mapping[str, Any]) -> RawSample:
+    """Read the dict that SpecForge or Model-Optimizer saved. Raises `Rejected`."""
+    mask = _loss_mask(path, tensors)
+    ids = _find_tensor(path, tensors, IDS_NAMES)
+    aux = _find_tensor(path, tensors, AUX_NAMES)
+    return canonical(path, ids, aux, _find_tensor(path, tensors, LAST_NAMES), mask)
 
 
 def read_safetensors(path: Path) -> RawSample:
-    """speculators' files: all states of a token side by side, the last one before the final norm."""
+    """Read a file of speculators: all states of a token side by side, the last one before the final norm."""
     try:
         with safe_open(path, framework="pt") as archive:
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        reason = Reason.TRUNCATED if "incomplete" in str(error).lower() or path.stat().st_size < 8 else Reason.CORRUPT
+        is_short = "incomplete" in str(error).lower() or path.stat().st_size < 8
+        reason = Reason.TRUNCATED if is_short else Reason.CORRUPT
         raise Rejected(path, reason, f"not a whole safetensors file ({error}); write it again") from error
-    states = _pick(path, tensors, LAST_NAMES)
+    states = _find_tensor(path, tensors, LAST_NAMES)
     if states.dim() != 3 or states.shape[1] < 2:
-        found = list(states.shape)
-        raise Rejected(path, Reason.WRONG_SHAPE, f"hidden_states is {found}, expected [S, A+1, H] with the last state after the aux ones")
-    ids, mask = _pick(path, tensors, IDS_NAMES), _mask(path, tensors)
+        expected = "expected [S, A+1, H] with the final state after the aux ones"
+        raise Rejected(path, Reason.WRONG_SHAPE, f"hidden_states is {list(states.shape)}, {expected}")
+    ids, mask = _find_tensor(path, tensors, IDS_NAMES), _loss_mask(path, tensors)
     raw = canonical(path, ids, states[:, :-1].flatten(1), states[:, -1], mask)
     raw.before_norm = True
     return raw
 
 
-def canonical(path: Path | str, ids: torch.Tensor, aux: torch.Tensor, last: torch.Tensor, mask: torch.Tensor | None) -> RawSample:
-    """Drop the batch dimension of one that some formats carry, and check that all lengths agree."""
-    ids, mask = _drop_batch(ids, 1), None if mask is None else _drop_batch(mask, 1)
+def canonical(
+    path: Path | str, ids: torch.Tensor, aux: torch.Tensor, last: torch.Tensor, mask: torch.Tensor | None
+) -> RawSample:
+    """Drop the batch dimension of size 1 that some formats carry, and check that all lengths agree."""
+    ids = _drop_batch(ids, 1)
+    mask = None if mask is None else _drop_batch(mask, 1)
     aux = _drop_batch(aux.flatten(2) if aux.dim() == 4 else aux, 2)
     last = _drop_batch(last, 2)
     if ids.dim() != 1 or aux.dim() != 2 or last.dim() != 2:
-        shapes = f"input_ids {list(ids.shape)}, aux_hidden_state {list(aux.shape)}, hidden_state {list(last.shape)}"
-        raise Rejected(path, Reason.WRONG_SHAPE, f"{shapes}; expected [S], [S, A*H] and [S, H], one sample a file")
+        found = {"input_ids": ids, "aux_hidden_state": aux, "hidden_state": last}
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in found.items())
+        expected = "expected [S], [S, A*H] and [S, H], one sample a file"
+        raise Rejected(path, Reason.WRONG_SHAPE, f"{shapes}; {expected}")
     lengths = {"input_ids": len(ids), "aux_hidden_state": len(aux), "hidden_state": len(last)}
     if mask is not None:
         lengths["loss_mask"] = mask.numel() if mask.dim() == 1 else -1
     if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{name} {length if length >= 0 else 'of another shape'}" for name, length in lengths.items())
-        raise Rejected(path, Reason.WRONG_SHAPE, f"lengths disagree: {found}; expected one length S")
+        words = (
+            f"{name} {length if length >= 0 else 'of another shape'}" for name, length in lengths.items()
+        )
+        detail = f"lengths disagree: {', '.join(words)}; expected one length S"
+        raise Rejected(path, Reason.WRONG_SHAPE, detail)
     return RawSample(ids, aux, last, mask)
 
 
@@ -92,17 +146,20 @@ def _drop_batch(tensor: torch.Tensor, dims: int) -> torch.Tensor:
     return tensor[0] if tensor.dim() == dims + 1 and tensor.shape[0] == 1 else tensor
 
 
-def _mask(path: Path, tensors: Mapping[str, Any]) -> torch.Tensor | None:
-    return None if tensors.get("loss_mask") is None else _pick(path, tensors, ("loss_mask",))
+def _loss_mask(path: Path, tensors: Mapping[str, Any]) -> torch.Tensor | None:
+    return None if tensors.get("loss_mask") is None else _find_tensor(path, tensors, ("loss_mask",))
 
 
-def _pick(path: Path, tensors: Mapping[str, Any], names: Sequence[str]) -> torch.Tensor:
-    for name in names:
-        if name in tensors:
-            tensor = tensors[name]
-            if not isinstance(tensor, torch.Tensor):
-                raise Rejected(path, Reason.DTYPE, f"{name} is a {type(tensor).__name__}, expected a tensor")
-            if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
-                raise Rejected(path, Reason.DTYPE, f"{name} is a sparse, quantized, nested or empty-shell tensor, expected a plain one")
-            return tensor
-    raise Rejected(path, Reason.MISSING_KEY, f"no {' or '.join(names)}; the file holds {', '.join(sorted(map(str, tensors))) or 'nothing'}")
+def _find_tensor(path: Path, tensors: Mapping[str, Any], names: Sequence[str]) -> torch.Tensor:
+    """Return the tensor under the first of ``names`` that is there, if it is one that can be read."""
+    name = next((name for name in names if name in tensors), None)
+    if name is None:
+        listing = ", ".join(sorted(map(str, tensors))) or "nothing"
+        raise Rejected(path, Reason.MISSING_KEY, f"no {' or '.join(names)}; the file holds {listing}")
+    tensor = tensors[name]
+    if not isinstance(tensor, torch.Tensor):
+        raise Rejected(path, Reason.DTYPE, f"{name} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        detail = f"{name} is a sparse, quantized, nested or meta tensor, expected a plain one"
+        raise Rejected(path, Reason.DTYPE, detail)
+    return tensor

@@ -1,7 +1,10 @@
-"""Convert a tree of other projects' hidden-state files into a store: survey, workers, manifest, rejects, clean-up.
+"""Convert a tree of other projects' hidden-state files into a store.
 
-Safe to kill and start again: a sample is done when its manifest line is on disk, and only then may its source be deleted,
-after the stored file was read back and compared bit for bit.
+Survey a few files, decide what the store says, convert each sample in worker processes, record it in the
+manifest, list rejected files, and delete sources if asked to.
+
+It can be killed and started again at any moment. A sample is done when its manifest line is on disk. Only
+then may its source be deleted, and only after the stored file was read back and compared bit for bit.
 """
 
 from __future__ import annotations
@@ -11,18 +14,18 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eagle_ds.convert.completion import Completer
-from eagle_ds.convert.rejected import Reason, Rejected
-from eagle_ds.convert.setup import ConvertOptions, index_masks, settle
+from eagle_ds.convert.formats import Reason, Rejected
+from eagle_ds.convert.options import ConvertOptions, index_masks, resolve_options
 from eagle_ds.convert.sources import SourceItem, iter_source
 from eagle_ds.convert.survey import Prediction, head_s_per_row, predict, survey
-from eagle_ds.convert.work import Job, Outcome, Worker, run_jobs
-from eagle_ds.store.manifest import STORE_JSON, SampleEntry, StoreInfo, read_manifest
+from eagle_ds.convert.worker import Job, Outcome, Worker, run_jobs
+from eagle_ds.store.manifest import STORE_JSON, StoreInfo, read_manifest
 from eagle_ds.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
@@ -32,12 +35,15 @@ SLOW_TOKENS_PER_S = 2000
 
 
 class ConversionStopped(RuntimeError):
-    """The machine, not a file, is the reason: a full disk, or a target that cannot be used. What was converted stays."""
+    """The machine failed, not a file: a full disk, or a target that cannot be used.
+
+    What was converted is kept.
+    """
 
 
 @dataclass
 class Summary:
-    """What a conversion did. "raw" bytes are the hidden states as they are in memory."""
+    """What a conversion did. "raw" bytes are those of the hidden states in memory."""
 
     info: StoreInfo | None = None
     found: int = 0
@@ -45,7 +51,7 @@ class Summary:
     already_done: int = 0
     compared: int = 0
     deleted: int = 0
-    without_training: int = 0  # samples none of whose tokens is trained
+    without_training: int = 0  # samples without a trained token
     tokens: int = 0
     trained_tokens: int = 0
     source_bytes: int = 0
@@ -57,114 +63,122 @@ class Summary:
 
     @property
     def reasons(self) -> Counter[Reason]:
+        """How many files were rejected for each reason."""
         return Counter(rejected.reason for rejected in self.rejected)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """After each file: bytes of the source that are dealt with, of all there are to do."""
+    """How far a conversion is, after each file."""
 
-    done_bytes: int
+    done_bytes: int  # of the source
     total_bytes: int
     done_files: int
     total_files: int
     rejected: int
 
 
-def convert(options: ConvertOptions, on_progress: Callable[[Progress], None] = lambda progress: None) -> Summary:
-    """Do it. Raises ValueError for what the user must change, `ConversionStopped` where the machine fails."""
+def convert(
+    options: ConvertOptions, on_progress: Callable[[Progress], None] = lambda progress: None
+) -> Summary:
+    """Convert what the store lacks.
+
+    Raises ValueError for what the user must change, `ConversionStopped` for a failing machine.
+    """
     begin = time.perf_counter()
-    found = _unique(iter_source(options.source, options.mapping))
+    found = _find_samples(iter_source(options.source, options.mapping))
     summary = Summary(found=len(found), rejected=list(found.duplicates))
     seen, unreadable = survey(found.items, options.workers)
     if seen is None or (options.strict and found.duplicates):
         options.destination.mkdir(parents=True, exist_ok=True)
-        with _RejectLog(options.destination / REJECTED_NAME, found.duplicates) as log:
+        with _RejectedLog(options.destination / REJECTED_NAME, summary) as log:
             for rejected in unreadable:
-                _reject(summary, log, rejected)
+                log.add(rejected)
     else:
-        summary.info, completer = settle(options, seen)
+        summary.info, completer = resolve_options(options, seen)
         completer = replace(completer, masks=index_masks(options))
         _warn_of_slow_head(completer)
-        worker = Worker(
-            options.destination,
-            summary.info,
-            completer,
-            verify=options.verify or options.delete_source,
-            encoders=max(1, (os.cpu_count() or 1) // options.workers),
-        )
-        _run(options, found, worker, summary, on_progress)
+        verify = options.verify or options.delete_source
+        encoders = max(1, (os.cpu_count() or 1) // options.workers)
+        worker = Worker(options.destination, summary.info, completer, verify, encoders)
+        _convert_samples(options, found, worker, summary, on_progress)
     summary.stopped_early = options.strict and bool(summary.rejected)
     summary.seconds = time.perf_counter() - begin
     return summary
 
 
 def predict_conversion(options: ConvertOptions) -> tuple[Summary, Prediction | None]:
-    """``--dry-run``: the same checks of flags and a few files, and a prediction; writes nothing."""
-    found = _unique(iter_source(options.source, options.mapping))
-    items = found.items
+    """Check the options and a few files as `convert` does, and predict size and time. Writes nothing."""
+    found = _find_samples(iter_source(options.source, options.mapping))
     summary = Summary(found=len(found), rejected=list(found.duplicates))
-    seen, unreadable = survey(items, options.workers)
+    seen, unreadable = survey(found.items, options.workers)
     if seen is None:
         summary.rejected += unreadable
         return summary, None
-    summary.info, completer = settle(options, seen)
-    done = _stored(options.destination)
-    pending = [item for item in items if item.id not in done]
-    summary.already_done = len(items) - len(pending)
+    summary.info, completer = resolve_options(options, seen)
+    stored = _stored_ids(options.destination)
+    pending = [item for item in found.items if item.id not in stored]
+    summary.already_done = len(found.items) - len(pending)
     return summary, predict(pending, seen, options.workers, completer.head()) if pending else None
 
 
 def _warn_of_slow_head(completer: Completer) -> None:
-    """A large vocabulary costs a CPU far more than everything else here."""
+    """Warn if the head runs on the CPU and is slow: a large vocabulary then costs far more than all the rest.
+    """
     if completer.head_device == "cpu" and (head := completer.head()) is not None:
         speed = 1 / head_s_per_row(head)
         if speed < SLOW_TOKENS_PER_S:
-            advice = "--skip-head leaves target_token_id to the training, --head-device cuda is faster"
-            logger.warning("the target's head on this CPU manages %.0f tokens/s a thread; %s", speed, advice)
+            advice = "--head-device cuda is faster, --skip-head leaves target_token_id to the training"
+            logger.warning(
+                "the target's head on this CPU processes %.0f tokens/s a thread; %s", speed, advice
+            )
 
 
-def _run(
+def _convert_samples(
     options: ConvertOptions,
-    found: _Found,
+    found: _FoundSamples,
     worker: Worker,
     summary: Summary,
     on_progress: Callable[[Progress], None],
 ) -> None:
-    """Convert what is not stored yet; compare what is, if asked to. Writes nothing before the store is ours alone."""
-    items = found.items
-    deleter = _Deleter(found) if options.delete_source else None
-    with StoreWriter(worker.root, worker.info, workers=1) as writer, _RejectLog(worker.root / REJECTED_NAME, found.duplicates) as log:
-        entries = {entry.id: entry for entry in read_manifest(worker.root)[0]}
-        jobs = _jobs(items, {name: entries[name] for name in writer.done_ids}, compare=worker.verify)
-        summary.already_done = len(writer.done_ids & {item.id for item in items})
+    """Convert what is not stored yet; compare what is, if asked to.
+
+    Writes nothing before it holds the store's lock.
+    """
+    deleter = _SourceDeleter(found) if options.delete_source else None
+    log_path = worker.root / REJECTED_NAME
+    with StoreWriter(worker.root, worker.info, workers=1) as writer, _RejectedLog(log_path, summary) as log:
+        entries = {entry.id: entry for entry in read_manifest(worker.root)[0] if entry.id in writer.done_ids}
+        jobs = [
+            Job(item, entries.get(item.id)) for item in found.items if worker.verify or item.id not in entries
+        ]
+        summary.already_done = len(writer.done_ids & {item.id for item in found.items})
         total_bytes, done_bytes = sum(job.item.file_bytes for job in jobs), 0
         with closing(run_jobs(jobs, worker, options.workers)) as outcomes:
             for number, outcome in enumerate(outcomes, start=1):
-                _take(outcome, worker.verify, writer, summary, log, deleter)
+                if outcome.rejected is not None:
+                    log.add(outcome.rejected)
+                else:
+                    _record_outcome(outcome, worker.verify, writer, summary, deleter)
                 done_bytes += outcome.job.item.file_bytes
                 on_progress(Progress(done_bytes, total_bytes, number, len(jobs), len(summary.rejected)))
                 if options.strict and summary.rejected:
                     return
 
 
-def _jobs(items: Sequence[SourceItem], stored: dict[str, SampleEntry], compare: bool) -> list[Job]:
-    return [Job(item, stored.get(item.id)) for item in items if compare or item.id not in stored]
-
-
-def _take(outcome: Outcome, compared: bool, writer: StoreWriter, summary: Summary, log: _RejectLog, deleter: _Deleter | None) -> None:
-    """Book one outcome; the manifest line comes before the source goes."""
+def _record_outcome(
+    outcome: Outcome, compared: bool, writer: StoreWriter, summary: Summary, deleter: _SourceDeleter | None
+) -> None:
+    """Enter a converted sample into the manifest, and then, not before, let its source be deleted."""
     if outcome.failure is not None:
-        raise ConversionStopped(f"{outcome.failure}; what was converted is kept, run the same command again to go on")
-    if outcome.rejected is not None:
-        _reject(summary, log, outcome.rejected)
-        return
-    entry, job = outcome.entry, outcome.job
+        advice = "what was converted is kept; run the same command again to continue"
+        raise ConversionStopped(f"{outcome.failure}; {advice}")
+    entry, item = outcome.entry, outcome.job.item
     assert entry is not None
-    if job.entry is None:
+    if outcome.job.entry is None:
         writer.register(entry)
         summary.converted += 1
-        summary.source_bytes += job.item.file_bytes
+        summary.source_bytes += item.file_bytes
         summary.raw_bytes += outcome.raw_bytes
         summary.stored_bytes += entry.bytes
         summary.tokens += entry.num_tokens
@@ -172,65 +186,64 @@ def _take(outcome: Outcome, compared: bool, writer: StoreWriter, summary: Summar
         summary.without_training += entry.num_trained == 0
     summary.compared += compared
     if deleter is not None:
-        summary.deleted += deleter.finished(job.item)
-
-
-def _reject(summary: Summary, log: _RejectLog, rejected: Rejected) -> None:
-    logger.warning("rejected %s", rejected)
-    summary.rejected.append(rejected)
-    log.add(rejected)
+        summary.deleted += deleter.sample_done(item)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What lies in the source: items of unlike ids, and a rejection for each whose id was taken."""
+class _FoundSamples:
+    """The samples of the source: one for each id, and a rejection for each further one with the same id."""
 
     items: list[SourceItem]
     duplicates: list[Rejected]
-    with_duplicates: set[Path]  # the files that these lie in
+    duplicate_paths: list[Path]  # the file of each duplicate
 
     def __len__(self) -> int:
         return len(self.items) + len(self.duplicates)
 
 
-def _unique(source: Iterator[SourceItem]) -> _Found:
-    """Sort out ids that are taken: ``data_1.ckpt`` beside ``data_1.ckpt.gz``."""
+def _find_samples(source: Iterator[SourceItem]) -> _FoundSamples:
+    """Separate samples whose id is taken: ``data_1.ckpt`` and ``data_1.ckpt.gz`` in one folder."""
     items: dict[str, SourceItem] = {}
-    found = _Found([], [], set())
+    duplicates, duplicate_paths = [], []
     for item in source:
-        if item.id in items:
-            detail = f"its id {item.id!r} is that of {items[item.id].path}; keep one of the two"
-            found.duplicates.append(Rejected(item.place, Reason.DUPLICATE, detail))
-            found.with_duplicates.add(item.path)
-        else:
-            items[item.id] = item
-    found.items.extend(items.values())
-    return found
+        first = items.setdefault(item.id, item)
+        if first is not item:
+            detail = f"it has the same id {item.id!r} as {first.path}; keep one of the two"
+            duplicates.append(Rejected(item.place, Reason.DUPLICATE, detail))
+            duplicate_paths.append(item.path)
+    return _FoundSamples(list(items.values()), duplicates, duplicate_paths)
 
 
-def _stored(root: Path) -> set[str]:
-    """Ids that the store at ``root`` holds, if there is one."""
+def _stored_ids(root: Path) -> set[str]:
+    """Return the ids of the samples that the store at ``root`` holds; none if there is no store."""
     if not (root / STORE_JSON).exists():
         return set()
     return {entry.id for entry in read_manifest(root)[0] if (root / entry.path).exists()}
 
 
-class _Deleter:
-    """Deletes a source file once every sample in it is stored and compared; one that changed since, or is a link, stays."""
+class _SourceDeleter:
+    """Deletes a source file once every sample in it is stored and compared.
 
-    def __init__(self, found: _Found) -> None:
-        self._left = Counter(item.path for item in found.items)
-        self._left.update(found.with_duplicates)  # what is not stored may not be deleted
-        self._seen = {path: _stamp(path) for path in self._left}
+    A file stays if it is a link, if it changed since the conversion began, or if it holds a sample with a
+    duplicate id, which is stored nowhere.
+    """
 
-    def finished(self, item: SourceItem) -> bool:
-        """Count one sample off; True if that was the file's last and the file is gone."""
+    def __init__(self, found: _FoundSamples) -> None:
+        # A duplicate counts as a sample that is never done, so its file's count does not reach zero.
+        self._remaining = Counter([item.path for item in found.items] + found.duplicate_paths)
+        self._versions = {path: _file_version(path) for path in self._remaining}
+
+    def sample_done(self, item: SourceItem) -> bool:
+        """Count one sample as stored.
+
+        Returns True if it was the last one of its file and the file was deleted.
+        """
         path = item.path
-        self._left[path] -= 1
-        if self._left[path]:
+        self._remaining[path] -= 1
+        if self._remaining[path]:
             return False
-        if path.is_symlink() or _stamp(path) != self._seen[path]:
-            logger.warning("%s is kept: it is a link, or has changed since the conversion began", path)
+        if path.is_symlink() or _file_version(path) != self._versions[path]:
+            logger.warning("%s is kept: it is a link, or it changed since the conversion began", path)
             return False
         try:
             path.unlink()
@@ -240,8 +253,8 @@ class _Deleter:
         return True
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """(size, time of the last change), None where there is no file."""
+def _file_version(path: Path) -> tuple[int, int] | None:
+    """Return (size, time of the last change); None if there is no file."""
     try:
         info = path.stat()
     except OSError:
@@ -249,20 +262,31 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return info.st_size, info.st_mtime_ns
 
 
-class _RejectLog:
-    """``rejected.jsonl``, one line a rejection, written as it happens; every run starts it afresh, as it tries again."""
+class _RejectedLog:
+    """``rejected.jsonl``: one line for each rejected file, written at once.
 
-    def __init__(self, path: Path, first: Sequence[Rejected]) -> None:
+    Every run starts it anew, as it tries again.
+    """
+
+    def __init__(self, path: Path, summary: Summary) -> None:
+        """Open the file and write what ``summary`` holds already."""
         self._file = path.open("w", encoding="utf-8")
-        for rejected in first:
-            self.add(rejected)
+        self._summary = summary
+        for rejected in summary.rejected:
+            self._write(rejected)
 
     def add(self, rejected: Rejected) -> None:
+        """Log the rejection, write its line, and count it in the summary."""
+        logger.warning("rejected %s", rejected)
+        self._summary.rejected.append(rejected)
+        self._write(rejected)
+
+    def _write(self, rejected: Rejected) -> None:
         line = {"path": rejected.path, "reason": str(rejected.reason), "detail": rejected.detail}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
-    def __enter__(self) -> _RejectLog:
+    def __enter__(self) -> _RejectedLog:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,6 @@
-"""A look at a few files before the work: what most of them are, what they will shrink to, and how fast this machine is."""
+"""Look at a few files before the work: what most of them hold, how far they will shrink, how fast this
+machine is.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +13,28 @@ from dataclasses import dataclass
 
 import torch
 
-from eagle_ds.convert.formats import RawSample
-from eagle_ds.convert.rejected import Reason, Rejected
+from eagle_ds.convert.completion import token_labels
+from eagle_ds.convert.formats import RawSample, Reason, Rejected
 from eagle_ds.convert.sources import SourceItem
 from eagle_ds.store.codec import encode_chunk
 from eagle_ds.store.format import CHUNK_ROWS, TORCH_DTYPES, raw_view
 
 logger = logging.getLogger(__name__)
 
-PROBES = 9
-GZIP_PROBES = 3  # each has to be inflated whole
+PROBES = 9  # files that are looked at
+GZIP_PROBES = 3  # fewer: each has to be inflated whole
 WORK_PER_ENCODING = 1.4  # checksums, checks and writing come on top of encoding (docs/benchmarks/convert.md)
 START_S = 4.0  # importing torch, in every process
-ENCODED_CHUNKS = 16  # a probe, when size and time are predicted
+ENCODED_CHUNKS = 16  # of each probe, to predict size and time
+HEAD_PROBE_ROWS = 64
 
 
 @dataclass
 class Survey:
-    """What the probes said. Sizes are those of most of them; hidden states in bytes are "raw"."""
+    """What the probed files hold.
+
+    If they differ, the values are those of most files. Hidden states are "raw" bytes.
+    """
 
     hidden_size: int
     num_aux: int
@@ -41,7 +47,9 @@ class Survey:
 
 @dataclass
 class _Probe:
-    item: SourceItem
+    """What one file holds, and the seconds to read it."""
+
+    file_bytes: int
     hidden_size: int
     num_aux: int
     dtype: str
@@ -53,48 +61,38 @@ class _Probe:
 
 @dataclass
 class Prediction:
-    """What a conversion will need, from encoding some chunks of the probes."""
+    """What a conversion will need."""
 
     source_bytes: int
     raw_bytes: int
     stored_bytes: int
     seconds: float
-    head_s: float  # of those, for the target's head
+    head_s: float  # the part of ``seconds`` that the target's head needs
 
 
 def survey(items: Sequence[SourceItem], workers: int = 1) -> tuple[Survey | None, list[Rejected]]:
-    """Look at files spread over the list, and on through it until one can be read. None if no file can: then every
-    file's `Rejected` comes back."""
-    spread = _spread(len(items), GZIP_PROBES if items[0].path.suffix == ".gz" else PROBES)
-    with ThreadPoolExecutor(workers) as pool:  # inflating lets go of the interpreter
-        looked = list(pool.map(_look, (items[index] for index in spread)))
+    """Probe files spread over the list, and if none of them can be read, all others until one can.
+
+    Returns: the survey and an empty list; or None and the `Rejected` of every file if none can be read.
+    """
+    spread = spread_indices(len(items), GZIP_PROBES if items[0].path.suffix == ".gz" else PROBES)
+    with ThreadPoolExecutor(workers) as pool:  # inflating releases the interpreter's lock
+        results = list(pool.map(_try_probe, (items[index] for index in spread)))
     for index in sorted(set(range(len(items))) - set(spread)):
-        if any(isinstance(found, _Probe) for found in looked):
+        if any(isinstance(result, _Probe) for result in results):
             break
-        looked.append(_look(items[index]))
-    probes = [found for found in looked if isinstance(found, _Probe)]
-    return (_majority(probes), []) if probes else (None, [found for found in looked if isinstance(found, Rejected)])
+        results.append(_try_probe(items[index]))
+    probes = [result for result in results if isinstance(result, _Probe)]
+    if not probes:
+        return None, [result for result in results if isinstance(result, Rejected)]
+    return _summarise(probes), []
 
 
-def _look(item: SourceItem) -> _Probe | Rejected:
+def _try_probe(item: SourceItem) -> _Probe | Rejected:
     try:
         return _probe(item)
     except Rejected as error:
         return error
-
-
-def predict(items: Sequence[SourceItem], survey: Survey, workers: int, head: torch.Tensor | None) -> Prediction:
-    """Size and time of converting ``items``, CPU alone: the disk may be slower."""
-    ratio, encode_s_per_byte = _encode_some(items, survey)
-    source_bytes = sum(item.file_bytes for item in items)
-    raw_bytes = int(source_bytes * survey.raw_per_file_byte)
-    head_s = 0.0
-    if head is not None:
-        rows = raw_bytes / ((survey.num_aux + 1) * survey.hidden_size * TORCH_DTYPES[survey.dtype].itemsize)
-        head_s = rows * head_s_per_row(head) / workers
-    work_s = source_bytes * survey.read_s_per_file_byte + raw_bytes * encode_s_per_byte * WORK_PER_ENCODING
-    seconds = START_S + work_s / workers + head_s
-    return Prediction(source_bytes, raw_bytes, int(raw_bytes * ratio), seconds, head_s)
 
 
 def _probe(item: SourceItem) -> _Probe:
@@ -104,32 +102,54 @@ def _probe(item: SourceItem) -> _Probe:
     width = raw.last.shape[1]
     dtype = str(raw.last.dtype).removeprefix("torch.")
     if dtype not in TORCH_DTYPES or width == 0:
-        raise Rejected(item.place, Reason.DTYPE, f"hidden_state is {raw.last.dtype} {list(raw.last.shape)}, expected floating-point states")
-    num_aux = raw.aux.shape[1] // max(1, width)
-    return _Probe(item, width, num_aux, dtype, raw.before_norm, raw.loss_mask is not None, raw.nbytes, read_s)
+        detail = f"hidden_state is {raw.last.dtype} {list(raw.last.shape)}, expected floating-point states"
+        raise Rejected(item.place, Reason.DTYPE, detail)
+    num_aux, has_mask = raw.aux.shape[1] // width, raw.loss_mask is not None
+    return _Probe(item.file_bytes, width, num_aux, dtype, raw.before_norm, has_mask, raw.nbytes, read_s)
 
 
-def _majority(probes: list[_Probe]) -> Survey:
-    def most(name: str) -> object:
+def _summarise(probes: list[_Probe]) -> Survey:
+    def most_frequent(name: str) -> object:
         counts = Counter(getattr(probe, name) for probe in probes)
         if len(counts) > 1:
-            logger.warning("files differ in %s: %s; the most frequent is taken, the others will be rejected", name, dict(counts))
+            advice = "files with the most frequent value are converted, the others rejected"
+            logger.warning("files differ in %s: %s; %s", name, dict(counts), advice)
         return counts.most_common(1)[0][0]
 
-    file_bytes = sum(probe.item.file_bytes for probe in probes) or 1
+    file_bytes = sum(probe.file_bytes for probe in probes) or 1
     return Survey(
-        **{name: most(name) for name in ("hidden_size", "num_aux", "dtype", "before_norm")},
+        **{name: most_frequent(name) for name in ("hidden_size", "num_aux", "dtype", "before_norm")},
         has_mask=any(probe.has_mask for probe in probes),
         raw_per_file_byte=sum(probe.raw_bytes for probe in probes) / file_bytes,
         read_s_per_file_byte=sum(probe.read_s for probe in probes) / file_bytes,
     )
 
 
-def _encode_some(items: Sequence[SourceItem], survey: Survey) -> tuple[float, float]:
-    """(stored bytes per raw byte, seconds per raw byte) over chunks spread through a few files."""
+def predict(
+    items: Sequence[SourceItem], survey: Survey, workers: int, head: torch.Tensor | None
+) -> Prediction:
+    """Predict size and time of converting ``items`` from encoding a few chunks. The disk may be slower than
+    that.
+
+    ``head``: the target's head [V, H] if its argmax and log-sum-exp are to be computed.
+    """
+    ratio, encode_s_per_byte = _time_encoding(items, survey)
+    source_bytes = sum(item.file_bytes for item in items)
+    raw_bytes = int(source_bytes * survey.raw_per_file_byte)
+    head_s = 0.0
+    if head is not None:
+        row_bytes = (survey.num_aux + 1) * survey.hidden_size * TORCH_DTYPES[survey.dtype].itemsize
+        head_s = raw_bytes / row_bytes * head_s_per_row(head) / workers
+    work_s = source_bytes * survey.read_s_per_file_byte + raw_bytes * encode_s_per_byte * WORK_PER_ENCODING
+    seconds = START_S + work_s / workers + head_s
+    return Prediction(source_bytes, raw_bytes, int(raw_bytes * ratio), seconds, head_s)
+
+
+def _time_encoding(items: Sequence[SourceItem], survey: Survey) -> tuple[float, float]:
+    """Encode chunks spread over a few files. Returns stored bytes and seconds, both for each raw byte."""
     raw_bytes = stored_bytes = 0
     seconds = 0.0
-    for index in _spread(len(items), GZIP_PROBES):
+    for index in spread_indices(len(items), GZIP_PROBES):
         try:
             raw = items[index].read(checksums=False)
         except Rejected:
@@ -137,29 +157,31 @@ def _encode_some(items: Sequence[SourceItem], survey: Survey) -> tuple[float, fl
         for chunk in _some_chunks(raw, survey):
             rows = raw_view(chunk)
             begin = time.perf_counter()
-            stored_bytes += len(encode_chunk(rows))
+            stored_bytes += len(encode_chunk(rows).stream)
             seconds += time.perf_counter() - begin
             raw_bytes += rows.nbytes
     return (stored_bytes / raw_bytes, seconds / raw_bytes) if raw_bytes else (1.0, 0.0)
 
 
 def _some_chunks(raw: RawSample, survey: Survey) -> list[torch.Tensor]:
-    """Chunks of 64 rows of one layer, taking turns through the layers."""
+    """Return chunks of 64 rows of one layer each, spread over the sample, from each layer in turn."""
     layers = [*raw.aux.split(survey.hidden_size, 1), raw.last]
-    starts = _spread(max(1, len(raw.last) // CHUNK_ROWS), ENCODED_CHUNKS)
-    return [layers[turn % len(layers)][start * CHUNK_ROWS : (start + 1) * CHUNK_ROWS] for turn, start in enumerate(starts)]
+    chunks = []
+    for turn, index in enumerate(spread_indices(max(1, len(raw.last) // CHUNK_ROWS), ENCODED_CHUNKS)):
+        start = index * CHUNK_ROWS
+        chunks.append(layers[turn % len(layers)][start : start + CHUNK_ROWS])
+    return chunks
 
 
 def head_s_per_row(head: torch.Tensor) -> float:
-    """Seconds that the head takes for a token, measured on a few."""
-    from eagle_ds.convert.completion import token_labels
-
-    rows = torch.zeros(64, head.shape[1], dtype=head.dtype)
+    """Measure the seconds that the target's head [V, H] needs for one token."""
+    rows = torch.zeros(HEAD_PROBE_ROWS, head.shape[1], dtype=head.dtype)
     begin = time.perf_counter()
     token_labels(rows, head)
     return (time.perf_counter() - begin) / len(rows)
 
 
-def _spread(length: int, count: int) -> list[int]:
-    """Up to ``count`` indices, evenly over ``length``."""
-    return sorted({int(index * (length - 1) / max(1, min(count, length) - 1)) for index in range(min(count, length))})
+def spread_indices(length: int, count: int) -> list[int]:
+    """Return up to ``count`` indices of a list, evenly spread from its first to its last element."""
+    count = min(count, length)
+    return sorted({int(index * (length - 1) / max(1, count - 1)) for index in range(count)})

@@ -1,7 +1,14 @@
-"""Other projects' torch files (.ckpt, .pt, either gzipped) as a dict of tensors: memory-mapped, checked, never unpickled.
+"""Read other projects' torch files (.ckpt, .pt, plain or gzipped) as a dict of tensors. No code in them is
+ever run.
 
-A gzipped file is inflated once, into anonymous memory (memfd) that torch then maps like any other file, so that it costs
-one sample's memory and no second copy.
+A plain file is mapped into memory, so that only one copy of it exists, in the page cache. A gzipped file is
+inflated once, into anonymous memory (memfd) that torch then maps like any other file: it costs the memory of
+one sample, not of two.
+
+torch.save writes a zip archive: one record with a pickle that describes the tensors, and one uncompressed
+record for each tensor's bytes. ``torch.load(weights_only=True)`` reads the pickle with an interpreter of its
+own that knows tensors and plain containers and refuses everything else. It does not check the records'
+checksums when the file is mapped; that is done here.
 """
 
 from __future__ import annotations
@@ -21,20 +28,23 @@ from typing import Any, BinaryIO
 
 import torch
 
-from eagle_ds.convert.rejected import Reason, Rejected
+from eagle_ds.convert.formats import Reason, Rejected
 
 logger = logging.getLogger(__name__)
 
 ZIP_MAGIC, GZIP_MAGIC = b"PK\x03\x04", b"\x1f\x8b"
 INFLATE_BLOCK_BYTES = 4 << 20
 CHECK_BLOCK_BYTES = 256 << 10  # stays in the processor's cache
+# The header before each record: magic, 5 fields of 2 bytes, 3 of 4 bytes, lengths of the name and of the
+# extra field.
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
 def load_torch(path: Path, checksums: bool = True) -> dict[str, Any]:
-    """The dict saved in ``path``, its tensors mapped from the file. Raises `Rejected`; runs no code from the file.
+    """Return the dict saved in ``path``, with tensors mapped from the file. Raises `Rejected`.
 
-    Without ``checksums`` only the pages that are then looked at are read.
+    With ``checksums`` every byte is read and checked; without, only the pages that the caller looks at are
+    read.
     """
     if path.suffix == ".gz":
         with _inflated(path) as inflated:
@@ -43,37 +53,51 @@ def load_torch(path: Path, checksums: bool = True) -> dict[str, Any]:
 
 
 def _load(path: Path, content: Path, checksums: bool) -> dict[str, Any]:
-    """Load ``content`` (the inflated ``path``); complaints name ``path``."""
+    """Load ``content``, which is ``path`` or its inflated copy; messages name ``path``."""
     size = content.stat().st_size
     with content.open("rb") as file:
         is_zip = file.read(4) == ZIP_MAGIC
         if size == 0:
             raise Rejected(path, Reason.TRUNCATED, "the file is empty, expected a torch archive")
         if not is_zip and _first_bytes(content) == GZIP_MAGIC:
-            raise Rejected(path, Reason.UNREADABLE, "it is gzip-compressed, expected a plain torch file; rename it to end in .gz")
-        if is_zip and not zipfile.is_zipfile(file):
-            raise Rejected(path, Reason.TRUNCATED, f"{size} bytes without a zip directory at the end; it was written or copied in part")
+            detail = "it is gzip-compressed, expected a plain torch file; rename it to end in .gz"
+            raise Rejected(path, Reason.UNREADABLE, detail)
+        if is_zip and not zipfile.is_zipfile(file):  # the directory of a zip file is its end
+            detail = f"{size} bytes without a zip directory at the end; it was written or copied only in part"
+            raise Rejected(path, Reason.TRUNCATED, detail)
         if is_zip and checksums:
             _check_records(path, file)
-        loaded = _unpickle_tensors(path, Path(f"/proc/self/fd/{file.fileno()}"), is_zip)  # what was checked, whatever its name
+        # Through the open descriptor: this is the file that was checked, even if its name was given to
+        # another one.
+        loaded = _unpickle_tensors(path, Path(f"/proc/self/fd/{file.fileno()}"), is_zip)
     if not isinstance(loaded, dict):
-        raise Rejected(path, Reason.MISSING_KEY, f"it holds a {type(loaded).__name__}, expected a dict of tensors")
+        raise Rejected(
+            path, Reason.MISSING_KEY, f"it holds a {type(loaded).__name__}, expected a dict of tensors"
+        )
     return loaded
 
 
 def _unpickle_tensors(path: Path, content: Path, is_zip: bool) -> Any:
+    """Call torch.load and turn each of its many errors into `Rejected`.
+
+    Old files without a zip cannot be mapped.
+    """
     try:
         return torch.load(content, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
         cause = str(error).replace("\n", " ")
-        if "Unsupported operand" not in cause and ("Unsupported" in cause or "GLOBAL" in cause):  # an operand is noise, not code
-            detail = "it would run code when loaded, expected tensors only; save it again as a plain dict of tensors"
-            raise Rejected(path, Reason.UNSAFE, f"{detail} ({_first_sentence(cause)})") from error
-        raise Rejected(path, Reason.UNREADABLE, f"not a torch file ({_first_sentence(cause)})") from error
+        sentence = _first_sentence(cause)
+        # "Unsupported operand" means that the bytes are no pickle at all; other refusals are of code to be
+        # run.
+        if "Unsupported operand" not in cause and ("Unsupported" in cause or "GLOBAL" in cause):
+            detail = "loading it would run code; save it again as a plain dict of tensors"
+            raise Rejected(path, Reason.UNSAFE, f"{detail} ({sentence})") from error
+        raise Rejected(path, Reason.UNREADABLE, f"not a torch file ({sentence})") from error
     except EOFError as error:
         raise Rejected(path, Reason.TRUNCATED, f"it ends in the middle of the data ({error})") from error
     except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise Rejected(path, Reason.UNREADABLE, f"torch cannot read it ({_first_sentence(str(error))})") from error
+        detail = f"torch cannot read it ({_first_sentence(str(error))})"
+        raise Rejected(path, Reason.UNREADABLE, detail) from error
 
 
 def _first_sentence(text: str) -> str:
@@ -81,38 +105,50 @@ def _first_sentence(text: str) -> str:
 
 
 def _check_records(path: Path, file: BinaryIO) -> None:
-    """Compare each record with its crc32, which torch itself does not do for a mapped file.
+    """Compare each record with its crc32, which torch does not do for a mapped file.
 
-    torch can be told to write no checksums; then every record's is wrong, and nothing can be said.
+    torch can be told to write no checksums. Then all of them are wrong, and the file cannot be judged.
     """
     try:
-        records = [info for info in zipfile.ZipFile(file).infolist() if info.compress_type == zipfile.ZIP_STORED]
+        records = [
+            info for info in zipfile.ZipFile(file).infolist() if info.compress_type == zipfile.ZIP_STORED
+        ]
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         raise Rejected(path, Reason.CORRUPT, f"its zip directory is damaged ({error})") from error
     block = memoryview(bytearray(CHECK_BLOCK_BYTES))
     wrong = [info.filename for info in records if _record_crc32(path, file, info, block) != info.CRC]
     if wrong and len(wrong) < len(records):
-        raise Rejected(path, Reason.CORRUPT, f"record {wrong[0]} does not match its crc32; the file changed after it was saved")
+        detail = f"record {wrong[0]} does not match its crc32; the file changed after it was saved"
+        raise Rejected(path, Reason.CORRUPT, detail)
 
 
 def _record_crc32(path: Path, file: BinaryIO, info: zipfile.ZipInfo, block: memoryview) -> int:
-    """By plain reads, through ``block``: they bring the file into the page cache at the disk's speed, faults of a map at a third."""
+    """Compute the crc32 of one record's bytes, a block at a time.
+
+    The record is read with plain reads although torch maps it afterwards: they bring it into the page cache
+    at the disk's speed, three times as fast as page faults would.
+    """
     head = os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset)
     if len(head) < _LOCAL_HEADER.size or head[:4] != ZIP_MAGIC:
-        raise Rejected(path, Reason.CORRUPT, f"record {info.filename} has no header where the zip directory says")
+        detail = f"record {info.filename} has no header where the zip directory says"
+        raise Rejected(path, Reason.CORRUPT, detail)
+    # The data follows the header, the name and the extra field, with which torch aligns it to 64 bytes.
     *_, name_length, extra_length = _LOCAL_HEADER.unpack(head)
-    at = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-    crc32, end, update = 0, at + info.file_size, _crc32_library()
-    while at < end:
-        count = os.preadv(file.fileno(), [block[: min(len(block), end - at)]], at)
+    position = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    end = position + info.file_size
+    crc32, update = 0, _crc32_library()
+    while position < end:
+        count = os.preadv(file.fileno(), [block[: min(len(block), end - position)]], position)
         if count == 0:
             raise Rejected(path, Reason.CORRUPT, f"record {info.filename} reaches beyond the end of the file")
-        crc32, at = update(block[:count], crc32), at + count
+        crc32 = update(block[:count], crc32)
+        position += count
     return crc32
 
 
 @functools.cache
 def _crc32_library() -> Callable[[memoryview, int], int]:
+    """Return ISA-L's crc32 if it is installed, else zlib's."""
     try:
         from isal import isal_zlib
     except ImportError:
@@ -122,7 +158,10 @@ def _crc32_library() -> Callable[[memoryview, int], int]:
 
 @contextmanager
 def _inflated(path: Path) -> Iterator[Path]:
-    """A path to the gunzipped content in anonymous memory; mappings of it outlive the context."""
+    """Inflate ``path`` into anonymous memory and give a path to it.
+
+    Mappings of that memory outlive the context.
+    """
     descriptor = os.memfd_create(path.name, os.MFD_CLOEXEC)
     try:
         with os.fdopen(descriptor, "wb", buffering=0, closefd=False) as target:
@@ -140,11 +179,14 @@ def _gunzip(path: Path, target: BinaryIO) -> None:
             while count := source.readinto(block):
                 target.write(block[:count])
     except EOFError as error:
-        raise Rejected(path, Reason.TRUNCATED, "the gzip stream ends in the middle; it was written or copied in part") from error
+        detail = "the gzip stream ends in the middle; it was written or copied only in part"
+        raise Rejected(path, Reason.TRUNCATED, detail) from error
     except (gzip.BadGzipFile, failure) as error:
         if (begin := _first_bytes(path)) != GZIP_MAGIC:
             detail = f"its name says gzip, but it begins with {begin!r}, expected {GZIP_MAGIC!r}"
-            raise Rejected(path, Reason.CORRUPT, f"{detail}; rename it if it is a plain torch file") from error
+            raise Rejected(
+                path, Reason.CORRUPT, f"{detail}; rename it if it is a plain torch file"
+            ) from error
         raise Rejected(path, Reason.CORRUPT, f"the gzip stream is damaged ({error})") from error
 
 
@@ -155,10 +197,14 @@ def _first_bytes(path: Path) -> bytes:
 
 @functools.cache
 def _gzip_library() -> tuple[Callable[..., BinaryIO], type[Exception]]:
-    """ISA-L where it is installed, because gzip files are bound by their own inflate, else Python's gzip; logged once."""
+    """Return the function that opens a gzip file, and its error for a damaged one.
+
+    ISA-L if it is installed: converting gzipped files takes about as long as inflating them. Cached, so that
+    the warning is logged once.
+    """
     try:
         from isal import igzip, isal_zlib
     except ImportError:
-        logger.warning("isal is not installed: inflating with zlib, slower (pip install isal)")
+        logger.warning("isal is not installed: inflating with zlib, which is slower (pip install isal)")
         return gzip.open, zlib.error
     return igzip.open, isal_zlib.error

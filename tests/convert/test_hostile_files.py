@@ -185,12 +185,12 @@ def test_names_that_are_no_utf8_or_hold_odd_digits_are_fit_to_print(tmp_path: Pa
 @pytest.mark.parametrize("kind", ["grouped", "own"])
 def test_no_flipped_bit_of_an_hdf5_source_raises_anything_but_a_rejection(tmp_path: Path, kind: str) -> None:
     """Plain HDF5 has no checksum for its metadata: a flip may pass unseen, but never as another kind of error."""
-    from tests.store_cases import make_facts, make_sample, write_store
+    from tests.store_cases import make_info, make_sample, write_store
 
     if kind == "grouped":
         path, mapping = write_grouped_hdf5(tmp_path / "dump.h5", [features(5)]), Hdf5Map.parse(GROUPED_MAP)
     else:
-        info = make_facts()
+        info = make_info()
         sample = make_sample("s", 40, info)
         sample.aux_hidden_state, sample.hidden_state = torch.randn(40, 24).bfloat16(), torch.randn(40, 8).bfloat16()
         store = write_store(tmp_path / "store", info, sample)

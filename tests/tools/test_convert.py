@@ -21,8 +21,8 @@ import torch
 
 from eagle_ds.convert import Completer, Reason, iter_source, masks
 from eagle_ds.convert import run as conversion
-from eagle_ds.convert.setup import ConvertOptions
-from eagle_ds.convert.work import Job, Outcome, Worker, run_jobs
+from eagle_ds.convert.options import ConvertOptions
+from eagle_ds.convert.worker import Job, Outcome, Worker, run_jobs
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
 from eagle_ds.store.store import Store, StoreInfo, StoreWriter
 from eagle_ds.store.writer import SampleFiles
@@ -491,7 +491,7 @@ def test_a_store_of_other_facts_or_within_the_source_is_refused(
     assert run(tmp_path / "src", tmp_path / "dst", *FLAGS) == 0
     capsys.readouterr()
     assert run(tmp_path / "src", tmp_path / "dst", "--target-name", "another") == 1
-    assert "made with other facts: target is 'tiny' there, 'another' here" in words_of(capsys)
+    assert "made from other data: target is 'tiny' there, 'another' here" in words_of(capsys)
     other = save_tiny_llama(tmp_path / "wide", hidden_size=64)
     assert run(tmp_path / "src", tmp_path / "dst3", "--target", other) == 1
     assert "the files have hidden size 32" in words_of(capsys)
@@ -503,7 +503,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from eagle_ds.convert.run import convert
-from eagle_ds.convert.setup import ConvertOptions
+from eagle_ds.convert.options import ConvertOptions
 import torch
 torch.set_num_threads(1)
 root, facts = Path(sys.argv[1]), {"target_name": "t", "aux_layer_ids": (1, 2, 3), "vocab_size": 280}

@@ -15,7 +15,7 @@ import pytest
 
 from eagle_ds.convert import Completer, iter_source
 from eagle_ds.convert import run as conversion
-from eagle_ds.convert.work import Job, Worker, _Pool
+from eagle_ds.convert.worker import ConverterProcess, Job, Worker
 from eagle_ds.store.store import Store, StoreInfo, StoreWriter
 from tests.peer_files import AUX_IDS, FLAGS, GROUPED_MAP, HIDDEN, VOCAB, features, write_grouped_hdf5, write_specforge
 from tests.tools.test_convert import TOOL, assert_same, rejects, run, stored, tool, words_of
@@ -69,16 +69,20 @@ def test_an_odd_error_costs_its_file_only(tmp_path: Path, run, monkeypatch: pyte
 def test_a_worker_that_dies_between_two_files_is_replaced(tmp_path: Path) -> None:
     items = list(iter_source(tree(tmp_path / "src")))
     info = StoreInfo("tiny", "", "", HIDDEN, AUX_IDS, VOCAB)
-    with StoreWriter(tmp_path / "dst", info, workers=1), _Pool(Worker(tmp_path / "dst", info, Completer(), False, 1), 1) as pool:
-        outcomes = pool.run(iter(map(Job, items)))
-        assert next(outcomes).entry is not None  # the worker has the second file
-        pool._give(iter(()))
-        (connection,) = pool._busy
-        assert connection.poll(60)  # it is done with that, and idle
-        pool._processes[connection].kill()
-        pool._processes[connection].join()
-        rest = list(outcomes)
-    assert [outcome.entry is not None for outcome in rest] == [True] * 3
+    with StoreWriter(tmp_path / "dst", info, workers=1):
+        process = ConverterProcess(Worker(tmp_path / "dst", info, Completer(), False, 1))
+        process.begin(Job(items[0]))
+        outcomes = [process.outcome()]
+        process.begin(Job(items[1]))
+        assert process.connection.poll(60)  # it has finished the second file and is idle
+        process.child.process.kill()
+        process.child.process.join()
+        outcomes.append(process.outcome())  # it lies in the pipe and is not lost
+        for item in items[2:]:
+            process.begin(Job(item))
+            outcomes.append(process.outcome())
+        process.stop()
+    assert [outcome.entry is not None for outcome in outcomes] == [True] * 4
 
 
 # -- what is said while it works and before ---------------------------------------------------------------------------
@@ -142,7 +146,7 @@ def test_files_that_no_store_put_there_are_never_swept(tmp_path: Path, run, caps
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"ten years")
     assert run(source, tmp_path / "home", *FLAGS) == 1
-    assert mine.read_bytes() == b"ten years" and "would be swept" in words_of(capsys)
+    assert mine.read_bytes() == b"ten years" and "would be deleted" in words_of(capsys)
     assert run(source, tmp_path / "dst", *FLAGS) == 0
     tree(tmp_path / "dst" / "writing")
     before = snapshot(tmp_path / "dst")
@@ -216,12 +220,12 @@ def test_links_changed_files_and_undeletable_ones_are_kept(
 ) -> None:
     source = tree(tmp_path / "src") / "rows_0-5000"
     (source / "data_4.ckpt").symlink_to(write_specforge(tmp_path / "far", 0, features(50, seed=4)))
-    booked, unlink = conversion._take, Path.unlink
+    record, unlink = conversion._record_outcome, Path.unlink
 
-    def touch_then_take(outcome, *rest: object) -> None:
+    def touch_then_record(outcome, *rest: object) -> None:
         if outcome.job.item.id.endswith("data_1"):
             write_specforge(tmp_path / "src", 1, features(60, seed=9))
-        booked(outcome, *rest)
+        record(outcome, *rest)
 
     def unlink_most(path: Path, missing_ok: bool = False) -> None:
         if path.name == "data_2.ckpt":
@@ -229,7 +233,7 @@ def test_links_changed_files_and_undeletable_ones_are_kept(
         unlink(path, missing_ok)
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_take", touch_then_take)
+        patch.setattr(conversion, "_record_outcome", touch_then_record)
         patch.setattr(Path, "unlink", unlink_most)
         assert run(tmp_path / "src", tmp_path / "dst", *FLAGS, "--delete-source") == 0
     assert {path.name for path in source.iterdir()} == {"data_1.ckpt", "data_2.ckpt", "data_4.ckpt"}
