@@ -13,14 +13,31 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+TESTS = Path(__file__).parent
+# Files and folders whose tests start process groups or whole commands. `make quick` leaves them out.
+SLOW = (
+    *("tools", "test_recipes.py", "parallel/test_layouts.py", "bench/test_step.py", "bench/test_alone.py"),
+    *("training", "evaluation/test_acceptance.py", "bench", "data/test_read_pool.py", "capture/test_embedded.py"),
+    *("kernels/test_interpreted.py", "store/test_store_damage.py", "estimate/test_memory.py"),
+)
 
-SLOW = ("test_bench_layouts.py", "test_recipes.py", "test_resume.py", "test_sigterm.py", "test_steps.py", "parallel", "tools", "engine")
+
+def _slow_rank(path: Path) -> int:
+    """Index in SLOW of the first entry that names the file or a folder above it; len(SLOW) for fast tests."""
+    own = path.relative_to(TESTS)
+    names = {str(own), *map(str, own.parents)}
+    return next((index for index, name in enumerate(SLOW) if name in names), len(SLOW))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start many processes go first, so that the last ones to run are short and no worker waits for another.
-    Tests marked gpu are skipped, with the reason, where there is no CUDA device."""
-    items.sort(key=lambda item: next((n for n, name in enumerate(SLOW) if name in item.path.parts), len(SLOW)))
+    """Mark slow tests, run their files first, and skip tests marked gpu where there is no CUDA device.
+
+    Slow files go first so that both workers of `make test` finish at about the same time.
+    """
+    items.sort(key=lambda item: _slow_rank(item.path))
+    for item in items:
+        if _slow_rank(item.path) < len(SLOW):
+            item.add_marker(pytest.mark.slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -33,10 +50,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def embedded_target() -> Path:
-    """The embedded target, fetched once and kept where the demo keeps it."""
+    """Return the folder of the embedded target, fetched once and kept where the demo keeps it."""
     from eagle_ds.capture.embedded import DEFAULT_FOLDER, ensure_embedded_target
 
     try:
-        return ensure_embedded_target(Path(__file__).resolve().parents[1] / DEFAULT_FOLDER)
+        return ensure_embedded_target(TESTS.parent / DEFAULT_FOLDER)
     except ValueError as error:
         pytest.skip(f"no embedded target: {error}")
