@@ -118,7 +118,7 @@ class _Step:
         self.batch = rank_batch(self.sharding, 0, WholeSequence([info], torch.zeros(ROWS, 3 * wide), torch.zeros(ROWS, wide)), "serving")
         offloads = recipe.training.offload_activations
         self.offload = ActivationOffload(torch.device("cpu"), min_bytes=ROWS, slab_bytes=1 << 14) if offloads else None
-        self.head = TargetHead(None, torch.zeros(500, wide), torch.ones(1000, dtype=torch.bool), torch.zeros(500, dtype=torch.int64))
+        self.head = TargetHead(torch.zeros(500, wide), torch.ones(1000, dtype=torch.bool), torch.zeros(500, dtype=torch.int64))
 
     def forward(self) -> Tensor:
         batch = self.batch

@@ -13,9 +13,8 @@ from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.model.loss import uniform_decay
 from eagle_ds.sharding.sequence import Document, SequenceSharding, shard_sequence
-from eagle_ds.target.head import TargetHead
 from tests.plain_reference import ReferenceSums, document_sums
-from tests.step_harness import WholeSequence
+from tests.step_harness import WholeHead, WholeSequence
 
 TINY = DraftArch(
     hidden_size=24,
@@ -94,13 +93,13 @@ class Case:
         aux, hidden = (torch.from_numpy(rng.standard_normal((sum(sizes), w))).to(self.torch_dtype) for w in widths)
         return WholeSequence(info, aux, hidden)
 
-    def head(self) -> TargetHead:
+    def head(self) -> WholeHead:
         rng = np.random.default_rng(self.seed + 1)
         full = torch.from_numpy(rng.standard_normal((self.arch.target_vocab_size, self.arch.target_hidden_size))).to(self.torch_dtype)
         kept = np.sort(rng.choice(self.arch.target_vocab_size, self.arch.draft_vocab_size, replace=False))
         t2d = torch.zeros(self.arch.target_vocab_size, dtype=torch.bool)
         t2d[kept] = True
-        return TargetHead(full, full[t2d], t2d, torch.from_numpy(kept - np.arange(len(kept))))
+        return WholeHead(full[t2d], t2d, torch.from_numpy(kept - np.arange(len(kept))), full)
 
 
 def mask_array(mask: str) -> np.ndarray:
@@ -129,7 +128,7 @@ def reference_step(case: Case) -> tuple[Tensor, ReferenceSums, dict[str, Tensor]
     return loss.detach(), sums, {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(names, grads, strict=True)}
 
 
-def _all_documents(case: Case, weights: dict[str, Tensor], head: TargetHead, mix: Tensor) -> ReferenceSums:
+def _all_documents(case: Case, weights: dict[str, Tensor], head: WholeHead, mix: Tensor) -> ReferenceSums:
     parts = []
     for dp_rank, masks in enumerate(case.sequences):
         whole, start = case.whole(dp_rank), 0

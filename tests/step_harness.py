@@ -29,6 +29,13 @@ class WholeSequence:
     hidden: Tensor  # [S, H]
 
 
+@dataclass(frozen=True)
+class WholeHead(TargetHead):
+    """The target's head with all its rows, from which tests compute labels."""
+
+    full: Tensor  # [V, H]
+
+
 def rank_batch(sharding: SequenceSharding, rank: int, whole: WholeSequence, alignment: str) -> Batch:
     """The rows that a store would give to ``rank``."""
     wanted = ((whole.aux, sharding.aux_rows(rank)), (whole.hidden, sharding.target_rows(rank)))
@@ -47,7 +54,7 @@ def prefix_for(
     )
 
 
-def make_targets(batch: Batch, head: TargetHead) -> HeadTargets:
+def make_targets(batch: Batch, head: WholeHead) -> HeadTargets:
     token, logsumexp = argmax_and_logsumexp(batch.target_hidden, head.full, widen=False)
     counted = counted_rows(batch.trained, token, batch.target_index, head.t2d)
     return HeadTargets(head, batch.target_hidden, logsumexp, token, batch.target_index, batch.trained, counted)
@@ -56,7 +63,7 @@ def make_targets(batch: Batch, head: TargetHead) -> HeadTargets:
 def run_step(
     model: Eagle3Draft,
     batch: Batch,
-    head: TargetHead,
+    head: WholeHead,
     weights: Tensor,
     *,
     groups: ProcessGroups = SOLO,

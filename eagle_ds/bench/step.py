@@ -204,9 +204,8 @@ class StepBench:
         device, width = self.world.device, arch.target_hidden_size
         rows = torch.randn(arch.draft_vocab_size, width, device=device, dtype=self.dtype) * width**-0.5
         all_tokens = torch.ones(arch.target_vocab_size, dtype=torch.bool, device=device)
-        return TargetHead(
-            None, rows, all_tokens, torch.zeros(arch.draft_vocab_size, dtype=torch.int64, device=device)
-        )
+        offsets = torch.zeros(arch.draft_vocab_size, dtype=torch.int64, device=device)
+        return TargetHead(rows, all_tokens, offsets)
 
 
 def _seconds_between(moments: list[Moment]) -> list[float]:

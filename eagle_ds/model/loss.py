@@ -1,17 +1,35 @@
-"""Fused head and loss: T steps of draft logits against soft target labels, never more than a chunk of rows at once.
+"""Fused head and loss: all T steps of draft logits against soft target labels, one chunk of query rows at a
+time.
 
-For one counted row with draft logits z, p = softmax(z), label q over the draft vocabulary, and the full-vocabulary
-label q' = exp(target logit - full logsumexp) (so sum q' <= 1):
+The maths. For one counted pair (query row, TTT step) with
 
-    soft cross-entropy   c = logsumexp(z) - q.z                    dc/dz = p - q
+    z    draft logits [Vd],  p = softmax(z)
+    t    target logits of the draft's tokens [Vd], of the target row that is the pair's label
+    q    = softmax(t), the label over the draft vocabulary
+    q'   = exp(t - log-sum-exp of the target's logits over the FULL vocabulary), so sum q' <= 1
+
+the loss needs
+
+    soft cross-entropy   c = logsumexp(z) - q.z                    dc/dz     = p - q
     acceptance           alpha = sum_v min(q'_v, p_v)              dalpha/dz = p * (m - m.p),  m = [p < q']
 
-The gradients with respect to states and weights are computed in forward, chunk by chunk, and only scaled in backward, so
-neither logits nor probabilities outlive their chunk. All T steps of a chunk's C rows go through each matmul together:
-C * T pairs of (row, step), less those that do not count, each with its logits in float32 and their gradient in the weight's
-type, and C + T label rows in float32: C * Vd * (6T + 12) bytes in bf16. Pairs stand row by row, so that the steps that one
-label teaches are neighbours and find it in the cache. Losses: DESIGN section 2; soft cross-entropy as in EAGLE-3
-(arXiv:2503.01840).
+Soft cross-entropy is the loss of EAGLE-3 (arXiv:2503.01840); alpha is the probability that speculative
+decoding accepts the draft's token. DESIGN section 2 lists the losses made of them (`LossSettings.kind`).
+
+Memory. The logits of all pairs, [N * T, Vd], would take hundreds of GB at 128K tokens. So rows are processed
+in chunks, and the gradients with respect to states and weights are computed in the forward, while a chunk's
+logits exist. The backward only multiplies them by the incoming gradient.
+
+One chunk of C rows goes through these steps; every pair is a row of a matrix:
+
+    states g_1 .. g_T [C, D]  --stack-->  [C * T, D]  --keep counted pairs-->  x [n, D]
+    x  --final norm-->  [n, D]  --head-->  z [n, Vd]                              the first matmul
+    target hidden states [C + T, H]  --target head-->  t [C + T, Vd]              label logits
+    z, t  --row kernels-->  losses [n] and dloss/dz [n, Vd]
+    dloss/dz  -->  gradient of the head [Vd, D], gradient of x [n, D]             two more matmuls
+
+Pairs are ordered row by row, (row 0, step 0), (row 0, step 1), ... Row p at step k has the label of target
+row p + 1 + k, so pairs that read the same label are near each other, and find it in the GPU's cache.
 """
 
 from __future__ import annotations
@@ -38,20 +56,23 @@ COLUMNS = ("loss", "cross_entropy", "entropy", "counted", "trained", "correct", 
 
 @dataclass
 class HeadTargets:
-    """Labels of one micro-batch: row p of step k is taught by target row ``index[p, k]``.
+    """Labels of one micro-batch: the label of query row p at TTT step k is made from target row ``index[p,
+    k]``.
 
-    Make it before the draft's forward: what the host must know of the rows is on its way to it from here on, so that the loss need
-    not wait for the device.
+    Create it before the draft's forward. It starts to copy the few numbers that the host needs for cutting
+    chunks, so that the loss, which runs after the forward, does not have to wait for the GPU.
     """
 
     head: TargetHead
     hidden: Tensor  # [M, H], target hidden states
-    logsumexp: Tensor  # float32 [M], over the full vocabulary
-    token: Tensor  # int64 [M], argmax over the full vocabulary
-    index: Tensor  # int64 [N, T]
-    trained: Tensor  # bool [N, T], by mask alone
-    counted: Tensor  # bool [N, T], trained and with the target's argmax in the draft vocabulary
-    on_host: Callable[[], Tensor] = field(init=False, repr=False)  # int64 [3, N]: counted pairs up to each row, its first and last label
+    logsumexp: Tensor  # float32 [M], of the target's logits over the full vocabulary
+    token: Tensor  # int64 [M], argmax of the target's logits over the full vocabulary
+    index: Tensor  # int64 [N, T], into the M target rows; ascends along rows and along steps
+    trained: Tensor  # bool [N, T], by the loss mask alone
+    counted: Tensor  # bool [N, T], trained and the label's argmax is in the draft vocabulary
+    # int64 [3, N] on the host: counted pairs of rows 0 to p inclusive, the first and the last target row of
+    # row p.
+    on_host: Callable[[], Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         pairs = self.counted.sum(1).cumsum(0)
@@ -60,10 +81,17 @@ class HeadTargets:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """``weights`` [T] multiply step k's sum over counted rows: decay^k / N_k times what the engine divides by.
+    """How the losses of pairs become one number.
 
-    ``alpha_mean`` (for ``lambda`` alone) turns local (sum of alpha, rows), each [T], into the mean over all ranks: collective. It
-    is that of one micro-batch; the global batch's, accumulation included, is known only after a forward over all of it.
+    Attributes:
+        weights: [T], multiplies the sum over the counted rows of step k. It holds decay^k / N_k, times what
+            the engine will divide the loss by.
+        kind: kl (soft cross-entropy), alpha (-log alpha), or lambda (a mix of KL and 1 - alpha).
+        kl_scale, kl_decay: of the lambda loss: w = kl_scale * exp(-kl_decay * mean alpha) weighs its KL part.
+        alpha_mean: for the lambda loss, turns this rank's (sum of alpha, counted rows), each [T], into the
+            mean over all ranks. Collective. It is the mean of one micro-batch: the mean of the global batch
+            would need a forward over all its micro-batches first.
+        chunk_bytes: memory of one chunk's logits; LOSS_CHUNK_BYTES of the device by default.
     """
 
     weights: Tensor
@@ -71,43 +99,58 @@ class LossSettings:
     kl_scale: float = 1.0
     kl_decay: float = 3.0
     alpha_mean: Callable[[Tensor, Tensor], Tensor] | None = None
-    chunk_bytes: int | None = None  # by default LOSS_CHUNK_BYTES of the device
+    chunk_bytes: int | None = None
 
 
 @dataclass
 class LossSums:
-    """This rank's sums for the metrics, to be added over ranks and micro-batches: no means here."""
+    """This rank's sums for the metrics. Add them over ranks and micro-batches; means are taken after that."""
 
-    steps: Tensor  # float64 [T, len(COLUMNS)], one column a name
-    lengths: Tensor  # float64 [2]: sum over trained rows of sum_k prod_{j<=k} alpha_j, and their number
+    steps: Tensor  # float64 [T, len(COLUMNS)], sums over rows
+    lengths: Tensor  # float64 [2]: sum over trained rows of sum_k prod_{j<=k} alpha_j, and how many they are
 
     def __getitem__(self, column: str) -> Tensor:
+        """Return the sums [T] of the named column."""
         return self.steps[:, COLUMNS.index(column)]
 
     def flat(self) -> Tensor:
-        """One vector, so that one all-reduce carries everything."""
+        """Return all sums as one vector, for one all-reduce."""
         return torch.cat([self.steps.reshape(-1), self.lengths])
 
     @classmethod
     def from_flat(cls, flat: Tensor) -> LossSums:
-        """The inverse of ``flat``."""
+        """Undo ``flat``."""
         return cls(flat[:-2].view(-1, len(COLUMNS)), flat[-2:])
 
 
 def head_loss(
-    states: list[Tensor], norm_weight: Tensor, weight: Tensor, eps: float, targets: HeadTargets, settings: LossSettings
+    states: list[Tensor], norm_weight: Tensor, weight: Tensor, eps: float, targets: HeadTargets,
+    settings: LossSettings,
 ) -> tuple[Tensor, LossSums]:
-    """(sum_k weights[k] * sum of counted rows' losses, metric sums). ``states``: T un-normed outputs [N, D]; weight [Vd, D].
+    """Compute sum_k weights[k] * (sum of step k's losses over its counted rows), and the sums for the
+    metrics.
 
-    Differentiable in states, norm_weight and weight. Collective for the ``lambda`` loss alone.
+    Differentiable with respect to states, norm_weight and weight. Collective for the ``lambda`` loss only.
+
+    Args:
+        states: g_1 .. g_T, each [N, D], before the final norm.
+        norm_weight: [D], of the draft's final norm.
+        weight: [Vd, D], the draft's head.
+        eps: of the final norm.
     """
-    if not torch.is_grad_enabled():  # a Function still sees parameters as wanting gradients
+    if not torch.is_grad_enabled():
+        # A Function's ``needs_input_grad`` is true for parameters even here; detached, no gradient is
+        # computed.
         norm_weight, weight = norm_weight.detach(), weight.detach()
     mix = None
     if settings.kind == "lambda":
+        # The weight w of the KL part depends on the mean alpha, so a first pass without gradients finds
+        # alpha.
         assert settings.alpha_mean is not None
         with torch.no_grad():
-            sums = _Pass(states, norm_weight, weight, eps, targets, settings, None, gradients=False).run()
+            sums = _Pass(
+                states, norm_weight, weight, eps, targets, settings, None, gradients=False
+            ).run()
         mean = settings.alpha_mean(sums["alpha"], sums["counted"])
         mix = settings.kl_scale * torch.exp(-settings.kl_decay * mean)
     sums_out: list[LossSums] = []
@@ -116,25 +159,22 @@ def head_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
+    """The loss with its gradients computed in the forward. ``sums_out`` receives the metric sums."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        eps: float,
-        targets: HeadTargets,
-        settings: LossSettings,
-        mix: Tensor | None,
-        sums_out: list[LossSums],
-        norm_weight: Tensor,
-        weight: Tensor,
-        *states: Tensor,
+        ctx: Any, eps: float, targets: HeadTargets, settings: LossSettings, mix: Tensor | None,
+        sums_out: list[LossSums], norm_weight: Tensor, weight: Tensor, *states: Tensor,
     ) -> Tensor:
-        work = _Pass(list(states), norm_weight, weight, eps, targets, settings, mix, gradients=any(ctx.needs_input_grad))
+        wanted = any(ctx.needs_input_grad)
+        work = _Pass(list(states), norm_weight, weight, eps, targets, settings, mix, gradients=wanted)
         sums_out.append(work.run())
         ctx.gradients = work.gradients()
         return (sums_out[0]["loss"] * settings.weights.to(torch.float64)).sum().to(wide(weight.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # The gradients exist already; multiply them in place by that of the loss, one launch for each dtype.
         gradients, ctx.gradients = ctx.gradients, None
         by_type: dict[torch.dtype, list[Tensor]] = {}
         for gradient in gradients:
@@ -145,148 +185,166 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _Pass:
-    """One walk over the rows: losses, metric sums and, if asked for, the gradients of the weighted loss."""
+    """One pass over all query rows: losses, metric sums and, if wanted, the gradients of the weighted loss.
+
+    ``mix`` [T] is the weight w of the lambda loss; None takes w = 1.
+    """
 
     def __init__(
-        self,
-        states: list[Tensor],
-        norm_weight: Tensor,
-        weight: Tensor,
-        eps: float,
-        targets: HeadTargets,
-        settings: LossSettings,
-        mix: Tensor | None,
-        *,
-        gradients: bool,
+        self, states: list[Tensor], norm_weight: Tensor, weight: Tensor, eps: float, targets: HeadTargets,
+        settings: LossSettings, mix: Tensor | None, *, gradients: bool,
     ) -> None:
-        self.states, self.norm_weight, self.weight, self.eps = states, norm_weight, weight, eps
-        self.targets, self.settings, self.mix = targets, settings, mix
+        self.states, self.norm_weight = states, norm_weight
+        self.weight, self.eps = weight, eps
+        self.targets, self.settings = targets, settings
+        self.mix = mix
         self.kernels = _kernels_for(weight)
-        self.scales = settings.weights.to(weight.device, wide(weight.dtype))
-        rows, steps = targets.counted.shape
-        blank = torch.zeros(rows, steps, dtype=wide(weight.dtype), device=weight.device)
-        self.cross_entropy, self.entropy, self.alpha, self.correct = blank, blank.clone(), blank.clone(), blank.clone()
-        self.pairs_to, self.first_label, self.last_label = targets.on_host()
-        size = int(self.pairs_to[-1]) if rows else 0
-        self.pairs = torch.nonzero_static(targets.counted.reshape(-1), size=size).squeeze(1)  # row * T + step
+        self.scales = settings.weights.to(weight.device, wide(weight.dtype))  # [T]
+        # Results of every pair [N, T], filled chunk by chunk; pairs that do not count keep their 0.
+        blank = torch.zeros(targets.counted.shape, dtype=wide(weight.dtype), device=weight.device)
+        self.cross_entropy, self.entropy = blank, blank.clone()
+        self.alpha, self.correct = blank.clone(), blank.clone()
+        self.pairs_to, self.first_label, self.last_label = targets.on_host()  # each int64 [N], on the host
+        # Numbers of the counted pairs, row * T + step, ascending. The host knows how many there are, so
+        # nonzero_static can allocate its result without waiting for the GPU, as nonzero would.
+        size = int(self.pairs_to[-1]) if len(targets.counted) else 0
+        self.pairs = torch.nonzero_static(targets.counted.reshape(-1), size=size).squeeze(1)
         self.d_norm: Tensor | None = None
         if gradients:
+            # Gradients of weights are summed over all chunks, so in float32; each row of a state has one
+            # chunk only.
             self.d_norm = torch.zeros_like(norm_weight, dtype=wide(norm_weight.dtype))
             self.d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
             self.d_states = [torch.empty_like(s) for s in states]
 
     def gradients(self) -> list[Tensor]:
-        """Gradients of norm_weight, weight and the states, in their types."""
+        """Return the gradients of norm_weight, weight and the states, in their types."""
         if self.d_norm is None:
             return []
         return [self.d_norm.to(self.norm_weight.dtype), self.d_weight.to(self.weight.dtype), *self.d_states]
 
     def run(self) -> LossSums:
-        """Visit every chunk of rows."""
+        """Process every chunk and return the sums over rows."""
         for chunk in self._chunks():
-            self._chunk(chunk)
+            self._process(chunk)
         trained, counted = self.targets.trained, self.targets.counted
-        columns = (self._losses(), self.cross_entropy, self.entropy, counted, trained, self.correct, self.alpha)
+        # In the order of COLUMNS, each [N, T].
+        entropies = self.cross_entropy, self.entropy
+        columns = (self._losses(), *entropies, counted, trained, self.correct, self.alpha)
         sums = torch.stack([column.sum(0, dtype=torch.float64) for column in columns], dim=1)
-        lengths = torch.stack([self.alpha.to(torch.float64).cumprod(1).sum(), trained.any(1).sum().to(torch.float64)])
-        return LossSums(sums, lengths)
+        # Step k is reached only if all earlier tokens were accepted: the product of alpha_0 .. alpha_k.
+        accepted = self.alpha.to(torch.float64).cumprod(1).sum()
+        return LossSums(sums, torch.stack([accepted, trained.any(1).sum().to(torch.float64)]))
 
     def _chunks(self) -> Iterator[_Chunk]:
+        """Split the rows. All arithmetic is on the host, so no chunk waits for the GPU."""
         budget = self.settings.chunk_bytes or LOSS_CHUNK_BYTES[self.weight.device.type]
         rows = loss_chunk_rows(self.weight.shape[0], len(self.states), self.weight.element_size(), budget)
         size, done = len(self.pairs_to), 0
         for start in range(0, size, rows):
             stop = min(start + rows, size)
-            pairs, labels = int(self.pairs_to[stop - 1]), (int(self.first_label[start]), int(self.last_label[stop - 1]) + 1)
-            yield _Chunk(start, stop, done, pairs, *labels)
+            pairs = int(self.pairs_to[stop - 1])
+            # index ascends, so these rows read labels between the first row's first and the last row's last.
+            first, last = int(self.first_label[start]), int(self.last_label[stop - 1])
+            yield _Chunk(start, stop, done, pairs, first, last + 1)
             done = pairs
 
-    def _chunk(self, chunk: _Chunk) -> None:
-        """Labels of the chunk's target rows once, all steps' logits against them, and the gradients of both matmuls."""
-        if chunk.first_pair == chunk.last_pair:
+    def _process(self, chunk: _Chunk) -> None:
+        """Compute the losses of a chunk's counted pairs and, if wanted, the gradients that they give."""
+        if chunk.first_pair == chunk.last_pair:  # no pair counts
             if self.d_norm is not None:
                 for gradient in self.d_states:
                     gradient[chunk.start : chunk.stop] = 0
             return
-        pairs = self.pairs[chunk.first_pair : chunk.last_pair]
+        pairs = self.pairs[chunk.first_pair : chunk.last_pair]  # [n]
         labels = self._labels(chunk.first_label, chunk.last_label)
+        # [C, T, D] -> [C * T, D]: row c * T + k is the state of row c at step k, so the rows are ordered like
+        # pairs.
         states = torch.stack([s[chunk.start : chunk.stop] for s in self.states], 1).flatten(0, 1)
         every = len(pairs) == len(states)
-        local = pairs - chunk.start * len(self.states)
+        local = pairs - chunk.start * len(self.states)  # pair number -> row of ``states``
         x = states if every else states[local]
         if self.d_norm is None:
-            self._losses_of(pairs, self._normed(x, self.norm_weight), labels, None)
+            self._losses_of(pairs, rms_norm(x, self.norm_weight, self.eps), labels, None)
             return
+        # A small autograd graph of the norm alone; everything after it is differentiated by hand.
         with torch.enable_grad():
             x, norm_weight = x.detach().requires_grad_(), self.norm_weight.detach().requires_grad_()
-            normed = self._normed(x, norm_weight)
+            normed = rms_norm(x, norm_weight, self.eps)
         d_logits = self.weight.new_empty(len(pairs), self.weight.shape[0])
         self._losses_of(pairs, normed.detach(), labels, d_logits)
+        # logits = normed @ weight.T, so d_weight += d_logits.T @ normed, and d_normed = d_logits @ weight.
         add_product(self.d_weight, d_logits.t(), normed.detach())
         d_x, d_norm = torch.autograd.grad(normed, [x, norm_weight], d_logits @ self.weight)
         self.d_norm += d_norm
+        # Back to [C * T, D], zero where a pair does not count, then to the rows of each step's gradient.
         d_states = d_x if every else torch.zeros_like(states).index_copy_(0, local, d_x)
-        for gradient, part in zip(self.d_states, d_states.unflatten(0, (-1, len(self.states))).unbind(1), strict=True):
+        by_step = d_states.unflatten(0, (-1, len(self.states))).unbind(1)
+        for gradient, part in zip(self.d_states, by_step, strict=True):
             copy_rows(gradient[chunk.start : chunk.stop], part)
 
-    def _normed(self, x: Tensor, norm_weight: Tensor) -> Tensor:
-        return rms_norm(x, norm_weight, self.eps)
-
-    def _labels(self, low: int, high: int) -> _Labels:
-        logits = head_logits(self.targets.hidden[low:high], self.targets.head.draft_rows, widen=False)
+    def _labels(self, first: int, stop: int) -> _Labels:
+        """Compute the labels made from target rows [first, stop), once for all pairs that read them."""
+        # Not widened on a CPU: labels are rounded as the draft's own logits are.
+        logits = head_logits(self.targets.hidden[first:stop], self.targets.head.draft_rows, widen=False)
         lse_draft, entropy = self.kernels.label_sums(logits)
-        return _Labels(low, logits, lse_draft, self.targets.logsumexp[low:high].to(logits.dtype), entropy, self.targets.token[low:high])
+        lse_full = self.targets.logsumexp[first:stop].to(logits.dtype)
+        return _Labels(first, logits, lse_draft, lse_full, entropy, self.targets.token[first:stop])
 
     def _losses_of(self, pairs: Tensor, normed: Tensor, labels: _Labels, d_logits: Tensor | None) -> None:
-        """Losses of ``pairs``; their weighted gradient with respect to the logits into ``d_logits``."""
+        """Store the results of ``pairs``; write their weighted dloss/dz into ``d_logits`` [n, Vd] if given."""
         step = pairs % len(self.states)
-        label_row = self.targets.index.reshape(-1)[pairs] - labels.first
+        label_row = self.targets.index.reshape(-1)[pairs] - labels.first  # the row of ``labels`` for each pair
         mix = None if self.mix is None else self.mix[step]
         cross_entropy, alpha, best = self.kernels.row_losses(
-            head_logits(normed, self.weight, widen=False), labels.logits, label_row, labels.lse_draft, labels.lse_full,
-            self.settings.kind, mix, self.scales[step], d_logits,
-        )  # fmt: skip
+            head_logits(normed, self.weight, widen=False), labels.logits, label_row,
+            labels.lse_draft, labels.lse_full, self.settings.kind, mix, self.scales[step], d_logits,
+        )
         self.cross_entropy.view(-1)[pairs] = cross_entropy
         self.alpha.view(-1)[pairs] = alpha
         self.entropy.view(-1)[pairs] = labels.entropy[label_row]
-        self.correct.view(-1)[pairs] = (best + self.targets.head.d2t[best] == labels.token[label_row]).to(alpha.dtype)
+        # ``best`` is a draft token; d2t holds offsets, so best + d2t[best] is its id in the target's
+        # vocabulary.
+        correct = best + self.targets.head.d2t[best] == labels.token[label_row]
+        self.correct.view(-1)[pairs] = correct.to(alpha.dtype)
 
     def _losses(self) -> Tensor:
-        """[N, T] losses by the recipe's kind, 0 where a row does not count."""
+        """Return the losses of all pairs [N, T] by ``settings.kind``, 0 where a pair does not count."""
         counted = self.targets.counted
         if self.settings.kind == "kl":
             return self.cross_entropy
         if self.settings.kind == "alpha":
             return -torch.log(torch.where(counted, self.alpha, 1.0))
+        # KL = cross-entropy - entropy of the label.
         w = 1.0 if self.mix is None else self.mix
         return torch.where(counted, w * (self.cross_entropy - self.entropy) + (1 - w) * (1 - self.alpha), 0.0)
 
 
 class _Chunk(NamedTuple):
-    """Rows [start, stop), their counted pairs, and the target rows that teach them."""
+    """Query rows [start, stop), their counted pairs, and the target rows that their labels are made from."""
 
     start: int
     stop: int
     first_pair: int
-    last_pair: int
+    last_pair: int  # exclusive
     first_label: int
-    last_label: int
+    last_label: int  # exclusive
 
 
 @dataclass
 class _Labels:
-    """Labels of the target rows from number ``first`` on."""
+    """Labels made from M consecutive target rows; the first of them is target row number ``first``."""
 
     first: int
-    logits: Tensor  # [M, Vd], wide
-    lse_draft: Tensor  # [M], over the draft vocabulary
-    lse_full: Tensor  # [M], over the full vocabulary
+    logits: Tensor  # [M, Vd], float32 at least
+    lse_draft: Tensor  # [M], log-sum-exp over the draft vocabulary
+    lse_full: Tensor  # [M], log-sum-exp over the full vocabulary
     entropy: Tensor  # [M], of the label over the draft vocabulary
-    token: Tensor  # int64 [M]
+    token: Tensor  # int64 [M], argmax over the full vocabulary
 
 
 def _kernels_for(weight: Tensor) -> type[LossKernels]:
-    """The Triton twin for half precision on a GPU, else the plain one."""
+    """Choose the Triton kernels for half precision on a GPU, else the plain reference."""
     if is_half_on_gpu(weight):
         from eagle_ds.kernels.loss_triton import TritonKernels
 
@@ -295,5 +353,5 @@ def _kernels_for(weight: Tensor) -> type[LossKernels]:
 
 
 def uniform_decay(decay: float, ttt_steps: int) -> Tensor:
-    """decay^k, float64 [T]."""
+    """Return decay^k for each TTT step, float64 [T]."""
     return torch.tensor([math.pow(decay, k) for k in range(ttt_steps)], dtype=torch.float64)

@@ -21,7 +21,6 @@ from eagle_ds.kernels.fused import is_half_on_gpu
 class TargetHead:
     """The frozen rows of the target's head that the draft's labels are computed from."""
 
-    full: Tensor | None  # [V, H], the whole head
     draft_rows: Tensor  # [Vd, H], the rows of the draft vocabulary
     t2d: Tensor  # bool [V], whether a target token is in the draft vocabulary
     d2t: Tensor  # int64 [Vd], offsets: target id = i + d2t[i]

@@ -7,9 +7,16 @@ import torch
 
 from eagle_ds.model.loss import uniform_decay
 from eagle_ds.sharding.sequence import shard_sequence
-from eagle_ds.target.head import TargetHead
 from tests.golden_cases import SERVED_NAMES, GoldenCase, case_names
-from tests.step_harness import WholeSequence, gradients, prefix_for, rank_batch, relative_error, run_step
+from tests.step_harness import (
+    WholeHead,
+    WholeSequence,
+    gradients,
+    prefix_for,
+    rank_batch,
+    relative_error,
+    run_step,
+)
 
 LOSS_BOUND, GRADIENT_BOUND = 1e-6, 2e-5
 
@@ -23,9 +30,9 @@ def _whole(case: GoldenCase, dtype: torch.dtype) -> WholeSequence:
     return WholeSequence([case.token_facts()], case.arrays["in.aux_hidden_state"].to(dtype), case.arrays["in.hidden_state"].to(dtype))
 
 
-def _head(case: GoldenCase, dtype: torch.dtype) -> TargetHead:
+def _head(case: GoldenCase, dtype: torch.dtype) -> WholeHead:
     full, t2d = case.arrays["in.target_lm_head"].to(dtype), case.arrays["in.t2d"]
-    return TargetHead(full, full[t2d], t2d, case.arrays["in.d2t"])
+    return WholeHead(full[t2d], t2d, case.arrays["in.d2t"], full)
 
 
 @pytest.mark.parametrize("trained_rows_only", [True, False])

@@ -17,9 +17,16 @@ from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.model.loss import LossSettings, head_loss
 from eagle_ds.model.offload import ActivationOffload
-from eagle_ds.target.head import TargetHead
 from tests.allocation_cases import beyond_model_and_inputs
-from tests.step_harness import WholeSequence, gradients, make_targets, prefix_for, rank_batch, relative_error
+from tests.step_harness import (
+    WholeHead,
+    WholeSequence,
+    gradients,
+    make_targets,
+    prefix_for,
+    rank_batch,
+    relative_error,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -70,7 +77,7 @@ class GpuStep:
         self.batch = rank_batch(self.sharding, 0, WholeSequence([TokenLabels(ids, mask)], aux, hidden), "serving").to(self.device)
         full = (torch.randn(8000, D, generator=generator) * D**-0.5).to(self.device, torch.bfloat16)
         inside = torch.ones(8000, dtype=torch.bool, device=self.device)  # every pair counts, as the prediction has it
-        self.head = TargetHead(full, full[:4000], inside, torch.zeros(4000, dtype=torch.int64, device=self.device))
+        self.head = WholeHead(full[:4000], inside, torch.zeros(4000, dtype=torch.int64, device=self.device), full)
         self.targets = make_targets(self.batch, self.head)
         self.kernel = choose_attention(self.device, torch.bfloat16, arch.head_dim)
         self.offload = ActivationOffload(self.device, slab_bytes=1 << 22) if recipe.training.offload_activations else None

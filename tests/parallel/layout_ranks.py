@@ -9,9 +9,8 @@ from eagle_ds.kernels.attention import wide
 from eagle_ds.kernels.attention_cuda import choose_attention
 from eagle_ds.model.loss import LossSums, uniform_decay
 from eagle_ds.parallel.topology import SOLO, Topology, make_groups
-from eagle_ds.target.head import TargetHead
 from tests.layout_cases import DECAY, Case
-from tests.step_harness import gradients, make_targets, rank_batch, run_step
+from tests.step_harness import WholeHead, gradients, make_targets, rank_batch, run_step
 
 
 def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, LossSums, dict[str, Tensor]]:
@@ -36,8 +35,8 @@ def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, LossSums, di
     return _summed(loss, world).cpu(), LossSums.from_flat(_summed(sums.flat(), world).cpu()), grads
 
 
-def _moved(head: TargetHead, device: torch.device) -> TargetHead:
-    return TargetHead(*(x.to(device) for x in (head.full, head.draft_rows, head.t2d, head.d2t)))
+def _moved(head: WholeHead, device: torch.device) -> WholeHead:
+    return WholeHead(*(x.to(device) for x in (head.draft_rows, head.t2d, head.d2t, head.full)))
 
 
 def _summed(x: Tensor, world: int) -> Tensor:
