@@ -9,10 +9,9 @@ import pytest
 
 from eagle_ds.config.deepspeed import read_ds_json
 from eagle_ds.config.recipe import load_recipe
-from eagle_ds.estimate import memory
-from eagle_ds.estimate.memory import GIB, predict_memory
-from eagle_ds.estimate.planner import in_turns, sharding_for
-from eagle_ds.model import loss
+from eagle_ds.estimate.devices import GIB
+from eagle_ds.estimate.memory import MemoryModel
+from eagle_ds.estimate.sequences import document_in_turns, sharding_for
 from tests.allocation_cases import CASES, AllocationCase, held_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,8 +72,8 @@ def predicted_gib(row: Measured) -> float:
         f"--training.offload_activations={str(row.offload).lower()}",
     ]
     recipe = load_recipe(ROOT / "recipes/llama3_128k.json", settings)
-    sharding = sharding_for(recipe, [in_turns(row.tokens, row.fraction)] * row.documents, row.ring_mode)
-    parts = predict_memory(recipe, ZERO1, row.ulysses * row.ring, sharding, prefetched=0)
+    sharding = sharding_for(recipe, [document_in_turns(row.tokens, row.fraction)] * row.documents, row.ring_mode)
+    parts = MemoryModel(recipe, ZERO1, row.ulysses * row.ring, sharding, prefetched=0).peak()
     return (sum(parts.values()) - parts["process"]) / GIB
 
 
@@ -85,7 +84,3 @@ def test_the_model_is_what_autograd_holds(case: AllocationCase) -> None:
     for held, predicted in ((found.loss, found.predicted_loss), (found.peak, found.predicted)):
         assert (1 - HELD_BOUND) * held <= predicted <= (1 + above) * held
     assert found.predicted_host == pytest.approx(found.host, rel=HELD_BOUND)
-
-
-def test_constants_are_those_of_the_code() -> None:
-    assert memory.LOSS_CHUNK_BYTES == loss.CHUNK_BYTES

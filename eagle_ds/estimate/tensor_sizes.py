@@ -1,0 +1,284 @@
+"""Bytes of the tensors of a training step, on the rank that is the busiest in every kind of row.
+
+``TensorSizes`` has one method for each group of tensors; ``memory.py`` adds them up stage by stage. Every
+method's docstring lists the tensors with their shapes on one rank. Letters such as ``D`` and ``Hq`` are
+explained in ``eagle_ds/__init__.py``; ``I`` is the inner width of the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from eagle_ds.config.recipe import Recipe
+from eagle_ds.sharding import ranges as rg
+from eagle_ds.sharding.heads import HeadSharding
+from eagle_ds.sharding.sequence import SequenceSharding
+from eagle_ds.sharding.tiles import LOSS_CHUNK_BYTES, loss_chunk_rows, tile_rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row counts of one rank for one sequence."""
+
+    context: int
+    query: int
+    aux: int  # rows whose auxiliary hidden states are read: context and query rows
+    target: int
+    total: int  # rows of the whole sequence, S
+    attended_keys: int  # query-key pairs of one TTT step, summed over the query rows of this rank's ring rank
+
+    @classmethod
+    def of(cls, sharding: SequenceSharding) -> Rows:
+        """Take the largest count of any rank, for each kind of row separately."""
+        ranks = [cls.of_rank(sharding, rank) for rank in range(sharding.world)]
+        return cls(*(max(counts) for counts in zip(*(vars(rows).values() for rows in ranks), strict=True)))
+
+    @classmethod
+    def of_rank(cls, sharding: SequenceSharding, rank: int) -> Rows:
+        """Count the rows of ``rank``, numbered within its sequence-parallel group."""
+        return cls(
+            context=rg.count(sharding.context[rank]),
+            query=rg.count(sharding.queries[rank]),
+            aux=rg.count(sharding.aux_rows(rank)),
+            target=rg.count(sharding.target_rows(rank)),
+            total=sharding.num_tokens,
+            attended_keys=sharding.attention_work(rank // sharding.ulysses),
+        )
+
+
+def draft_parameters(recipe: Recipe) -> dict[str, int]:
+    """Count the trained parameters by part of the draft.
+
+    Norms and biases are left out: thousands among hundreds of millions.
+    """
+    draft, hidden = recipe.draft, recipe.draft.hidden_size
+    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
+    return {
+        "fc": len(recipe.target.aux_ids) * recipe.target.hidden_size * hidden,  # [D, A*H]
+        # W_q, W_k, W_v read 2D; W_o [D, Hq*d]
+        "attention": 2 * hidden * (queries + 2 * keys) + queries * hidden,
+        "mlp": 3 * hidden * draft.intermediate_size,  # gate, up, down
+        "lm_head": draft.vocab_size * hidden,  # [Vd, D]
+        # [V, D]
+        "embed_tokens": recipe.target.vocab_size * hidden if hidden != recipe.target.hidden_size else 0,
+    }
+
+
+def prefix_bytes(recipe: Recipe, rows: int, element: int, gradient: int = 4) -> int:
+    """Return the bytes of K_0 and V_0 and of their gradients for ``rows`` rows and one rank's KV heads.
+
+    Args:
+        element: bytes of a number of K_0/V_0.
+        gradient: bytes of a number of dK_0/dV_0, which are summed over the TTT steps in float32.
+    """
+    draft = recipe.draft
+    heads = HeadSharding(draft.num_attention_heads, draft.num_key_value_heads, recipe.parallel.ulysses)
+    width = heads.slots * draft.head_dim
+    return 2 * rows * width * (element + gradient)
+
+
+class Saved(NamedTuple):
+    """One number for each kind of tensor that autograd saves for the backward of a TTT step."""
+
+    states: int = 0
+    attention: int = 0
+    diagonals: int = 0
+    mlp: int = 0
+
+
+def kept_per_query_row(recipe: Recipe, element: int, ulysses: int, *, eager: bool = False) -> Saved:
+    """Return the bytes that autograd keeps of one query row and TTT step, by kind; diagonals exist from step
+    1 on.
+
+    ``eager``: elementwise operations are not fused (CPU), so more of their inputs are kept.
+
+    """
+    draft, recompute = recipe.draft, recipe.training.recompute
+    hidden, inner = draft.hidden_size, draft.intermediate_size
+    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
+    # q and the attention output, each [Hq*d], and the log-sum-exp [Hq] in float32. Under Ulysses a copy of q
+    # with its heads sharded too, unless the backward sends q again.
+    copies = 3 if ulysses > 1 and recompute != "full" else 2
+    mlp = 0  # recompute mlp, full: the MLP is recomputed from g_k and the attention output
+    if recompute == "selective":
+        mlp = (hidden + 2 * inner) * element  # output projection [D], gate [I], up [I]
+    if recompute == "none":
+        # Output projection [D], norm's output [D], gate, up and their product [I]; eager keeps norm's and
+        # SwiGLU's inside too.
+        mlp = ((4 if eager else 2) * hidden + (4 if eager else 3) * inner) * element
+    return Saved(
+        states=hidden * element,  # g_k [D], from which projections and MLP start
+        attention=copies * queries * element + 4 * draft.num_attention_heads,
+        diagonals=2 * keys * element,  # K_k and V_k, each [Hkv*d]
+        mlp=mlp,
+    )
+
+
+NOTHING = Saved()
+
+
+class TensorSizes:
+    """Sizes of the step's tensors in bytes.
+
+    Attributes named after one row hold the bytes of one row: ``state`` a state [D], ``query`` q [Hq*d],
+    ``diagonal`` K_k and V_k [2*Hkv*d], ``inner`` a vector inside the MLP [I], ``embedding`` a trained
+    embedding [D] (0 where it is frozen).
+    """
+
+    def __init__(
+        self, recipe: Recipe, sharding: SequenceSharding, element: int, *, cpu: bool = False
+    ) -> None:
+        draft = recipe.draft
+        self.recipe, self.sharding, self.cpu = recipe, sharding, cpu
+        self.rows = Rows.of(sharding)
+        self.element = element  # bytes of a weight or activation
+        self.wide = max(element, 4)  # bytes of a number in sums, which are float32 at least
+        self.steps, self.recompute = recipe.training.ttt_steps, recipe.training.recompute
+        self.parameters = draft_parameters(recipe)
+        self.kept = kept_per_query_row(recipe, element, sharding.ulysses, eager=cpu)
+        self.state = draft.hidden_size * element
+        self.query = draft.num_attention_heads * draft.head_dim * element
+        self.diagonal = 2 * draft.num_key_value_heads * draft.head_dim * element
+        self.inner = draft.intermediate_size * element
+        self.embedding = self.state if draft.hidden_size != recipe.target.hidden_size else 0
+        # Rotation keeps one ring rank's rows of K_0/V_0; gather-once keeps those of the whole sequence.
+        self.rotates = sharding.ring > 1 and sharding.ring_mode == "p2p"
+        self.prefix_rows = -(-sharding.num_tokens // sharding.ring) if self.rotates else sharding.num_tokens
+        self.prefix = prefix_bytes(recipe, self.prefix_rows, element, 0)  # K_0/V_0
+        self.dkv = prefix_bytes(recipe, self.prefix_rows, 0)  # dK_0/dV_0 in float32
+        self.tokens = self.rows.target + 1  # tokens x[p+1+k] of all query rows and TTT steps, each once
+        # W_q, W_k and W_v one below the other, [(Hq + 2 Hkv) d, 2D]: copied once per micro-batch.
+        self.qkv_weights = (self.query + self.diagonal) * 2 * draft.hidden_size
+
+    # Inputs, and what the forward keeps for the backward --------------------------------------------------
+
+    def inputs(self) -> int:
+        """Auxiliary hidden states [rows.aux, A*H] and target hidden states [rows.target, H]."""
+        numbers = len(self.recipe.target.aux_ids) * self.rows.aux + self.rows.target
+        return numbers * self.recipe.target.hidden_size * self.element
+
+    def context_rows(self) -> int:
+        """Count fc's output [rows.context, D], what the projections of K_0/V_0 keep, and trained embeddings.
+
+        The projections keep nothing (recompute full), K_0 and V_0 (selective), or z [rows.context, 2D] and
+        the angles cos and sin [rows.context, d] in float32. Eager operations keep the two norms' inputs as
+        well.
+        """
+        angles = 2 * 2 * self.recipe.draft.head_dim
+        whole = (4 if self.cpu else 2) * self.state + angles
+        projections = {"full": 0, "selective": self.diagonal}.get(self.recompute, whole)
+        embedded = self.embedding if self.recompute in ("none", "mlp") else 0
+        return self.rows.context * (self.state + projections + embedded) + self.tokens * self.embedding
+
+    def first_states(self) -> int:
+        """Count g_0 [N, D]: a copy of fc's output, unless context and query rows are the same rows."""
+        shared = self.rows.query == self.rows.context == self.rows.aux
+        return 0 if shared else self.rows.query * self.state
+
+    def largest_kept(self) -> int:
+        """Return the bytes of a query row in the largest single tensor that moves to the host: a state, q, or
+        inside the MLP.
+        """
+        return max(self.state, self.query, self.inner if self.kept.mlp else 0)
+
+    def token_gradients(self) -> int:
+        """Count sums over the TTT steps, in float32: of the projected tokens' gradients [tokens, (Hq + 2 Hkv)
+        d], and of dW_g [(Hq + 2 Hkv) d, D], the half of the weights that reads states.
+        """
+        columns = (self.query + self.diagonal) // self.element
+        return columns * self.wide * (self.tokens + self.recipe.draft.hidden_size)
+
+    # Workspace of each stage ------------------------------------------------------------------------------
+
+    def loss(self) -> int:
+        """Count one chunk of C query rows (its T logits and their gradients), and the gradient of the head
+        [Vd, D] in float32.
+        """
+        vocab, steps, wide = self.recipe.draft.vocab_size, self.steps, self.wide
+        # C: as many rows as the budget holds, in multiples of 256 where there are that many.
+        budget = LOSS_CHUNK_BYTES["cpu" if self.cpu else "cuda"]
+        chunk = min(self.rows.query, loss_chunk_rows(vocab, steps, self.element, budget))
+        d_logits, labels = chunk * vocab * steps * self.element, chunk * vocab * wide  # [C*T, Vd], [C, Vd]
+        # [C*T, D], [Vd, D]
+        states, matrix = chunk * steps * self.state, vocab * self.recipe.draft.hidden_size
+        # Forward: logits [C*T, Vd] in float32 (six such tensors where operations are not fused), states and
+        # normed states.
+        forward = d_logits + labels + (6 if self.cpu else 1) * chunk * vocab * steps * wide + 2 * states
+        # Backward: states, normed states and both gradients, and the head's gradient of this chunk.
+        backward = d_logits + labels + 4 * states + matrix * self.element
+        return matrix * wide + max(forward, backward)
+
+    def mlp(self) -> int:
+        """Count the gradients inside the MLP. Those of gate and up overwrite gate and up."""
+        rows, tile = self.rows.query, tile_rows(self.rows.query)
+        if self.recompute == "none":
+            return rows * (self.inner + self.state)  # the product's gradient [N, I], the input's [N, D]
+        # Of one tile: the product and its gradient, and gate and up where they were not kept, each [tile, I];
+        # the norm's output, its gradient and the residual's, each [tile, D]. Of all rows done so far: the
+        # gradients of g_k and attention.
+        inside = 2 if self.recompute == "selective" else 4
+        in_tiles = (rows - tile) * (self.state + self.query) + tile * (inside * self.inner + 3 * self.state)
+        # At the end the tiles' gradients exist next to their concatenation.
+        return max(in_tiles, rows * (2 * self.state + 2 * self.query))
+
+    def attention(self) -> int:
+        """Return the largest of three moments: the kernel, the exchange back through Ulysses, the diagonals'
+        backward.
+        """
+        rows, wide_query = self.rows.query, self.query // self.element * 4
+        # With U > 1 dout and out are copied with their heads sharded, and q too where it is sent again.
+        copies = (3 if self.recompute == "full" else 2) * self.query if self.sharding.ulysses > 1 else 0
+        prefix = self.dkv // 4 * self.element  # K_0/V_0, or one gradient of them in the activations' type
+        if self.rotates:
+            # dq in float32 over all ring ranks and of this one. K/V and dK/dV of one ring rank: here,
+            # arriving, leaving.
+            kernel = rows * (2 * self.query + copies + 2 * wide_query) + 2 * prefix + 3 * self.dkv
+        else:
+            kernel = rows * (2 * self.query + copies + wide_query) + prefix  # dout, dq, and dq in float32
+        exchange = rows * (2 + 2 * (copies > 0)) * self.query + rows * copies
+        # Dq, q, dout; dK_j/dV_j of all diagonals
+        diagonals = rows * (3 * self.query + (self.steps - 1) * self.diagonal)
+        return max(kernel, exchange, diagonals)
+
+    def projections(self) -> int:
+        """Count dq, dK_k and dV_k [N, (Hq + 2 Hkv) d], the state's gradient [N, D], and one tile's copies of
+        both.
+        """
+        projected = self.query + self.diagonal
+        tile = tile_rows(self.rows.query) * (projected + 3 * self.state)
+        return self.rows.query * (projected + self.state) + tile
+
+    def token_projections(self) -> int:
+        """Count dW_e [(Hq + 2 Hkv) d, D] in float32, the joined gradient of both halves in float32 and in the
+        weights' type, and one tile of tokens: projected, and their embeddings with their norm.
+        """
+        numbers = self.qkv_weights // self.element
+        tile = tile_rows(self.tokens) * (self.query + self.diagonal + 2 * self.state)
+        return numbers // 2 * 4 + numbers * (4 + self.element) + tile
+
+    def exchange(self) -> int:
+        """Count the q, k, v weights' gradient so far, and dK_0/dV_0 of the rank's own context rows.
+
+        On several ranks also a received and a summed copy of dK_0/dV_0 of all rows that the rank holds.
+        """
+        copies = 2 * self.dkv if self.sharding.world > 1 else 0
+        return self.qkv_weights + self.rows.context * self.diagonal + copies
+
+    def context_forward(self) -> int:
+        """Count fc's output [rows.aux, D], and embedding, both norms and z (5 times D) of all rows, or of one
+        tile.
+        """
+        rows = self.rows.context if self.recompute in ("none", "mlp") else tile_rows(self.rows.context)
+        return self.rows.aux * self.state + rows * 5 * self.state
+
+    def context_backward(self) -> int:
+        """Count the q, k, v weights' gradient, dK_0/dV_0 of the context rows, and z with one or two of its
+        gradients.
+        """
+        rows, z = self.rows.context, max(2 * self.state + self.diagonal, 3 * self.state)
+        if self.recompute in ("none", "mlp"):
+            through_z = rows * z
+        else:  # z is recomputed in tiles
+            through_z = rows * (self.state + self.diagonal // 2) + tile_rows(rows) * (3 * self.state + z)
+        return self.qkv_weights + rows * self.diagonal + through_z
