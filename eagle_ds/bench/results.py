@@ -229,7 +229,7 @@ GiB of the fullest of P ranks.
 
 - Between steps: weights, float32 gradients and the optimizer's state. ZeRO shards the optimizer's state.
 - Kept for the backward: hidden states, K_0/V_0 and the activations of the T TTT steps. Sequence parallelism
-  divides all of it, so it should be 1/P of the figure for one GPU; the ratio says how close it is (1.00 is ideal).
+  divides all of it: it should be 1/P of the figure for one GPU. The ratio says how close it is (1.00: exactly).
 - The rest: work space of a fixed size (a chunk of the loss, a tile of the MLP), and gradients.
 """
 

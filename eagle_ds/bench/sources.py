@@ -113,7 +113,7 @@ class StoreSource:
         )
         self._digest, self._agreement = sharding.digest, world.agreement
         settings = FeedSettings(data.prefetch, world.device, dtype)
-        self._feed = Feed(dataset, sampler.steps(0, FOREVER), settings)
+        self._feed = Feed(dataset, sampler.global_batches(0, FOREVER), settings)
         self._read_s: list[float] = []
 
     def take(self) -> tuple[Batch, Tensor]:

@@ -42,7 +42,8 @@ from eagle_ds.sharding.sequence import Document
 from eagle_ds.store.format import TORCH_DTYPES, Sample
 from eagle_ds.store.manifest import STORE_JSON, StoreInfo
 from eagle_ds.store.store import Store, StoreWriter
-from eagle_ds.target.files import read_config, target_hash
+from eagle_ds.target.files import read_config
+from eagle_ds.target.identity import target_hash
 
 logger = logging.getLogger(__name__)
 

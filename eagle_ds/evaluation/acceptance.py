@@ -1,14 +1,13 @@
-"""Acceptance length, measured: real speculative decoding of held-out prompts, drafts side by side against plain decoding.
+"""Measure acceptance length by speculative decoding of held-out prompts, with one or more drafts and without.
 
-Acceptance length is tokens gained per pass of the target, its own (bonus) token included: 1.0 is no gain at all. The prompt's
-own pass is not counted. Every draft answers the same prompts, so the difference of two drafts is bootstrapped over prompts
-in pairs.
+Acceptance length is the number of tokens gained per pass of the target, including its own (bonus) token: 1.0
+means no gain. The pass that reads the prompt is not counted. Every draft answers the same prompts, so the
+difference between two drafts is bootstrapped over pairs of answers to the same prompt.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,24 +18,17 @@ import torch
 
 from eagle_ds.capture.hf import load_model
 from eagle_ds.config.recipe import Recipe
-from eagle_ds.data.chat import ChatEncoder, Message, load_tokenizer, messages_of, record_id
+from eagle_ds.data.chat import ChatEncoder, load_tokenizer, messages_of, record_id
 from eagle_ds.data.conversations import ConversationFile
+from eagle_ds.drafts.cached import CachedDraft
 from eagle_ds.drafts.folder import DraftOnDisk
-from eagle_ds.evaluation.decoding import (
-    CachedDraft,
-    CachedTarget,
-    Decoded,
-    DecodeSettings,
-    Round,
-    decode_plain,
-    decode_speculative,
-    prefill,
-)
-from eagle_ds.target.files import TargetInfo, resolve_target, stop_token_ids
-
-log = logging.getLogger(__name__)
+from eagle_ds.evaluation import decoding
+from eagle_ds.evaluation.decoding import CachedTarget, Decoded, DecodeSettings, Round
+from eagle_ds.target.files import resolve_target
+from eagle_ds.target.info import TargetInfo, stop_token_ids
 
 Turn = Literal["first", "last"]
+Progress = Callable[[int], None]  # called with a number of new tokens
 RESAMPLES = 10_000
 LEVEL = 0.95
 CONTEXT_EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 1 << 40)
@@ -44,7 +36,7 @@ CONTEXT_EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 13107
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the target is served: token ids up to and including the generation prompt."""
+    """A prompt for the target: token ids up to and including the generation prompt."""
 
     id: str
     ids: tuple[int, ...]
@@ -52,18 +44,20 @@ class Prompt:
 
 @dataclass
 class PromptFile:
-    """Prompts taken from conversations, and how many were passed over."""
+    """Prompts taken from conversations, and how many conversations were skipped."""
 
     prompts: list[Prompt] = field(default_factory=list)
     too_long: int = 0
     unusable: int = 0
 
 
-def load_prompts(path: str | Path, encoder: ChatEncoder, count: int, max_tokens: int, turn: Turn = "last") -> PromptFile:
-    """The first ``count`` prompts of a conversation file that fit in ``max_tokens``.
+def load_prompts(
+    path: str | Path, encoder: ChatEncoder, count: int, max_tokens: int, turn: Turn = "last"
+) -> PromptFile:
+    """Return the first ``count`` prompts of a conversation file that fit in ``max_tokens``.
 
-    A conversation is cut before its last (first) assistant turn; of a text, the first half is the prompt. Raises ValueError
-    if none is left.
+    The prompt of a conversation ends before its last (or first) assistant turn. The prompt of a text is its
+    first half. Raises ValueError if no prompt is found.
     """
     found = PromptFile()
     for _, record in ConversationFile(Path(path)).records():
@@ -78,8 +72,8 @@ def load_prompts(path: str | Path, encoder: ChatEncoder, count: int, max_tokens:
             found.prompts.append(Prompt(record_id(record), tuple(ids)))
     if not found.prompts:
         raise ValueError(
-            f"{path} gives no prompt: {found.too_long} are longer than {max_tokens} tokens, {found.unusable} have nothing to answer; "
-            "raise --max-prompt-tokens, or give other prompts"
+            f"{path} has no usable prompt: {found.too_long} are longer than {max_tokens} tokens, "
+            f"{found.unusable} have nothing to answer; raise --max-prompt-tokens, or give other prompts"
         )
     return found
 
@@ -89,43 +83,37 @@ def _prompt_ids(record: Mapping[str, Any], encoder: ChatEncoder, turn: Turn) -> 
         ids = encoder.tokenizer(str(record["text"]))["input_ids"]
         return ids[: len(ids) // 2]
     messages = messages_of(record)
-    before = _messages_before(messages, turn)
-    return encoder.prompt_ids(before) if before and before[-1]["role"] in ("user", "tool") else []
-
-
-def _messages_before(messages: list[Message], turn: Turn) -> list[Message]:
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: answers[0 if turn == "first" else -1]] if answers else messages
+    if answers:
+        messages = messages[: answers[0 if turn == "first" else -1]]
+    return encoder.prompt_ids(messages) if messages and messages[-1]["role"] in ("user", "tool") else []
 
 
 @dataclass
 class Measurement:
-    """Answers to every prompt: by the target alone (None where that was not asked for), and with each draft."""
+    """Answers to every prompt: by the target alone (``plain``; None if not measured) and with each draft."""
 
     settings: DecodeSettings
     prompts: list[Prompt]
     plain: list[Decoded] | None
     drafts: dict[str, list[Decoded]]
 
-    def acceptance_length(self, name: str) -> float:
-        """Tokens per pass of the target over all prompts."""
-        return acceptance_length(rounds_of(self.drafts[name]))
-
     def summary(self) -> dict[str, Any]:
-        """Everything that acceptance.json says about the drafts, their differences, and the prompts."""
+        """Return the part of acceptance.json about the drafts, their differences and the prompts."""
         names = list(self.drafts)
-        pairs = [(better, base) for i, base in enumerate(names) for better in names[i + 1 :]]
         return {
             "num_prompts": len(self.prompts),
             "max_new_tokens": self.settings.max_new_tokens,
             "num_draft_tokens": self.settings.num_draft_tokens,
             "plain": speed(self.plain) if self.plain else None,
             "drafts": [self._draft(name) for name in names],
-            "differences": [
-                {"draft": better, "baseline": base, **asdict(bootstrap(self.drafts[better], self.drafts[base]))} for better, base in pairs
-            ],
+            "differences": [self._difference(b, a) for i, a in enumerate(names) for b in names[i + 1 :]],
             "prompts": [self._prompt(i) for i in range(len(self.prompts))],
         }
+
+    def _difference(self, draft: str, baseline: str) -> dict[str, Any]:
+        interval = bootstrap(self.drafts[draft], self.drafts[baseline])
+        return {"draft": draft, "baseline": baseline, **asdict(interval)}
 
     def _draft(self, name: str) -> dict[str, Any]:
         answers = self.drafts[name]
@@ -143,7 +131,7 @@ class Measurement:
             diverged = [(i, answer.divergence) for i, answer in enumerate(answers) if answer.divergence]
             found["speedup"] = found["tokens_per_s"] / max(speed(self.plain)["tokens_per_s"], 1e-9)
             found["identical_answers"] = len(answers) - len(diverged)
-            found["divergences"] = [{"prompt": self.prompts[i].id, **asdict(divergence)} for i, divergence in diverged]
+            found["divergences"] = [{"prompt": self.prompts[i].id, **asdict(where)} for i, where in diverged]
         return found
 
     def _prompt(self, i: int) -> dict[str, Any]:
@@ -158,40 +146,41 @@ class Measurement:
 
 
 def measure(
-    target: CachedTarget,
-    drafts: Mapping[str, CachedDraft],
-    prompts: Sequence[Prompt],
-    settings: DecodeSettings,
-    plain: bool = True,
-    progress: Callable[[int], None] = lambda tokens: None,
+    target: CachedTarget, drafts: Mapping[str, CachedDraft], prompts: Sequence[Prompt],
+    settings: DecodeSettings, plain: bool = True, progress: Progress = lambda tokens: None,
 ) -> Measurement:
-    """Answer every prompt with every draft, and plainly if asked; the prompt is read once. ``progress`` is told new tokens."""
+    """Answer every prompt with every draft and, if ``plain``, by the target alone.
+
+    The prompt is read once and shared by all. ``progress`` is called with the number of new tokens.
+    """
     found = Measurement(settings, list(prompts), [] if plain else None, {name: [] for name in drafts})
     for prompt in prompts:
-        start = prefill(target, prompt.ids)
-        reference = decode_plain(target, start, settings) if plain else None
+        start = decoding.prefill(target, prompt.ids)
+        reference = decoding.decode_plain(target, start, settings) if plain else None
         if reference:
             found.plain.append(reference)
             progress(len(reference.tokens))
         for name, draft in drafts.items():
-            found.drafts[name].append(decode_speculative(target, draft, start, settings, reference))
+            found.drafts[name].append(decoding.decode_speculative(target, draft, start, settings, reference))
             progress(len(found.drafts[name][-1].tokens))
     target.reset()
     return found
 
 
 def rounds_of(answers: Sequence[Decoded]) -> list[Round]:
-    """The target's passes over all answers."""
+    """Return the target's passes of all answers."""
     return [one for answer in answers for one in answer.rounds]
 
 
 def acceptance_length(rounds: Sequence[Round]) -> float:
-    """Tokens gained per pass; 1.0 where there was none."""
+    """Return the tokens gained per pass; 1.0 if there was no pass."""
     return sum(one.gained for one in rounds) / len(rounds) if rounds else 1.0
 
 
 def by_position(rounds: Sequence[Round], num_draft_tokens: int) -> dict[str, list[float]]:
-    """For each draft position: its acceptance among the passes that reached it, how often it was reached, and both together."""
+    """Return for each draft position its acceptance if reached, how often it was reached, and over all
+    passes.
+    """
     reached = [sum(one.reached > k for one in rounds) for k in range(num_draft_tokens)]
     accepted = [sum(one.accepted > k for one in rounds) for k in range(num_draft_tokens)]
     return {
@@ -202,25 +191,27 @@ def by_position(rounds: Sequence[Round], num_draft_tokens: int) -> dict[str, lis
 
 
 def by_context(rounds: Sequence[Round]) -> list[dict[str, Any]]:
-    """Acceptance length in each bucket of context length that has a pass; ``to`` is None for the last, open one."""
+    """Return the acceptance length by context length. ``to`` is None for the last, open bucket."""
     buckets = []
     for low, high in zip(CONTEXT_EDGES[:-1], CONTEXT_EDGES[1:], strict=True):
         inside = [one for one in rounds if low <= one.context < high]
         if inside:
             to = high if high != CONTEXT_EDGES[-1] else None
-            buckets.append({"from": low, "to": to, "passes": len(inside), "acceptance_length": acceptance_length(inside)})
+            length = acceptance_length(inside)
+            buckets.append({"from": low, "to": to, "passes": len(inside), "acceptance_length": length})
     return buckets
 
 
 def speed(answers: Sequence[Decoded]) -> dict[str, float]:
-    """Decoding alone, the prompts' own pass left out on either side."""
-    tokens, seconds = sum(len(answer.tokens) - 1 for answer in answers), sum(answer.seconds for answer in answers)
+    """Return the speed of decoding, without the passes that read the prompts."""
+    tokens = sum(len(answer.tokens) - 1 for answer in answers)
+    seconds = sum(answer.seconds for answer in answers)
     return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds if seconds else 0.0}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its bootstrap interval."""
+    """A value with its bootstrap interval."""
 
     value: float
     low: float
@@ -229,30 +220,33 @@ class Interval:
     resamples: int = RESAMPLES
 
 
-def bootstrap(answers: Sequence[Decoded], baseline: Sequence[Decoded] | None = None, seed: int = 0) -> Interval:
-    """Acceptance length, or its difference from ``baseline``'s on the same prompts, resampled over prompts (in pairs)."""
-    counts = [_counts(answers)] + ([_counts(baseline)] if baseline is not None else [])
-    draws = np.random.default_rng(seed).integers(0, len(answers), (RESAMPLES, len(answers)))
-    resampled = [_ratio(gained[draws].sum(1), passes[draws].sum(1)) for gained, passes in counts]
-    whole = [_ratio(gained.sum(keepdims=True), passes.sum(keepdims=True)) for gained, passes in counts]
-    if baseline is not None:
-        resampled, whole = [resampled[0] - resampled[1]], [whole[0] - whole[1]]
-    low, high = np.quantile(resampled[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(whole[0][0]), float(low), float(high))
+def bootstrap(
+    answers: Sequence[Decoded], baseline: Sequence[Decoded] | None = None, seed: int = 0
+) -> Interval:
+    """Bootstrap the acceptance length, or its difference from ``baseline``'s, over prompts.
+
+    Both lists answer the same prompts. Each resample draws the same prompts for both, so the interval of the
+    difference is a paired one.
+    """
+    def lengths(prompts: np.ndarray) -> np.ndarray:
+        return _lengths(answers, prompts) - (0.0 if baseline is None else _lengths(baseline, prompts))
+
+    count = len(answers)
+    draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    low, high = np.quantile(lengths(draws), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(lengths(np.arange(count)[None])[0]), float(low), float(high))
 
 
-def _counts(answers: Sequence[Decoded]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens gained, passes) of each prompt."""
-    return np.array([sum(r.gained for r in a.rounds) for a in answers], float), np.array([len(a.rounds) for a in answers], float)
-
-
-def _ratio(gained: np.ndarray, passes: np.ndarray) -> np.ndarray:
+def _lengths(answers: Sequence[Decoded], prompts: np.ndarray) -> np.ndarray:
+    """Return the acceptance length over each row of ``prompts`` [resamples, prompts], which holds indices."""
+    gained = np.array([sum(r.gained for r in answer.rounds) for answer in answers], float)[prompts].sum(1)
+    passes = np.array([len(answer.rounds) for answer in answers], float)[prompts].sum(1)
     return np.where(passes > 0, gained / np.maximum(passes, 1), 1.0)
 
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """What decoding needs of a target beside its weights."""
+    """The parts of a target that decoding needs, except its weights."""
 
     folder: Path
     info: TargetInfo
@@ -261,54 +255,68 @@ class TargetFiles:
 
     @classmethod
     def open(cls, model: str, revision: str | None = None) -> TargetFiles:
-        """Raises ValueError, one sentence, for a target or tokenizer that is missing or cannot be read."""
+        """Find the target and load its tokenizer. Raises ValueError if either cannot be read."""
         folder = resolve_target(model, revision)
         info, tokenizer = TargetInfo.from_folder(folder), load_tokenizer(folder)
         stops = frozenset(stop_token_ids(folder)) or frozenset({tokenizer.eos_token_id})
         return cls(folder, info, ChatEncoder(tokenizer, info.max_position_embeddings), stops)
 
     def check_draft(self, draft: DraftOnDisk) -> None:
-        """Raise ValueError if a draft was made for another size."""
-        for name, stated in (("hidden_size", draft.arch.target_hidden_size), ("vocab_size", draft.arch.target_vocab_size)):
-            if getattr(self.info, name) != stated:
-                raise ValueError(f"draft {draft.folder} is for a target of {name} {stated}, but this one has {getattr(self.info, name)}")
+        """Raise ValueError if the draft was made for a target of other sizes."""
+        for name in ("hidden_size", "vocab_size"):
+            stated, found = getattr(draft.arch, f"target_{name}"), getattr(self.info, name)
+            if found != stated:
+                what = f"draft {draft.folder} is for a target of {name} {stated}, but this one has {found}"
+                raise ValueError(f"{what}; give the draft's own target")
 
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """A target ready to decode, and the embedding that drafts of its width share."""
+    """A target ready to decode, and its embedding, which drafts of the same width share."""
 
     files: TargetFiles
     cached: CachedTarget
 
     @classmethod
     def load(cls, files: TargetFiles, layers: Sequence[int], dtype: str, device: str) -> LoadedTarget:
-        """``device`` ``auto``: cuda where there is one; ``split``: its layers over all GPUs. ValueError if it cannot be loaded."""
+        """Load the target's weights.
+
+        ``device`` "auto" means a GPU if there is one, "split" spreads the layers over all GPUs. Raises
+        ValueError if the target cannot be loaded.
+        """
         loaded = load_model(files.folder, dtype, device)
         return cls(files, CachedTarget(loaded.requires_grad_(False).eval(), layers))
 
     @property
     def embedding(self) -> torch.Tensor:
-        """[V, H]."""
+        """The target's embedding, [V, H]."""
         return self.cached.model.get_input_embeddings().weight
 
     def cache(self, draft: DraftOnDisk) -> CachedDraft:
-        """A draft beside this target: same device, same type. Raises ValueError if it was made for another size."""
+        """Build a draft on this target's device in its dtype. Raises ValueError if their sizes differ."""
         self.files.check_draft(draft)
-        return CachedDraft(draft.build(self.embedding, self.embedding.dtype, self.embedding.device), draft.vocab)
+        embedding = self.embedding
+        return CachedDraft(draft.build(embedding, embedding.dtype, embedding.device), draft.vocab)
 
 
-def measure_during_training(recipe: Recipe, draft: DraftOnDisk, device: torch.device, max_new_tokens: int = 64) -> dict[str, Any]:
-    """A few held-out prompts, decoded with the draft as it stands: ``accept_length`` and acceptance by position, for eval.jsonl.
+def measure_during_training(
+    recipe: Recipe, draft: DraftOnDisk, device: torch.device, max_new_tokens: int = 64
+) -> dict[str, Any]:
+    """Decode a few held-out prompts with the draft as it is now.
 
-    Call it on one rank while the others wait. The target is loaded for the call and freed after it; on CPU it runs in float32.
+    Call it on one rank while the others wait. The target is loaded for the call and freed after it. On CPU it
+    runs in float32.
+
+    Returns:
+        ``accept_length``, ``accept_by_position`` and ``accept_passes``, for eval.jsonl.
     """
-    assert recipe.data.eval_conversations is not None, "the recipe is validated: acceptance_interval needs eval_conversations"
+    conversations = recipe.data.eval_conversations
+    assert conversations is not None, "recipe validation: acceptance_interval needs eval_conversations"
     dtype = "float32" if device.type == "cpu" else recipe.target.dtype
     files = TargetFiles.open(recipe.target.model, recipe.target.revision)
     settings = DecodeSettings(max_new_tokens, recipe.training.ttt_steps, files.stop_ids)
     room = min(recipe.data.max_length, files.info.max_position_embeddings) - max_new_tokens
-    found = load_prompts(recipe.data.eval_conversations, files.encoder, recipe.training.acceptance_prompts, room)
+    found = load_prompts(conversations, files.encoder, recipe.training.acceptance_prompts, room)
     target = LoadedTarget.load(files, recipe.target.aux_ids, dtype, str(device))
     measured = measure(target.cached, {"draft": target.cache(draft)}, found.prompts, settings, plain=False)
     rounds = rounds_of(measured.drafts["draft"])
@@ -317,4 +325,7 @@ def measure_during_training(recipe: Recipe, draft: DraftOnDisk, device: torch.de
     if device.type == "cuda":
         torch.cuda.empty_cache()
     positions = by_position(rounds, settings.num_draft_tokens)["acceptance_by_position"]
-    return {"accept_length": acceptance_length(rounds), "accept_by_position": positions, "accept_passes": len(rounds)}
+    return {
+        "accept_length": acceptance_length(rounds),
+        "accept_by_position": positions, "accept_passes": len(rounds)
+    }

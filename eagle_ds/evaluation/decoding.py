@@ -1,14 +1,16 @@
-"""Greedy speculative decoding: a transformers target and an EAGLE-3 draft, each with its KV cache.
+"""Greedy speculative decoding with a transformers target and an EAGLE-3 draft, each with its own KV cache.
 
 One round, with n tokens verified and x[n] just sampled:
 
-    the draft's cache holds K_0/V_0 of rows 0..n-1, made from the target's true states;
-    row p = n-1 drafts a chain: step k reads e(x[p+1+k]) at rope position p+k, and its own key joins the cache;
-    the target reads x[n] and the K drafted tokens in one pass; the longest prefix that equals its own argmax stands,
-    and its argmax after that prefix comes free;
-    both caches are cut back, and the draft's drafting keys are overwritten by K_0/V_0 of the rows just verified.
+1. The draft's cache holds K_0/V_0 of rows 0 to n-1, computed from the target's true hidden states.
+2. The draft proposes a chain of K tokens from row p = n-1. Step k reads e(x[p+1+k]) at RoPE position p+k, and
+   its own key joins the cache.
+3. The target reads x[n] and the K proposed tokens in one pass. The longest prefix that equals the target's
+   own argmax is accepted, and the argmax after that prefix comes for free.
+4. Both caches are cropped to the accepted tokens. The draft's keys of step 2 are overwritten by K_0/V_0 of
+   the rows just verified.
 
-That is what serving engines do, and what test-time training simulates: the same keys, positions and states.
+Serving engines do the same, and test-time training simulates it with the same keys, positions and states.
 """
 
 from __future__ import annotations
@@ -25,26 +27,29 @@ from transformers.cache_utils import Cache, DynamicLayer
 from eagle_ds.capture.hf import decoder_layers
 from eagle_ds.drafts.cached import CachedDraft
 
-PREFILL_TOKENS = 4096  # a prompt is read in pieces of this many tokens, which bounds the attention's memory
+PREFILL_TOKENS = 4096  # prompts are read in pieces of this many tokens, to bound the attention's memory
 
 
 class RollbackLayer(DynamicLayer):
-    """KV cache of one layer that grows by doubling and is cut back for free; DynamicLayer copies all of it for every token."""
+    """KV cache of one layer that doubles its capacity when it is full, and is cropped without a copy.
+
+    transformers' DynamicLayer copies the whole cache for every new token.
+    """
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
         self.length = 0
         self.buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [1, heads, n, d] and return all keys and values so far (views)."""
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [1, heads, n, d]; return all of them so far, as views."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[-2]
+            self.lazy_initialization(keys, values)
+        end, new = self.length + keys.shape[-2], (keys, values)
         if self.buffers is None or self.buffers[0].shape[-2] < end:
-            self.buffers = tuple(self._grown(i, new, 2 * end) for i, new in enumerate((key_states, value_states)))
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[..., self.length : end, :] = new
+            self.buffers = tuple(self._grown(i, like, 2 * end) for i, like in enumerate(new))
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[..., self.length : end, :] = states
         self._show(end)
         return self.keys, self.values
 
@@ -59,34 +64,34 @@ class RollbackLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
 
     def crop(self, max_length: int) -> None:
-        """Forget everything from position ``max_length`` on."""
+        """Remove everything from position ``max_length`` on."""
         if self.buffers is not None and max_length < self.length:
             self._show(max_length)
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
+        """Return the number of tokens held."""
         return self.length
 
 
 class CachedTarget:
-    """A transformers model with a cache that can be cut back, and the outputs of the layers that the draft reads."""
+    """A transformers model with a cache that can be cropped, and the outputs of the layers for the draft."""
 
     def __init__(self, model: nn.Module, layers: Sequence[int]) -> None:
         self.model = model
         self.layers = tuple(layers)
-        self.cache = self._new_cache()
+        self.reset()
         self._outputs: dict[int, Tensor] = {}
         for layer, module in zip(self.layers, decoder_layers(model.get_decoder(), self.layers), strict=True):
             module.register_forward_hook(self._keep(layer))
 
     @property
     def length(self) -> int:
-        """Tokens that the cache holds."""
+        """Number of tokens in the cache."""
         return self.cache.get_seq_length()
 
     def reset(self) -> None:
-        """Forget everything, and the memory with it."""
-        self.cache = self._new_cache()
+        """Empty the cache and free its memory."""
+        self.cache = Cache(layer_class_to_replicate=RollbackLayer)
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
@@ -94,14 +99,23 @@ class CachedTarget:
             layer.crop(length)
 
     def forward(self, ids: Tensor, last_only: bool = False) -> tuple[Tensor, Tensor]:
-        """Append int64 [n]: (logits [n, V], or [1, V] of the last token; layer outputs side by side [n, A*H])."""
+        """Append tokens, int64 [n], and run the model on them.
+
+        Returns:
+            Logits [n, V], or [1, V] of the last token if ``last_only``.
+            The layers' outputs side by side, [n, A*H].
+        """
         ids = ids.to(self.model.get_input_embeddings().weight.device)
-        out = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1 if last_only else 0)
+        keep = int(last_only)  # 0 keeps the logits of all tokens
+        out = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
         device = out.logits.device
-        return out.logits[0], torch.cat([self._outputs.pop(layer)[0].to(device) for layer in self.layers], dim=-1)
+        # The hooks have stored the outputs; layers may be on other GPUs than the logits.
+        outputs = [self._outputs.pop(layer)[0].to(device) for layer in self.layers]
+        return out.logits[0], torch.cat(outputs, dim=-1)
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Read a prompt from the beginning: (logits [1, V] after it, layer outputs [n, A*H])."""
+        """Empty the cache and read a prompt; return logits after it [1, V] and the layers' outputs [n, A*H].
+        """
         self.reset()
         parts = [self.forward(piece, last_only=True) for piece in ids.split(PREFILL_TOKENS)]
         return parts[-1][0], torch.cat([aux for _, aux in parts])
@@ -112,14 +126,10 @@ class CachedTarget:
 
         return hook
 
-    @staticmethod
-    def _new_cache() -> Cache:
-        return Cache(layer_class_to_replicate=RollbackLayer)
-
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How long an answer may be, how many tokens the draft proposes at a time, and what ends an answer."""
+    """Longest answer, tokens that the draft proposes per pass, and tokens that end an answer."""
 
     max_new_tokens: int = 64
     num_draft_tokens: int = 5
@@ -128,7 +138,7 @@ class DecodeSettings:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A prompt that the target has read: its tokens, the first answer token, and the layer outputs at every prompt row."""
+    """A prompt that the target has read: tokens, first token of the answer, layers' outputs [n, A*H]."""
 
     ids: Tensor
     first: int
@@ -137,7 +147,12 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class Round:
-    """One pass of the target: context before it, draft tokens that were checked and that stood, tokens gained."""
+    """One pass of the target that verifies proposed tokens.
+
+    ``context``: tokens before it. ``reached``: proposed tokens that were verified, up to and including the
+    first rejected one. ``accepted``: proposed tokens that were accepted. ``gained``: new tokens of the
+    answer.
+    """
 
     context: int
     reached: int
@@ -147,8 +162,11 @@ class Round:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where the answer first left plain greedy decoding, and by how little: ``gap`` is the logit of the token taken over that
-    of the plain one in the pass that took it; ``plain_margin`` is how far plain decoding's best was above its second."""
+    """First position at which an answer differs from plain greedy decoding.
+
+    ``gap``: logit of the token taken minus logit of plain decoding's token, in the pass that took it.
+    ``plain_margin``: best logit minus second best where plain decoding chose its token.
+    """
 
     position: int
     plain_token: int
@@ -159,7 +177,7 @@ class Divergence:
 
 @dataclass
 class Decoded:
-    """An answer, and how it came about. ``margins`` (plain decoding): best logit over second best of every token."""
+    """An answer and how it was decoded. ``margins``: best minus second best logit (plain decoding only)."""
 
     tokens: list[int]
     seconds: float = 0.0
@@ -170,7 +188,7 @@ class Decoded:
 
 @torch.inference_mode()
 def prefill(target: CachedTarget, ids: Sequence[int]) -> Prefilled:
-    """Read a prompt; both ways of decoding start from here."""
+    """Read a prompt. Plain and speculative decoding both start from the result."""
     prompt = torch.tensor(ids, dtype=torch.int64)
     logits, aux = target.prefill(prompt)
     return Prefilled(prompt, int(logits[-1].argmax()), aux)
@@ -178,7 +196,7 @@ def prefill(target: CachedTarget, ids: Sequence[int]) -> Prefilled:
 
 @torch.inference_mode()
 def decode_plain(target: CachedTarget, start: Prefilled, settings: DecodeSettings) -> Decoded:
-    """The target alone, token by token."""
+    """Decode with the target alone, token by token."""
     target.crop(len(start.ids))
     out = Decoded([start.first], margins=[float("nan")])
     began = _now(target)
@@ -193,9 +211,10 @@ def decode_plain(target: CachedTarget, start: Prefilled, settings: DecodeSetting
 
 @torch.inference_mode()
 def decode_speculative(
-    target: CachedTarget, draft: CachedDraft, start: Prefilled, settings: DecodeSettings, plain: Decoded | None = None
+    target: CachedTarget, draft: CachedDraft, start: Prefilled, settings: DecodeSettings,
+    plain: Decoded | None = None,
 ) -> Decoded:
-    """Target and draft together; with ``plain``, the first token that differs from it is recorded."""
+    """Decode with target and draft. With ``plain``, record the first token that differs from it."""
     target.crop(len(start.ids))
     draft.reset()
     out = Decoded([start.first])
@@ -206,12 +225,14 @@ def decode_speculative(
         proposed = draft.propose(settings.num_draft_tokens).cpu()
         logits, aux = target.forward(torch.cat([torch.tensor(out.tokens[-1:]), proposed]))
         chosen = logits.argmax(-1).cpu()
-        stood = leading_matches(proposed, chosen)
-        target.crop(context + stood)
-        draft.extend(aux[: stood + 1], chosen[: stood + 1])
-        gained = _until_stop(chosen[: stood + 1].tolist(), settings.stop_ids)
-        accepted = min(stood, len(gained))
-        reached = min(accepted + (len(gained) > stood), settings.num_draft_tokens)
+        matches = leading_matches(proposed, chosen)
+        # Crop rejected tokens from the target's cache; give the draft the true states of accepted ones.
+        target.crop(context + matches)
+        draft.extend(aux[: matches + 1], chosen[: matches + 1])
+        # An answer may end before the last match. Tokens after its stop token do not count as accepted.
+        gained = _until_stop(chosen[: matches + 1].tolist(), settings.stop_ids)
+        accepted = min(matches, len(gained))
+        reached = min(accepted + (len(gained) > matches), settings.num_draft_tokens)
         out.rounds.append(Round(context, reached, accepted, len(gained)))
         if plain and out.divergence is None:
             out.divergence = _first_divergence(plain, len(out.tokens), gained, logits)
@@ -222,12 +243,14 @@ def decode_speculative(
 
 
 def leading_matches(proposed: Tensor, chosen: Tensor) -> int:
-    """How many proposed tokens [K] stand: those before the first that is not what the target chose there [K + 1]."""
+    """Return how many of the proposed tokens [K] are accepted: those before the first difference from the
+    target's choice [K + 1].
+    """
     return int((proposed == chosen[: proposed.numel()]).long().cumprod(0).sum())
 
 
 def _until_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
-    """Up to and including the first stop token."""
+    """Return the tokens up to and including the first stop token."""
     stops = [i for i, token in enumerate(tokens) if token in stop_ids]
     return tokens[: stops[0] + 1] if stops else tokens
 
@@ -235,13 +258,13 @@ def _until_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
 def _first_divergence(plain: Decoded, start: int, gained: list[int], logits: Tensor) -> Divergence | None:
     for i, (token, expected) in enumerate(zip(gained, plain.tokens[start:], strict=False)):
         if token != expected:
-            row = logits[i].float()
-            return Divergence(start + i, expected, token, float(row[token] - row[expected]), plain.margins[start + i])
+            row, at = logits[i].float(), start + i
+            return Divergence(at, expected, token, float(row[token] - row[expected]), plain.margins[at])
     return None
 
 
 def _now(target: CachedTarget) -> float:
-    """Seconds, once the device is done."""
+    """Return the time in seconds, after the device has finished its queue."""
     if target.model.get_input_embeddings().weight.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()

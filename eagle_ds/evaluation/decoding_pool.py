@@ -1,14 +1,15 @@
-"""Decoding prompts in several processes, each with its own copy of the target.
+"""Decode prompts in several processes, each with its own copy of the target.
 
-On a CPU one pass over a few tokens is too small to share among threads, and threads that wait for one another lose far more
-on a busy machine than processes that never do: so one process a core, each with one thread and its own prompts.
+On a CPU, one pass over a few tokens is too little work to share among threads, and threads that wait for each
+other lose much more on a busy machine than independent processes. So each process has its own core and its
+own prompts.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,14 +19,15 @@ import torch
 
 from eagle_ds.drafts.cached import CachedDraft
 from eagle_ds.drafts.folder import DraftOnDisk
-from eagle_ds.evaluation.acceptance import LoadedTarget, Measurement, Prompt, TargetFiles, measure
+from eagle_ds.evaluation.acceptance import LoadedTarget, Measurement, Progress, Prompt, TargetFiles, measure
 from eagle_ds.evaluation.decoding import DecodeSettings
 from eagle_ds.store.processes import WorkerProcess, receive_all
 
 
 @dataclass(frozen=True)
 class DecodingJob:
-    """What every process loads: a target on ``device`` in ``dtype``, and the drafts that it decodes with, by name."""
+    """What every process loads: a target on ``device`` in ``dtype``, and the drafts to decode with, by name.
+    """
 
     target: TargetFiles
     layers: tuple[int, ...]
@@ -35,13 +37,20 @@ class DecodingJob:
     settings: DecodeSettings
 
     def load(self) -> tuple[LoadedTarget, dict[str, CachedDraft]]:
-        """Raises ValueError if the target cannot be loaded, or a draft was made for another one."""
+        """Load target and drafts. Raises ValueError if the target cannot be loaded, or a draft is for another
+        one.
+        """
         target = LoadedTarget.load(self.target, self.layers, self.dtype, self.device)
         return target, {name: target.cache(draft) for name, draft in self.drafts.items()}
 
 
-def measure_job(job: DecodingJob, prompts: Sequence[Prompt], processes: int, progress: Callable[[int], None]) -> Measurement:
-    """As :func:`eagle_ds.evaluation.acceptance.measure`, the prompts dealt out among ``processes``; ``progress`` is told new tokens."""
+def measure_job(
+    job: DecodingJob, prompts: Sequence[Prompt], processes: int, progress: Progress
+) -> Measurement:
+    """Measure like ``acceptance.measure``, with the prompts shared among ``processes``.
+
+    ``progress`` is called with the number of new tokens.
+    """
     for draft in job.drafts.values():
         job.target.check_draft(draft)
     processes = min(processes, len(prompts))
@@ -51,8 +60,9 @@ def measure_job(job: DecodingJob, prompts: Sequence[Prompt], processes: int, pro
     return _gather(job, prompts, processes, progress)
 
 
-def _gather(job: DecodingJob, prompts: Sequence[Prompt], processes: int, progress: Callable[[int], None]) -> Measurement:
-    """Prompts go out one at a time, the longest first, and come back in any order."""
+def _gather(job: DecodingJob, prompts: Sequence[Prompt], processes: int, progress: Progress) -> Measurement:
+    """Give out prompts one at a time, the longest first, and collect the answers in the order of the prompts.
+    """
     context = multiprocessing.get_context("spawn")
     tasks = context.Queue()
     for index in sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)):
@@ -60,20 +70,25 @@ def _gather(job: DecodingJob, prompts: Sequence[Prompt], processes: int, progres
     for _ in range(processes):
         tasks.put(None)
     threads = max(1, torch.get_num_threads() // processes)
-    packed = pickle.dumps(job)  # as bytes: handed over as they are, tensors would need shared memory, of which containers have little
+    # As bytes: tensors in a task would be passed through shared memory, and containers have little of it.
+    packed = pickle.dumps(job)
     workers = [WorkerProcess(context, _work, packed, threads, tasks) for _ in range(processes)]
     answers: dict[int, Measurement] = {}
     with closing(receive_all(workers)) as measurements:
         for index, measured in measurements:
             answers[index] = measured
-            progress(sum(len(decoded.tokens) for decoded in (*measured.plain, *(one for (one,) in measured.drafts.values()))))
+            answered = (*measured.plain, *(one for (one,) in measured.drafts.values()))
+            progress(sum(len(decoded.tokens) for decoded in answered))
     ordered = [answers[index] for index in range(len(prompts))]
     plain = [decoded for one in ordered for decoded in one.plain]
-    return Measurement(job.settings, list(prompts), plain, {name: [one.drafts[name][0] for one in ordered] for name in job.drafts})
+    drafts = {name: [one.drafts[name][0] for one in ordered] for name in job.drafts}
+    return Measurement(job.settings, list(prompts), plain, drafts)
 
 
 def _work(connection: Connection, packed: bytes, threads: int, tasks: Any) -> None:
-    """Body of a process: (index, answers to that prompt) until there are no more, or the exception that ended it."""
+    """Body of a process: send (index, answers) for each prompt until none is left, or the error that ended
+    it.
+    """
     torch.set_num_threads(threads)
     try:
         job: DecodingJob = pickle.loads(packed)

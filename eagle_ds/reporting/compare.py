@@ -1,7 +1,8 @@
-"""Do runs track each other? Losses of several runs over the same data, step by step, beside the first run's.
+"""Compare the loss curves of several runs over the same data, step by step, with the first run.
 
-For whoever changes layout, precision or kernels: two runs that should be the same differ by rounding alone, which grows from
-step to step but stays far below the loss. Runs over other data, or with other steps, say nothing and are refused.
+Use it after changing layout, precision or kernels. Two runs that should be equal differ by rounding only: the
+difference grows from step to step but stays far below the loss. Runs over other data or with other steps
+cannot be compared and are refused.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from eagle_ds.config.run_folder import STEP_LOG
 from eagle_ds.reporting.figures import comparison_figure
 from eagle_ds.reporting.report import read_lines
 
-SAME_DATA = ("data_hash", "epoch", "tokens", "trained_rows")  # fields of a line that tell which samples a step held
+# fields of a line that tell which samples a step held
+SAME_DATA = ("data_hash", "epoch", "tokens", "trained_rows")
+"""Fields of a log line that identify the data of a step."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's losses by step."""
+    """The log lines of one run."""
 
     label: str
     path: Path
@@ -30,16 +33,19 @@ class Curve:
 
     @classmethod
     def read(cls, path: Path, label: str | None = None) -> Curve:
-        """From a run folder or a JSONL file. Raises ValueError if it holds no losses, or one that is not finite."""
+        """Read a run folder or a JSONL file. Raises ValueError if it has no losses, or one that is not
+        finite.
+        """
         if not path.exists():
             raise ValueError(f"{path} does not exist; give run folders (runs/NAME) or their {STEP_LOG}")
         file = path / STEP_LOG if path.is_dir() else path
-        lines = read_lines(file)
-        if not lines:
+        if not (lines := read_lines(file)):
             raise ValueError(f"{file} holds no steps; give run folders (runs/NAME) or their {STEP_LOG}")
         for line in lines:
-            if not isinstance(line.get("loss"), int | float) or not math.isfinite(line["loss"]):
-                raise ValueError(f"{file}: the loss of step {line['step']} is {line.get('loss')}; only finite losses can be compared")
+            loss = line.get("loss")
+            if not isinstance(loss, int | float) or not math.isfinite(loss):
+                found = f"{file}: the loss of step {line['step']} is {loss}"
+                raise ValueError(f"{found}; only finite losses can be compared")
         return cls(label or (path.name if path.is_dir() else path.stem), path, tuple(lines))
 
     @property
@@ -53,7 +59,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Largest:
-    """A difference and the step at which it is largest."""
+    """The largest difference of a run, and its step."""
 
     value: float
     step: int
@@ -66,11 +72,11 @@ class Largest:
 
 @dataclass(frozen=True)
 class Compared:
-    """One run against the first."""
+    """One run compared with the first one."""
 
     curve: Curve
-    absolute: tuple[float, ...]  # by step
-    relative: tuple[float, ...]  # to the first run's loss
+    absolute: tuple[float, ...]  # difference of the losses, by step
+    relative: tuple[float, ...]  # the same, divided by the first run's loss
 
     @property
     def largest_absolute(self) -> Largest:
@@ -81,7 +87,7 @@ class Compared:
         return Largest.of(self.relative, self.curve.steps)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the comparison for JSON."""
         losses = self.curve.losses
         return {
             "label": self.curve.label,
@@ -96,7 +102,7 @@ class Compared:
 
 
 def compare(curves: Sequence[Curve]) -> list[Compared]:
-    """Every run against the first, itself included. Raises ValueError unless all hold the same steps over the same data."""
+    """Compare every run, the first included, with the first. Raises ValueError if steps or data differ."""
     first = curves[0]
     for curve in curves[1:]:
         _check_same_steps(first, curve)
@@ -105,21 +111,24 @@ def compare(curves: Sequence[Curve]) -> list[Compared]:
 
 
 def write(compared: Sequence[Compared], folder: Path) -> list[Path]:
-    """``compare.json`` and ``compare.png``."""
+    """Write ``compare.json`` and ``compare.png``; return both paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"reference": compared[0].curve.label, "steps": compared[0].curve.steps, "runs": [run.as_dict() for run in compared]}
+    curve, runs = compared[0].curve, [run.as_dict() for run in compared]
+    document = {"reference": curve.label, "steps": curve.steps, "runs": runs}
     paths = [folder / "compare.json", folder / "compare.png"]
     paths[0].write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    runs = [(run.curve.label, run.curve.losses, run.relative) for run in compared]
-    paths[1].write_bytes(comparison_figure(compared[0].curve.steps, runs))
+    drawn = [(run.curve.label, run.curve.losses, run.relative) for run in compared]
+    paths[1].write_bytes(comparison_figure(curve.steps, drawn))
     return paths
 
 
 def read_all(paths: Sequence[Path], labels: Sequence[str] = ()) -> list[Curve]:
-    """A curve for each path. Raises ValueError if there are other than as many labels, or two runs of one name."""
+    """Read a curve for each path. Raises ValueError if there are too few or too many labels, or equal names.
+    """
     if labels and len(labels) != len(paths):
         raise ValueError(f"{len(labels)} labels for {len(paths)} runs; give one for each, in the same order")
-    curves = [Curve.read(path, label) for path, label in zip(paths, labels or [None] * len(paths), strict=True)]
+    named = zip(paths, labels or [None] * len(paths), strict=True)
+    curves = [Curve.read(path, label) for path, label in named]
     names = [curve.label for curve in curves]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"several runs are called {', '.join(twice)}; tell them apart with --labels")
@@ -128,17 +137,20 @@ def read_all(paths: Sequence[Path], labels: Sequence[str] = ()) -> list[Curve]:
 
 def _against(first: Curve, curve: Curve) -> Compared:
     absolute = tuple(abs(b - a) for a, b in zip(first.losses, curve.losses, strict=True))
-    relative = tuple((d / abs(a) if a else math.inf) if d else 0.0 for d, a in zip(absolute, first.losses, strict=True))
+    # A difference from a loss of 0 is infinitely large, no difference is 0 even there.
+    pairs = zip(absolute, first.losses, strict=True)
+    relative = tuple((d / abs(a) if a else math.inf) if d else 0.0 for d, a in pairs)
     return Compared(curve, absolute, relative)
 
 
 def _check_same_steps(first: Curve, curve: Curve) -> None:
     if first.steps == curve.steps:
         return
-    alone = sorted(set(first.steps) ^ set(curve.steps))
+    alone = min(set(first.steps) ^ set(curve.steps))
     raise ValueError(
-        f"{curve.label} has {len(curve.steps)} logged steps up to {curve.steps[-1]}, {first.label} has {len(first.steps)} up to "
-        f"{first.steps[-1]} (step {alone[0]} is in one alone); run both with the same training.max_steps and log_interval"
+        f"{curve.label} has {len(curve.steps)} logged steps up to {curve.steps[-1]}, {first.label} has "
+        f"{len(first.steps)} up to {first.steps[-1]} (step {alone} is in only one of them); run both with "
+        "the same training.max_steps and log_interval"
     )
 
 
@@ -147,6 +159,7 @@ def _check_same_data(first: Curve, curve: Curve) -> None:
         for name in SAME_DATA:
             if name in a and name in b and a[name] != b[name]:
                 raise ValueError(
-                    f"{curve.label} trained on other data than {first.label} at step {a['step']}: {name} is {b[name]} there and {a[name]} "
-                    "here; give both the same store, seed, data.pack_tokens and dp * gradient_accumulation"
+                    f"{curve.label} trained on other data than {first.label} at step {a['step']}: its {name} "
+                    f"is {b[name]} instead of {a[name]}; give both the same store, seed, data.pack_tokens "
+                    "and dp * gradient_accumulation"
                 )

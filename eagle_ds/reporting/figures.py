@@ -1,10 +1,11 @@
-"""Pictures of runs, each as the bytes of a PNG: acceptance of drafts side by side, learning curves, speed and memory, and
-the losses of several runs."""
+"""Pictures of runs, each as the bytes of a PNG: acceptance, learning curves, speed and memory, comparison of
+runs.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,127 +14,149 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Line = Mapping[str, Any]  # of log.jsonl or eval.jsonl
+Line = Mapping[str, Any]
+"""A line of log.jsonl or eval.jsonl, or the entry of a draft in acceptance.json."""
 
-COLOURS = ("#9aa5b1", "#2f6fb2", "#d9822b", "#3c9d6b")
+COLOURS = ("#9aa5b1", "#2f6fb2", "#d9822b", "#3c9d6b")  # of drafts; the first one is the baseline
 SERIES = ("#2f6fb2", "#d9822b", "#3c9d6b", "#8a5cb8", "#c0504d", "#3aa6b9", "#7a6a53", "#5c6b7a")
 TRAIN, HELD_OUT, REAL = "#2f6fb2", "#d9822b", "#3c9d6b"
 INK, GRID = "#333d47", "#e4e8ec"
 
 
-def acceptance_figure(result: Mapping[str, Any]) -> bytes:
-    """Of an acceptance.json: acceptance length with its interval, acceptance by draft position, by context length, and speed."""
-    figure, axes = canvas(2, 2, (11, 7.2))
+def acceptance_figure(result: Line) -> bytes:
+    """Draw an acceptance.json: acceptance length, acceptance by draft position and by context, and speed."""
+    figure, (lengths, positions, contexts, speeds) = canvas(2, 2, (11, 7.2))
     drafts = result["drafts"]
-    names, colours = [draft["name"] for draft in drafts], COLOURS if len(drafts) > 1 else COLOURS[1:]
-    _length_bars(axes[0], drafts, colours, result.get("differences", []))
-    for draft, colour in zip(drafts, colours, strict=False):
-        positions = range(1, len(draft["acceptance_by_position"]) + 1)
-        axes[1].plot(positions, draft["acceptance_by_position"], "o-", color=colour, label=f"{draft['name']}: if reached")
-        axes[1].plot(positions, draft["cumulative_by_position"], "o:", color=colour, markersize=3, label=f"{draft['name']}: of all passes")
-    axes[1].set(title="acceptance by draft position", xlabel="draft position", ylim=(0, 1.02), xticks=list(positions))
-    axes[1].legend()
-    _context_bars(axes[2], drafts, colours)
-    speeds = ([("plain", result["plain"]["tokens_per_s"], "#c9d1d9")] if result.get("plain") else []) + [
-        (name, draft["tokens_per_s"], colour) for name, draft, colour in zip(names, drafts, colours, strict=False)
-    ]
-    bars = axes[3].barh([name for name, _, _ in speeds], [value for _, value, _ in speeds], color=[colour for _, _, colour in speeds])
-    axes[3].bar_label(bars, fmt="%.1f", padding=3)
-    axes[3].invert_yaxis()
-    axes[3].set(title="decoding speed (transformers, one prompt at a time)", xlabel="tokens/s")
-    axes[3].margins(x=0.12)
-    where = f"{result['num_prompts']} prompts, {result['num_draft_tokens']} draft tokens a pass, {result['dtype']}, {result['device']}"
-    figure.suptitle(f"Acceptance on {result['target']}\n{where}", fontsize=11, color=INK)
+    colours = COLOURS if len(drafts) > 1 else COLOURS[1:]
+    _length_bars(lengths, result, colours)
+    _position_curves(positions, drafts, colours)
+    _context_bars(contexts, drafts, colours)
+    _speed_bars(speeds, result.get("plain"), drafts, colours)
+    where = f"{result['num_draft_tokens']} draft tokens per pass, {result['dtype']}, {result['device']}"
+    title = f"Acceptance on {result['target']}\n{result['num_prompts']} prompts, {where}"
+    figure.suptitle(title, fontsize=11, color=INK)
     return png(figure)
 
 
-def _length_bars(axes: Axes, drafts: Sequence[Line], colours: Sequence[str], differences: Sequence[Line]) -> None:
-    for i, (draft, colour) in enumerate(zip(drafts, colours, strict=False)):
-        value, interval = draft["acceptance_length"], draft["interval"]
-        axes.bar(i, value, width=0.55, color=colour)
-        axes.errorbar(i, value, [[value - interval["low"]], [interval["high"] - value]], color=INK, capsize=5, linewidth=1.2)
-        axes.annotate(f"{value:.2f}", (i, interval["high"]), (0, 4), textcoords="offset points", ha="center", color=INK)
+def _length_bars(axes: Axes, result: Line, colours: Sequence[str]) -> None:
+    drafts, ends = result["drafts"], ("low", "high")
+    values = _values(drafts, "acceptance_length")
+    low, high = (np.array([draft["interval"][end] for draft in drafts]) for end in ends)
+    names, error = [draft["name"] for draft in drafts], [values - low, high - values]
+    bars = axes.bar(names, values, 0.55, color=colours[: len(drafts)], yerr=error, ecolor=INK, capsize=5)
+    axes.bar_label(bars, fmt="%.2f", padding=4, color=INK)
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     title = "acceptance length (tokens per target pass)"
-    if differences:
-        gain = differences[0]
-        title += f"\ngain {gain['value']:+.2f}, {100 * gain['level']:.0f}% interval [{gain['low']:+.2f}, {gain['high']:+.2f}], paired"
-    top = 1.15 * max(draft["interval"]["high"] for draft in drafts)
-    axes.set(title=title, xticks=range(len(drafts)), xlim=(-0.6, len(drafts) - 0.4), ylim=(0, top))
-    axes.set_xticklabels([draft["name"] for draft in drafts])
+    for gain in result.get("differences", [])[:1]:
+        interval = f"{100 * gain['level']:.0f}% interval [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+        title += f"\ngain {gain['value']:+.2f}, {interval}, paired"
+    axes.set(title=title, xlim=(-0.6, len(drafts) - 0.4), ylim=(0, 1.15 * high.max()))
+
+
+def _position_curves(axes: Axes, drafts: Sequence[Line], colours: Sequence[str]) -> None:
+    for draft, colour in zip(drafts, colours, strict=False):
+        name, if_reached = draft["name"], draft["acceptance_by_position"]
+        of_all, positions = draft["cumulative_by_position"], list(range(1, len(if_reached) + 1))
+        axes.plot(positions, if_reached, "o-", color=colour, label=f"{name}: if reached")
+        axes.plot(positions, of_all, "o:", color=colour, markersize=3, label=f"{name}: of all passes")
+        axes.set_xticks(positions)
+    axes.set(title="acceptance by draft position", xlabel="draft position", ylim=(0, 1.02))
+    axes.legend()
 
 
 def _context_bars(axes: Axes, drafts: Sequence[Line], colours: Sequence[str]) -> None:
-    edges = sorted({(bucket["from"], bucket["to"] or float("inf")) for draft in drafts for bucket in draft["by_context"]})
+    buckets = [bucket for draft in drafts for bucket in draft["by_context"]]
+    edges = sorted({(bucket["from"], bucket["to"] or float("inf")) for bucket in buckets})
     width = 0.8 / max(len(drafts), 1)
     for i, (draft, colour) in enumerate(zip(drafts, colours, strict=False)):
         values = {bucket["from"]: bucket["acceptance_length"] for bucket in draft["by_context"]}
-        at = [edges.index(edge) + (i - (len(drafts) - 1) / 2) * width for edge in edges if edge[0] in values]
-        bars = axes.bar(at, [values[low] for low, _ in edges if low in values], width * 0.92, color=colour, label=draft["name"])
+        # The bars of one bucket stand next to each other, centred on the bucket's tick.
+        shift = (i - (len(drafts) - 1) / 2) * width
+        at = [tick + shift for tick, (low, _) in enumerate(edges) if low in values]
+        heights = [values[low] for low, _ in edges if low in values]
+        bars = axes.bar(at, heights, width * 0.92, color=colour, label=draft["name"])
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-    axes.set(title="acceptance length by context length", xlabel="tokens of context", xticks=range(len(edges)))
-    axes.set_xticklabels([_bucket(low, high) for low, high in edges])
+    axes.set(title="acceptance length by context length", xlabel="tokens of context")
+    axes.set_xticks(range(len(edges)), [_bucket(low, high) for low, high in edges])
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.margins(y=0.15)
 
 
 def _bucket(low: float, high: float) -> str:
-    def short(tokens: float) -> str:
-        return f"{tokens / 1024:.0f}K" if tokens >= 1024 else f"{tokens:.0f}"
+    first, last = (f"{n / 1024:.0f}K" if n >= 1024 else f"{n:.0f}" for n in (low, high))
+    return f"{first}+" if high == float("inf") else f"{first}-{last}"
 
-    return f"{short(low)}+" if high == float("inf") else f"{short(low)}-{short(high)}"
+
+def _speed_bars(axes: Axes, plain: Line | None, drafts: Sequence[Line], colours: Sequence[str]) -> None:
+    rows = [("plain", plain["tokens_per_s"], "#c9d1d9")] if plain else []
+    for draft, colour in zip(drafts, colours, strict=False):
+        rows.append((draft["name"], draft["tokens_per_s"], colour))
+    names, values, fills = zip(*rows, strict=True)
+    axes.bar_label(axes.barh(names, values, color=fills), fmt="%.1f", padding=3)
+    axes.invert_yaxis()
+    axes.set(title="decoding speed (transformers, one prompt at a time)", xlabel="tokens/s")
+    axes.margins(x=0.12)
 
 
 def learning_figure(train: Sequence[Line], held_out: Sequence[Line]) -> bytes:
-    """Loss and KL, accuracy and acceptance of every TTT step, acceptance length: training smoothed, held-out as points."""
-    figure, axes = canvas(2, 2, (11, 7.2))
+    """Draw loss and KL, accuracy and acceptance of every TTT step, and acceptance length.
+
+    Training is a smoothed line over its raw values, held-out data are points.
+    """
+    figure, (losses, accuracy, acceptance, lengths) = canvas(2, 2, (11, 7.2))
     for name, style in (("loss", "-"), ("kl", "--")):
-        _curve(axes[0], train, lambda line, name=name: line[name], TRAIN, f"{name}, training", style)
-        _points(axes[0], held_out, lambda line, name=name: line[name], HELD_OUT, f"{name}, held out", style)
-    axes[0].set(title="loss (soft cross-entropy) and KL", xlabel="step")
-    axes[0].legend()
-    for axis, name, title in ((axes[1], "accuracy", "accuracy by TTT step"), (axes[2], "acceptance", "acceptance by TTT step")):
-        _by_ttt_step(axis, train, held_out, name)
-        axis.set(title=f"{title} (line: training, o: held out)", xlabel="step", ylim=(0, None))
-    _curve(axes[3], train, lambda line: line["simulated_length"], TRAIN, "simulated, training")
-    _points(axes[3], held_out, lambda line: line["simulated_length"], HELD_OUT, "simulated, held out")
-    real = [line for line in held_out if "accept_length" in line]
-    if real:
-        _points(axes[3], real, lambda line: line["accept_length"], REAL, "real decoding, held out")
-    axes[3].set(title="acceptance length", xlabel="step")
-    axes[3].legend()
+        _curve(losses, train, name, color=TRAIN, label=f"{name}, training", linestyle=style)
+        _points(losses, held_out, name, color=HELD_OUT, label=f"{name}, held out", linestyle=style)
+    losses.set(title="loss (soft cross-entropy) and KL", xlabel="step")
+    losses.legend()
+    _by_ttt_step(accuracy, train, held_out, "accuracy")
+    _by_ttt_step(acceptance, train, held_out, "acceptance")
+    _curve(lengths, train, "simulated_length", color=TRAIN, label="simulated, training")
+    _points(lengths, held_out, "simulated_length", color=HELD_OUT, label="simulated, held out")
+    if real := [line for line in held_out if "accept_length" in line]:
+        _points(lengths, real, "accept_length", color=REAL, label="real decoding, held out")
+    lengths.set(title="acceptance length", xlabel="step")
+    lengths.legend()
     return png(figure)
 
 
 def speed_figure(train: Sequence[Line]) -> bytes:
-    """Throughput, where the time of a step goes, learning rate with gradient norm, memory."""
-    figure, axes = canvas(2, 2, (11, 6.4))
-    _curve(axes[0], train, lambda line: line["tokens_per_s"], TRAIN, "tokens/s")
-    axes[0].set(title="throughput (context tokens per second)", xlabel="step", ylim=(0, None))
-    steps = _steps(train)
-    waits = np.array([line["data_wait_s"] for line in train])
-    whole = np.array([line["step_s"] for line in train])
-    axes[1].fill_between(steps, waits, whole, color=TRAIN, alpha=0.35, linewidth=0, label="computing")
-    axes[1].fill_between(steps, 0, waits, color=HELD_OUT, alpha=0.8, linewidth=0, label="waiting for data")
-    axes[1].set(title="seconds per step", xlabel="step", ylim=(0, 1.2 * whole.max()))
-    axes[1].legend(ncol=2, loc="upper right")
-    _curve(axes[2], train, lambda line: line["grad_norm"], TRAIN, "gradient norm")
-    other = axes[2].twinx()
-    other.plot(steps, [line["lr"] for line in train], color=HELD_OUT, label="learning rate")
-    other.set_ylim(0, None)
-    other.tick_params(labelsize=8, colors=HELD_OUT)
-    other.spines[:].set_visible(False)
-    axes[2].set(title="gradient norm (left), learning rate (right)", xlabel="step", ylim=(0, None))
-    axes[3].plot(steps, [line["peak_gib"] for line in train], color=TRAIN)
-    axes[3].set(title="peak memory of the fullest process, GiB", xlabel="step", ylim=(0, 1.2 * max(line["peak_gib"] for line in train)))
+    """Draw throughput, time per step and wait for data, gradient norm with learning rate, and memory."""
+    figure, (throughput, seconds, norms, memory) = canvas(2, 2, (11, 6.4))
+    _curve(throughput, train, "tokens_per_s", color=TRAIN, label="tokens/s")
+    throughput.set(title="throughput (context tokens per second)", xlabel="step", ylim=(0, None))
+    steps, waits, whole = (_values(train, name) for name in ("step", "data_wait_s", "step_s"))
+    seconds.fill_between(steps, waits, whole, color=TRAIN, alpha=0.35, linewidth=0, label="computing")
+    seconds.fill_between(steps, 0, waits, color=HELD_OUT, alpha=0.8, linewidth=0, label="waiting for data")
+    seconds.set(title="seconds per step", xlabel="step", ylim=(0, 1.2 * whole.max()))
+    seconds.legend(ncol=2, loc="upper right")
+    _curve(norms, train, "grad_norm", color=TRAIN, label="gradient norm")
+    rates = norms.twinx()
+    rates.plot(steps, _values(train, "lr"), color=HELD_OUT, label="learning rate")
+    rates.set_ylim(0, None)
+    rates.tick_params(labelsize=8, colors=HELD_OUT)
+    rates.spines[:].set_visible(False)
+    norms.set(title="gradient norm (left), learning rate (right)", xlabel="step", ylim=(0, None))
+    peaks = _values(train, "peak_gib")
+    memory.plot(steps, peaks, color=TRAIN)
+    title = "peak memory of the fullest process, GiB"
+    memory.set(title=title, xlabel="step", ylim=(0, 1.2 * peaks.max()))
     return png(figure)
 
 
-def comparison_figure(steps: Sequence[int], runs: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> bytes:
-    """Loss of each run, and its relative difference from the first on a log scale. ``runs``: (label, losses, differences)."""
+def comparison_figure(
+    steps: Sequence[int], runs: Sequence[tuple[str, Sequence[float], Sequence[float]]]
+) -> bytes:
+    """Draw the loss of each run, and its relative difference from the first run on a log scale.
+
+    Args:
+        steps: optimizer steps, the same for all runs.
+        runs: (label, losses, relative differences), one value per step.
+    """
     figure, (losses, differences) = canvas(1, 2, (11, 4.2))
     for i, (label, values, relative) in enumerate(runs):
         colour = SERIES[i % len(SERIES)]
+        # Later lines are thinner, so that equal curves all stay visible.
         losses.plot(steps, values, color=colour, linewidth=2.4 - 1.6 * i / max(len(runs) - 1, 1), label=label)
         if i and any(relative):
             shown = [value or float("nan") for value in relative]  # a log scale has no zero
@@ -154,32 +177,35 @@ def _by_ttt_step(axes: Axes, train: Sequence[Line], held_out: Sequence[Line], na
 
     count = len((train or held_out)[0][name])
     for k in range(count):
-        colour = colormaps["viridis"](0.9 * k / max(count - 1, 1))
-        _curve(axes, train, lambda line, k=k: line[name][k], colour, f"k={k}", raw=False)
-        _points(axes, held_out, lambda line, k=k: line[name][k], colour, None if train else f"k={k}", "")
+        colour, label = colormaps["viridis"](0.9 * k / max(count - 1, 1)), f"k={k}"
+        _curve(axes, train, name, k, color=colour, label=label)
+        _points(axes, held_out, name, k, color=colour, label=None if train else label, linestyle="none")
+    axes.set(title=f"{name} by TTT step (line: training, o: held out)", xlabel="step", ylim=(0, None))
     axes.legend(ncol=2, fontsize=7)
 
 
-def _curve(
-    axes: Axes, lines: Sequence[Line], value: Callable[[Line], float], colour: Any, label: str | None, style: str = "-", raw: bool = True
-) -> None:
-    """A smoothed curve, over its faint raw values."""
+def _curve(axes: Axes, lines: Sequence[Line], name: str, k: int | None = None, **style: Any) -> None:
+    """Draw a smoothed curve; values that are not of one TTT step also appear raw, as a faint line."""
     if not lines:
         return
-    values = np.array([value(line) for line in lines], float)
-    if raw and len(values) > 10:
-        axes.plot(_steps(lines), values, color=colour, alpha=0.2, linewidth=0.8)
-    axes.plot(_steps(lines), smooth(values), style, color=colour, linewidth=1.6, label=label)
+    steps, values = _values(lines, "step"), _values(lines, name, k)
+    if k is None and len(values) > 10:
+        axes.plot(steps, values, color=style["color"], alpha=0.2, linewidth=0.8)
+    axes.plot(steps, smooth(values), linewidth=1.6, **style)
 
 
-def _points(
-    axes: Axes, lines: Sequence[Line], value: Callable[[Line], float], colour: Any, label: str | None, style: str = "-"
-) -> None:
-    axes.plot(_steps(lines), [value(line) for line in lines], f"o{style}", color=colour, markersize=4, linewidth=1, label=label)
+def _points(axes: Axes, lines: Sequence[Line], name: str, k: int | None = None, **style: Any) -> None:
+    steps, values = _values(lines, "step"), _values(lines, name, k)
+    axes.plot(steps, values, marker="o", markersize=4, linewidth=1, **style)
+
+
+def _values(lines: Sequence[Line], name: str, k: int | None = None) -> np.ndarray:
+    """Return one value per line, of TTT step ``k`` where the line has a list."""
+    return np.array([line[name] if k is None else line[name][k] for line in lines], float)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred mean over about a twentieth of the curve, over half of that at its ends."""
+    """Return the centred mean over about a twentieth of the curve; the window is halved at both ends."""
     half = len(values) // 40
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -187,12 +213,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _steps(lines: Sequence[Line]) -> list[int]:
-    return [line["step"] for line in lines]
-
-
 def canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A figure of the house's look, made without pyplot's global state."""
+    """Return a figure of ``size`` inches and its axes, in the project's style, without pyplot's global state.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -209,7 +232,7 @@ def canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
 
 
 def png(figure: Figure) -> bytes:
-    """The picture's bytes, its texts in the house's sizes."""
+    """Set the text sizes of the project's style and return the picture's bytes."""
     for axes in figure.axes:
         axes.title.set(fontsize=10, color=INK)
         axes.xaxis.label.set(fontsize=8, color=INK)

@@ -1,6 +1,7 @@
-"""The report of a run: one HTML file with its pictures inside, made from the files that the run left.
+"""Write the report of a run: one HTML file with its pictures inside.
 
-Reads recipe.json, log.jsonl, eval.jsonl and, where they exist, acceptance.json and the exported draft; needs nothing else.
+Reads recipe.json, log.jsonl and eval.jsonl of the run folder and, if they exist, acceptance.json and the
+exported draft. Needs nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_high
 from typing import Any
+
+import numpy as np
 
 from eagle_ds.config.recipe import Recipe, load_recipe
 from eagle_ds.config.run_folder import ACCEPTANCE, EVAL_LOG, EXPORTED, RECIPE_FILE, REPORT, STEP_LOG
@@ -22,28 +26,32 @@ from eagle_ds.reporting.figures import acceptance_figure, learning_figure, smoot
 
 log = logging.getLogger(__name__)
 
-WORTH_DRAFTING = 0.2  # a draft position that stands in fewer than a fifth of the passes seldom pays for itself
+# a draft position that stands in fewer than a fifth of the passes seldom pays for itself
+WORTH_DRAFTING = 0.2
+"""A draft position is worth its pass of the draft if its token is accepted in at least this share of the
+passes.
+"""
+
 STYLE = """
 :root { --ink: #1f2933; --soft: #65717d; --line: #e3e8ec; --tile: #f6f8fa; --accent: #2f6fb2; }
 body { font: 15px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; color: var(--ink); }
 body { max-width: 1080px; margin: 2.2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.55rem; margin: 0 0 .2rem; } h2 { font-size: 1.12rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.55rem; margin: 0 0 .2rem; } summary { cursor: pointer; color: var(--accent); }
+h2 { font-size: 1.12rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); }
 p.sub, .note { color: var(--soft); margin: .2rem 0 1rem; } img { width: 100%; height: auto; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: .8rem; margin: 1.2rem 0; }
-.tile { background: var(--tile); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; }
-.tile b { display: block; font-size: 1.3rem; font-weight: 650; color: var(--accent); } .tile span { color: var(--soft); font-size: .85rem; }
-table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); font-size: .92rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: .8rem; }
+.tile, pre { background: var(--tile); border: 1px solid var(--line); border-radius: 8px; padding: .7rem; }
+.tile b { display: block; font-size: 1.3rem; color: var(--accent); }
+.tile span { color: var(--soft); font-size: .85rem; } pre { overflow-x: auto; font-size: .84rem; }
+table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; }
-pre { background: var(--tile); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto; }
-pre { font-size: .84rem; line-height: 1.45; }
-summary { cursor: pointer; color: var(--accent); }
 """
 
 
 @dataclass
 class Run:
-    """What a run folder holds."""
+    """The contents of a run folder."""
 
     folder: Path
     recipe: Recipe
@@ -53,27 +61,25 @@ class Run:
 
     @classmethod
     def read(cls, folder: str | Path) -> Run:
-        """Raises ValueError if ``folder`` is no run, or its files cannot be read."""
+        """Read a run folder. Raises ValueError if ``folder`` is not one, or its files cannot be read."""
         folder = Path(folder)
         if not (folder / RECIPE_FILE).is_file():
-            raise ValueError(f"{folder} is no run folder (it has no recipe.json); give the one that a recipe made, such as runs/NAME")
+            found = f"{folder} is not a run folder: it has no {RECIPE_FILE}"
+            raise ValueError(f"{found}; give the folder that a recipe made, such as runs/NAME")
         measured = folder / ACCEPTANCE
-        return cls(
-            folder,
-            load_recipe(folder / RECIPE_FILE),
-            read_lines(folder / STEP_LOG),
-            read_lines(folder / EVAL_LOG),
-            read_json(measured) if measured.is_file() else None,
-        )
+        recipe, acceptance = load_recipe(
+            folder / RECIPE_FILE
+        ), read_json(measured) if measured.is_file() else None
+        return cls(folder, recipe, read_lines(folder / STEP_LOG), read_lines(folder / EVAL_LOG), acceptance)
 
     @property
     def exported(self) -> Path:
-        """The folder that SGLang serves (there only after an export)."""
+        """The folder that SGLang serves; it exists only after an export."""
         return self.folder / EXPORTED
 
     @property
     def num_steps(self) -> int:
-        """Draft positions worth a pass of the draft, by the measured acceptance; 3 where nothing was measured."""
+        """Number of draft positions that are worth a pass of the draft; 3 if acceptance was not measured."""
         if not self.acceptance:
             return 3
         cumulative = self.acceptance["drafts"][-1]["cumulative_by_position"]
@@ -81,7 +87,11 @@ class Run:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file, ordered by step, the last of a repeated step; a torn last line is left out."""
+    """Read the records of a JSONL file, ordered by step.
+
+    Of a repeated step the last record counts. An incomplete last line is skipped. Raises ValueError for any
+    other line that is not a record of a step.
+    """
     if not path.is_file():
         return []
     lines = {}
@@ -92,15 +102,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             lines[line["step"]] = line
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no record of a step: {error}") from error
+            raise ValueError(f"{path}, line {number} is not a record of a step: {error}") from error
     return [lines[step] for step in sorted(lines)]
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` into the run folder and return its path. Raises ValueError if there is nothing to report."""
+    """Write ``report.html`` into the run folder; return its path. Raises ValueError if there is nothing to
+    report.
+    """
     run = Run.read(folder)
     if not run.train and not run.held_out and not run.acceptance:
-        raise ValueError(f"{run.folder} has no log.jsonl, eval.jsonl or acceptance.json yet; train first")
+        raise ValueError(f"{run.folder} has no {STEP_LOG}, {EVAL_LOG} or {ACCEPTANCE} yet; train first")
     out = run.folder / REPORT
     temp = out.with_name(f".{REPORT}")
     temp.write_text(render(run), encoding="utf-8")
@@ -110,9 +122,10 @@ def write_report(folder: str | Path) -> Path:
 
 
 def render(run: Run) -> str:
-    """The whole page."""
-    recipe = run.recipe
-    what = f"{recipe.target.model} · {recipe.data.max_length} tokens · Ulysses {recipe.parallel.ulysses} x ring {recipe.parallel.ring}"
+    """Return the whole page."""
+    recipe, parallel = run.recipe, run.recipe.parallel
+    layout = f"Ulysses {parallel.ulysses} x ring {parallel.ring}"
+    what = f"{recipe.target.model} · {recipe.data.max_length} tokens · {layout}"
     body = [
         f"<h1>EAGLE-3 draft: {_text(recipe.name)}</h1><p class=sub>{_text(what)}</p>",
         _tiles(_acceptance_headlines(run) + _training_headlines(run)),
@@ -121,135 +134,146 @@ def render(run: Run) -> str:
     if run.train or run.held_out:
         body.append(_section("Learning", _image(learning_figure(run.train, run.held_out), "learning curves")))
     if run.train:
-        body.append(_section("Speed and memory", _speed_table(run.train) + _image(speed_figure(run.train), "speed and memory")))
-    resolved = _text(recipe.model_dump_json(indent=2))
-    body += [_serving_section(run), _section("Recipe", f"<details><summary>resolved recipe</summary><pre>{resolved}</pre></details>")]
+        picture = _image(speed_figure(run.train), "speed and memory")
+        body.append(_section("Speed and memory", _speed_table(run.train) + picture))
+    resolved = f"<pre>{_text(recipe.model_dump_json(indent=2))}</pre>"
+    details = f"<details><summary>resolved recipe</summary>{resolved}</details>"
+    body += [_serving_section(run), _section("Recipe", details)]
     title = f"<title>{_text(recipe.name)}: EAGLE-3 draft</title>"
     head = f'<!doctype html><html lang=en><head><meta charset="utf-8">{title}<style>{STYLE}</style></head>'
     return f"{head}<body>{''.join(body)}</body></html>\n"
 
 
 def _acceptance_headlines(run: Run) -> list[tuple[str, str]]:
-    """(figure, what it is) of the measured acceptance."""
+    """Return (figure, meaning) of the measured acceptance."""
     if not run.acceptance:
         return []
     drafts = run.acceptance["drafts"]
     lengths = " → ".join(f"{draft['acceptance_length']:.2f}" for draft in drafts)
     found = [(lengths, "acceptance length, " + " → ".join(draft["name"] for draft in drafts))]
     for gain in run.acceptance["differences"][:1]:
-        found.append((f"{gain['value']:+.2f}", f"gain, {100 * gain['level']:.0f}% interval [{gain['low']:+.2f}, {gain['high']:+.2f}]"))
+        interval = f"{100 * gain['level']:.0f}% interval [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+        found.append((f"{gain['value']:+.2f}", f"gain, {interval}"))
     if "speedup" in drafts[-1]:
-        found.append((f"{drafts[-1]['speedup']:.2f}x", "speed against plain decoding here (transformers)"))
+        found.append(
+            (f"{drafts[-1]['speedup']:.2f}x", "decoding speed / plain decoding (both in transformers)")
+        )
     return found
 
 
 def _training_headlines(run: Run) -> list[tuple[str, str]]:
-    """(figure, what it is) of the logs."""
+    """Return (figure, meaning) of the logs."""
     found: list[tuple[str, str]] = []
     if run.held_out:
-        first, last, best = run.held_out[0], run.held_out[-1], max(run.held_out, key=lambda line: line["simulated_length"])
+        first, last = run.held_out[0], run.held_out[-1]
+        best = max(run.held_out, key=lambda line: line["simulated_length"])
         lengths = f"{first['simulated_length']:.2f} → {best['simulated_length']:.2f}"
-        found.append((lengths, f"simulated length held out, step {first['step']} → {best['step']} (best)"))
-        found.append((f"{first['kl']:.2f} → {last['kl']:.2f}", "KL held out, first → last"))
+        steps = f"step {first['step']} → {best['step']} (best)"
+        found.append((lengths, f"simulated acceptance length on held-out data, {steps}"))
+        found.append(
+            (f"{first['kl']:.2f} → {last['kl']:.2f}", "KL on held-out data, first → last evaluation")
+        )
     if run.train:
         found.append((f"{run.train[-1]['step']:,}", f"steps, {_duration(training_seconds(run.train))}"))
-        found.append((f"{median(run.train, 'tokens_per_s'):,.0f}", "tokens/s, median"))
-        found.append((f"{max(line['peak_gib'] for line in run.train):.1f} GiB", "peak memory of a process"))
+        found.append((f"{_median(run.train, 'tokens_per_s'):,.0f}", "tokens/s, median"))
+        found.append((f"{_peak_gib(run.train):.1f} GiB", "peak memory of the fullest process"))
     return found
 
 
 def _acceptance_section(run: Run) -> str:
     if not run.acceptance:
-        command = f"tools/eval_acceptance.py --recipe {run.folder}/recipe.json --baseline untrained"
-        return _section("Acceptance", f"<p class=note>Not measured by real decoding yet. Measure it:</p><pre>{_text(command)}</pre>")
+        command = f"tools/eval_acceptance.py --recipe {run.folder}/{RECIPE_FILE} --baseline untrained"
+        note = "<p class=note>Not yet measured by real decoding. To measure it, run:</p>"
+        return _section("Acceptance", f"{note}<pre>{_text(command)}</pre>")
     found = run.acceptance
-    rows = [["draft", "acceptance length", "95% interval", "by draft position, if reached", "tokens/s", "speedup", "as plain"]]
-    for draft in found["drafts"]:
-        interval, same = draft["interval"], draft.get("identical_answers")
-        rows.append(
-            [
-                draft["name"],
-                f"{draft['acceptance_length']:.3f}",
-                f"{interval['low']:.3f} to {interval['high']:.3f}",
-                " ".join(f"{100 * share:.0f}" for share in draft["acceptance_by_position"]) + " %",
-                f"{draft['tokens_per_s']:.1f}",
-                f"{draft['speedup']:.2f}x" if "speedup" in draft else "",
-                f"{same} of {found['num_prompts']}" if same is not None else "",
-            ]
-        )
+    headings = ["draft", "acceptance length", "95% interval", "acceptance by draft position, if reached"]
+    rows = [[*headings, "tokens/s", "speedup", "answers equal to plain decoding"]]
+    rows += [_acceptance_row(draft, found["num_prompts"]) for draft in found["drafts"]]
+    processes = f" in {found['processes']} processes" if found.get("processes", 1) > 1 else ""
     how = (
-        f"Greedy speculative decoding of {found['num_prompts']} prompts of {found['prompts_file']}, up to {found['max_new_tokens']} new "
-        f"tokens, {found['num_draft_tokens']} draft tokens a pass, {found['dtype']} on {found['device']}{_processes(found)}. Acceptance "
-        "length is tokens per pass of the target, its own included; intervals are bootstrapped over prompts. Speed is transformers' own, "
-        "not a server's."
+        f"Greedy speculative decoding of {found['num_prompts']} prompts from {found['prompts_file']}, with "
+        f"up to {found['max_new_tokens']} new tokens and {found['num_draft_tokens']} draft tokens per pass, in "
+        f"{found['dtype']} on {found['device']}{processes}. Acceptance length is the number of tokens per "
+        "pass of the target, including its own token. Intervals are bootstrapped over prompts. Speed is that of "
+        "transformers, not of a serving engine."
     )
-    gaps = "; ".join(f"{name}: largest logit gap {gap:.4f}" for name, gap in _largest_gaps(found))
-    diverged = f"<p class=note>Answers that left plain decoding at a near tie: {_text(gaps)}.</p>" if gaps else ""
+    gaps = []
+    for draft in found["drafts"]:
+        if draft.get("divergences"):
+            gap = max(divergence["gap"] for divergence in draft["divergences"])
+            gaps.append(f"{draft['name']}: largest logit gap {gap:.4f}")
+    near_ties = f"Some answers differ from plain decoding where two logits nearly tie: {'; '.join(gaps)}."
+    diverged = f"<p class=note>{_text(near_ties)}</p>" if gaps else ""
     picture = _image(acceptance_figure(found), "acceptance")
     return _section("Acceptance", f"{_table(rows)}{diverged}{picture}<p class=note>{_text(how)}</p>")
 
 
-def _processes(found: Mapping[str, Any]) -> str:
-    count = found.get("processes", 1)
-    return f", {count} processes side by side" if count > 1 else ""
-
-
-def _largest_gaps(found: Mapping[str, Any]) -> list[tuple[str, float]]:
-    return [(draft["name"], max(d["gap"] for d in draft["divergences"])) for draft in found["drafts"] if draft.get("divergences")]
+def _acceptance_row(draft: Mapping[str, Any], num_prompts: int) -> list[str]:
+    interval, same = draft["interval"], draft.get("identical_answers")
+    return [
+        draft["name"],
+        f"{draft['acceptance_length']:.3f}",
+        f"{interval['low']:.3f} to {interval['high']:.3f}",
+        " ".join(f"{100 * share:.0f}" for share in draft["acceptance_by_position"]) + " %",
+        f"{draft['tokens_per_s']:.1f}",
+        f"{draft['speedup']:.2f}x" if "speedup" in draft else "",
+        f"{same} of {num_prompts}" if same is not None else "",
+    ]
 
 
 def _speed_table(train: Sequence[Mapping[str, Any]]) -> str:
     waits, seconds = sum(line["data_wait_s"] for line in train), sum(line["step_s"] for line in train)
-    rows = [["tokens/s, median", "seconds per step, median", "waiting for data", "peak memory", "last training loss, smoothed"]]
-    rows.append(
-        [
-            f"{median(train, 'tokens_per_s'):,.0f}",
-            f"{median(train, 'step_s'):.2f}",
-            f"{100 * waits / seconds if seconds else 0:.1f} % of the time",
-            f"{max(line['peak_gib'] for line in train):.2f} GiB",
-            f"{smooth_last(train, 'loss'):.4f}",
-        ]
-    )
-    return _table(rows)
+    # The mean of the smoothed loss over the last twentieth of the lines.
+    tail = train[-max(len(train) // 20, 1) :]
+    last_loss = smooth(np.array([line["loss"] for line in tail])).mean()
+    figures = {
+        "tokens/s, median": f"{_median(train, 'tokens_per_s'):,.0f}",
+        "seconds per step, median": f"{_median(train, 'step_s'):.2f}",
+        "waiting for data": f"{100 * waits / seconds if seconds else 0:.1f} % of the time",
+        "peak memory": f"{_peak_gib(train):.2f} GiB",
+        "last training loss, smoothed": f"{last_loss:.4f}",
+    }
+    return _table([list(figures), list(figures.values())])
 
 
 def _serving_section(run: Run) -> str:
-    commands = ServeCommands(run.recipe.target.model, run.exported, run.num_steps, run.recipe.draft.sliding_window)
-    tokens = f"{run.num_steps} draft token{'s' if run.num_steps > 1 else ''} a pass"
-    why = f"{tokens}: those that stand in at least {100 * WORTH_DRAFTING:.0f}% of the passes measured here."
+    target, window = run.recipe.target.model, run.recipe.draft.sliding_window
+    sglang = ServeCommands(target, run.exported, run.num_steps, window).sglang
+    vllm = ServeCommands(target, f"{run.exported}-vllm", run.num_steps, window).vllm
+    tokens = f"{run.num_steps} draft token{'s' if run.num_steps > 1 else ''} per pass"
+    why = f"{tokens}: each was accepted in at least {100 * WORTH_DRAFTING:.0f}% of the passes measured here."
     if not run.acceptance:
-        why = f"{tokens} until acceptance is measured."
-    vllm = ServeCommands(run.recipe.target.model, f"{run.exported}-vllm", run.num_steps, run.recipe.draft.sliding_window).vllm
+        why = f"{tokens}, until acceptance is measured."
+    export = f"tools/export_draft.py {run.folder}"
     lines = [
-        f"<p class=note>{_text(why)}</p><h3>Export</h3>",
-        f"<pre>tools/export_draft.py {_text(str(run.folder))}\ntools/export_draft.py {_text(str(run.folder))} --vllm</pre>",
-        f"<h3>SGLang</h3><pre>{_text(commands.sglang)}</pre><h3>vLLM</h3><pre>{_text(vllm)}</pre>",
+        f"<p class=note>{_text(why)}</p><h3>Export</h3><pre>{_text(export)}\n{_text(export)} --vllm</pre>",
+        f"<h3>SGLang</h3><pre>{_text(sglang)}</pre><h3>vLLM</h3><pre>{_text(vllm)}</pre>",
     ]
     return _section("Serve it", "".join(lines))
 
 
-def median(lines: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Median of one value over the lines."""
-    values = sorted(line[name] for line in lines)
-    return values[len(values) // 2]
-
-
-def smooth_last(lines: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Mean of one value over the last twentieth of the lines."""
-    import numpy as np
-
-    tail = lines[-max(len(lines) // 20, 1) :]
-    return float(smooth(np.array([line[name] for line in tail])).mean())
+def _median(lines: Sequence[Mapping[str, Any]], name: str) -> float:
+    return median_high(line[name] for line in lines)
 
 
 def training_seconds(train: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of training steps alone, without evaluating and saving; a line stands for the steps since the line before it."""
+    """Return the seconds of training steps, without evaluating and saving.
+
+    A line holds the mean time of all steps since the line before it.
+    """
     steps = [0, *(line["step"] for line in train)]
-    return sum(line["step_s"] * (now - before) for line, before, now in zip(train, steps[:-1], steps[1:], strict=True))
+    spans = zip(train, steps[:-1], steps[1:], strict=True)
+    return sum(line["step_s"] * (now - before) for line, before, now in spans)
+
+
+def _peak_gib(train: Sequence[Mapping[str, Any]]) -> float:
+    return max(line["peak_gib"] for line in train)
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _section(title: str, inside: str) -> str:
@@ -257,12 +281,16 @@ def _section(title: str, inside: str) -> str:
 
 
 def _tiles(figures: Sequence[tuple[str, str]]) -> str:
-    return "<div class=tiles>" + "".join(f"<div class=tile><b>{_text(a)}</b><span>{_text(b)}</span></div>" for a, b in figures) + "</div>"
+    tiles = (f"<div class=tile><b>{_text(a)}</b><span>{_text(b)}</span></div>" for a, b in figures)
+    return f"<div class=tiles>{''.join(tiles)}</div>"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    tags = ["th"] + ["td"] * (len(rows) - 1)
-    lines = ("".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in row) for tag, row in zip(tags, rows, strict=True))
+    """Return an HTML table; the first row holds the headings."""
+    lines = []
+    for row in rows:
+        tag = "td" if lines else "th"
+        lines.append("".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in row))
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 

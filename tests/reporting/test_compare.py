@@ -54,10 +54,10 @@ def test_runs_without_any_difference_have_a_picture_too(tmp_path: Path, falling:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"trained_rows": 5}, "other data than a at step 1: trained_rows is 5 there and 71 here"),
+        ({"trained_rows": 5}, "other data than a at step 1: its trained_rows is 5 instead of 71"),
         ({"tokens": 5}, "tokens is 5"),
         ({"epoch": 1}, "epoch is 1"),
-        ({"data_hash": "y"}, "data_hash is y there and x here"),
+        ({"data_hash": "y"}, "data_hash is y instead of x"),
     ],
 )
 def test_runs_over_other_data_are_refused(tmp_path: Path, falling: list[float], fields: dict[str, Any], message: str) -> None:
@@ -68,7 +68,7 @@ def test_runs_over_other_data_are_refused(tmp_path: Path, falling: list[float], 
 
 def test_runs_of_other_length_are_refused(tmp_path: Path, falling: list[float]) -> None:
     paths = [run_folder(tmp_path, "a", falling), run_folder(tmp_path, "b", falling[:-3])]
-    with pytest.raises(ValueError, match=r"b has 17 logged steps up to 17, a has 20 up to 20 \(step 18 is in one alone\)"):
+    with pytest.raises(ValueError, match=r"b has 17 logged steps up to 17, a has 20 up to 20 \(step 18 is in only one of them\)"):
         compare(read_all(paths))
 
 

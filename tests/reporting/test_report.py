@@ -114,9 +114,9 @@ def test_a_torn_line_is_left_out_and_a_repeated_step_counts_once(run: Path) -> N
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda run: (run / "recipe.json").unlink(), "is no run folder"),
+        (lambda run: (run / "recipe.json").unlink(), "is not a run folder"),
         (lambda run: [path.unlink() for path in run.iterdir() if path.name != "recipe.json"], "train first"),
-        (lambda run: (run / "log.jsonl").write_text("nonsense\n"), "line 1 is no record of a step"),
+        (lambda run: (run / "log.jsonl").write_text("nonsense\n"), "line 1 is not a record of a step"),
         (lambda run: (run / "acceptance.json").write_text("{"), "not valid JSON"),
     ],
 )
