@@ -1,38 +1,45 @@
 #!/usr/bin/env python
-"""Convert other projects' hidden-state files into a gzip-filtered HDF5 store that takes a third less room and lets every
-rank read only its own rows.
+"""Convert other projects' hidden-state files into a store: gzip-filtered HDF5 files that take a third less
+space and let every rank of a training read only its own rows.
 
   reads   SpecForge         rows_*/data_*.ckpt, .ckpt.gz
           Model-Optimizer   *.pt
-          speculators       hs_*.safetensors   (needs --target for the final norm, and --dataset for the loss mask)
+          speculators       hs_*.safetensors  (--target gives the final norm, --dataset the loss mask)
           other HDF5        with --map
-  writes  DST/store.json, DST/manifest.jsonl, DST/samples/..., DST/rejected.jsonl (one line a rejected file)
+  writes  DST/store.json, DST/manifest.jsonl, DST/samples/...,
+          DST/rejected.jsonl (one line for each rejected file)
 
-Nothing is unpickled but tensors. Kill it and run it again: what is stored is not converted twice. Rejected files never stop
-the others (unless --strict) and are tried again by the next run.
+Only tensors are read from the files; code in a pickle is never run. You can kill the command and run it
+again: samples in the store are not converted twice. A file that cannot be converted is rejected with a reason
+and does not stop the others (unless --strict); the next run tries it again.
 
 examples
-  # what will it take?
-  tools/convert_ckpt_to_hdf5.py cache/hidden_states stores/llama3 --target meta-llama/Llama-3.1-8B-Instruct --dry-run
+  # predict size and time, write nothing
+  tools/convert_ckpt_to_hdf5.py cache/hidden_states stores/llama3 \\
+      --target meta-llama/Llama-3.1-8B-Instruct --dry-run
 
-  # convert without the target at hand, freeing each source once its copy was compared bit for bit
-  tools/convert_ckpt_to_hdf5.py cache/hidden_states stores/llama3 --target-name meta-llama/Llama-3.1-8B-Instruct \\
-      --aux-layer-ids 1,15,28 --vocab-size 128256 --delete-source
+  # convert without the target's files; delete each source file once its copy was compared bit for bit
+  tools/convert_ckpt_to_hdf5.py cache/hidden_states stores/llama3 \\
+      --target-name meta-llama/Llama-3.1-8B-Instruct --aux-layer-ids 1,15,28 --vocab-size 128256 \\
+      --delete-source
 
-  # speculators: the last state is normed, and the loss mask is made from the conversations
-  tools/convert_ckpt_to_hdf5.py hidden_states stores/qwen --target models/Qwen3-8B --dataset chats.jsonl --max-length 8192
+  # speculators: apply the final norm to the last state, and make the loss mask from the conversations
+  tools/convert_ckpt_to_hdf5.py hidden_states stores/qwen --target models/Qwen3-8B \\
+      --dataset chats.jsonl --max-length 8192
 
-  # another HDF5 schema, one group a sample, bfloat16 kept as integers
+  # another HDF5 schema: each sample is a group, layers are separate datasets, bfloat16 is stored as integers
   tools/convert_ckpt_to_hdf5.py dump.h5 stores/x --target models/X --map \\
-      'input_ids=data/*/tokens,loss_mask=data/*/mask,aux_hidden_state=data/*/l1+data/*/l15+data/*/l28@bf16,hidden_state=data/*/last@bf16'
+      'input_ids=data/*/tokens, loss_mask=data/*/mask, hidden_state=data/*/last@bf16,
+       aux_hidden_state=data/*/l1+data/*/l15+data/*/l28@bf16'
 
 exit codes
   0  every file is in the store (converted now or earlier)
-  1  nothing can be done as asked: wrong flags, no files, a store made from other data; one sentence says what to change
-  2  the command line cannot be read
-  3  some files were rejected, all others are in the store; DST/rejected.jsonl has the reasons
+  1  the request is wrong: flags, no files, or a store with other settings; one sentence says what to change
+  2  the command line cannot be parsed
+  3  some files were rejected, all others are in the store; DST/rejected.jsonl gives the reasons
   4  --strict: stopped at the first rejected file
-  5  a stored file differs from its source (--verify, --delete-source); it is listed among the rejected, the source is kept
+  5  a stored file differs from its source (--verify, --delete-source); it is listed among the rejected files
+     and its source is kept
   6  the machine failed: disk full or read-only, target unreadable; what was converted is kept
   130  interrupted; what was converted is kept
 """
@@ -44,13 +51,14 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import eagle_ds  # noqa: F401  before any package: says so where they are missing
+import eagle_ds  # noqa: F401  before any other package: it names the packages that are missing
 
 # isort: split
 
@@ -61,18 +69,21 @@ from rich.table import Table
 from eagle_ds.store.processes import start_fork_server
 
 if TYPE_CHECKING:
-    from eagle_ds.convert.run import Progress, Summary
     from eagle_ds.convert.options import ConvertOptions
+    from eagle_ds.convert.run import Progress, Summary
     from eagle_ds.convert.survey import Prediction
 
 SHOWN_REJECTS = 20
 LINE_EVERY_S = 10.0
+CONTINUE = "what was converted is kept; run the same command again to continue"
 
 
 def main() -> int:
+    """Run the command; return its exit code."""
     arguments = parse_arguments()
     if arguments.workers > 1 and not arguments.dry_run:
-        start_fork_server()  # before this process loads torch itself, below
+        # Before this process imports torch, in the next line: both then import it at the same time.
+        start_fork_server()
     from eagle_ds.convert.run import ConversionStopped, predict_conversion
 
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -80,12 +91,11 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
         options = make_options(arguments)
-        if not arguments.dry_run:
-            check_destination(options.destination)
         if arguments.dry_run:
             summary, prediction = predict_conversion(options)
             show_prediction(console, summary, prediction)
         else:
+            check_destination(options.destination)
             summary = run(options, errors)
             show_summary(console, summary, options)
     except ValueError as error:
@@ -95,17 +105,17 @@ def main() -> int:
         errors.print(f"stopped: {error}", markup=False, soft_wrap=True)
         return 6
     except OSError as error:
-        errors.print(f"stopped: {error}; what was converted is kept, run the same command again to go on", markup=False, soft_wrap=True)
+        errors.print(f"stopped: {error}; {CONTINUE}", markup=False, soft_wrap=True)
         return 6
     except KeyboardInterrupt:
-        errors.print("interrupted; what was converted is kept, run the same command again to go on")
+        errors.print(f"interrupted; {CONTINUE}")
         return 130
     show_rejected(console, summary)
     return exit_code(summary)
 
 
 def check_destination(folder: Path) -> None:
-    """Raise ConversionStopped, before any source is looked at, where nothing can be written."""
+    """Raise ConversionStopped if the store cannot be written, before any source file is read."""
     from eagle_ds.config.outputs import check_output_folder
     from eagle_ds.convert.run import ConversionStopped
 
@@ -116,52 +126,75 @@ def check_destination(folder: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SRC", type=Path, help="a file, or a folder that is searched for known formats")
-    parser.add_argument("destination", metavar="DST", type=Path, help="the store: a new folder, or an earlier run's")
-    info = parser.add_argument_group("what the files do not say")
-    info.add_argument("--target", help="the target's folder or Hugging Face id: sizes, layers, final norm, head, tokenizer")
-    info.add_argument("--revision", help="of a Hugging Face id")
-    info.add_argument("--target-name", help="name to store (default: --target as given)")
-    info.add_argument("--aux-layer-ids", type=layer_ids, metavar="I,J,K", help="outputs of these layers, 0-based (default: 1,L//2-1,L-4)")
-    info.add_argument("--vocab-size", type=int, help="the target's (default: from --target)")
-    info.add_argument("--dataset", type=Path, metavar="JSONL", help="conversations, for the loss mask of formats that lack one")
-    info.add_argument("--max-length", type=int, default=1 << 20, help="tokens that the capture cut conversations at")
-    info.add_argument("--map", metavar="OURS=THEIRS,...", help="where another HDF5 schema keeps each dataset (see the example above)")
-    info.add_argument(
-        "--final-norm",
-        choices=("auto", "apply", "skip"),
-        default="auto",
-        help="apply the target's final norm to the last state: auto goes by format and checks it against the norm's weight",
+    """Parse the command line. Imports nothing heavy, so that --help is fast."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument(
+        "source", metavar="SRC", type=Path, help="a file, or a folder of files of known formats"
     )
-    info.add_argument("--skip-head", action="store_true", help="do not compute target_token_id and target_logsumexp with the head")
-    info.add_argument("--head-device", default="auto", metavar="DEVICE", help="of that head: cpu, cuda, cuda:1 (default: a GPU if any)")
-    info.add_argument("--cast", choices=("bfloat16", "float16", "float32"), help="convert hidden states of other dtypes, with rounding")
-    work = parser.add_argument_group("how to work")
-    work.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (default: %(default)s)")
-    work.add_argument("--strict", action="store_true", help="stop at the first rejected file")
-    work.add_argument("--verify", action="store_true", help="read every stored file back and compare it with its source bit for bit")
-    work.add_argument("--delete-source", action="store_true", help="delete each source file after such a comparison; links stay")
-    work.add_argument("--dry-run", action="store_true", help="check flags and a few files, predict size and time, write nothing")
+    parser.add_argument(
+        "destination", metavar="DST", type=Path, help="the store: a new folder, or an earlier run's"
+    )
+    add_info_flags(parser.add_argument_group("what the files do not say").add_argument)
+    add = parser.add_argument_group("how to work").add_argument
+    workers = min(8, os.cpu_count() or 1)
+    add("--workers", type=int, default=workers, help="processes that convert files (default: %(default)s)")
+    add("--strict", action="store_true", help="stop at the first rejected file")
+    add("--verify", action="store_true",
+        help="read every stored file back and compare it with its source, bit for bit")
+    add("--delete-source", action="store_true",
+        help="delete each source file after such a comparison; links are kept")
+    add("--dry-run", action="store_true",
+        help="check flags and a few files, predict size and time, write nothing")
     return parser.parse_args()
 
 
+def add_info_flags(add: Callable[..., object]) -> None:
+    """Declare the flags that tell what the source files do not say."""
+    add("--target",
+        help="folder or Hugging Face id of the target; gives hidden size, aux layers, vocabulary, norm, "
+        "head and tokenizer")
+    add("--revision", help="revision of the Hugging Face id")
+    add("--target-name", help="name of the target to write into the store (default: --target as given)")
+    add("--aux-layer-ids", type=layer_ids, metavar="I,J,K",
+        help="the layers whose outputs the files hold, 0-based (default: 1,L//2-1,L-4 for L layers)")
+    add("--vocab-size", type=int, help="vocabulary size of the target (default: from --target)")
+    add("--dataset", type=Path, metavar="JSONL",
+        help="the conversations, to make the loss mask of formats that lack one; needs --target")
+    add("--max-length", type=int, default=1 << 20,
+        help="with --dataset: tokens that the capture truncated conversations to (default: %(default)s)")
+    add("--map", metavar="OURS=THEIRS,...",
+        help="where another HDF5 schema keeps each dataset; see the last example")
+    add("--final-norm", choices=("auto", "apply", "skip"), default="auto",
+        help="whether to apply the target's final norm to the last state; auto does what the format needs, "
+        "and checks the states against the norm's weight")
+    add("--skip-head", action="store_true",
+        help="do not compute argmax and log-sum-exp of the target's logits (target_token_id, "
+        "target_logsumexp); training then computes them")
+    add("--head-device", default="auto", metavar="DEVICE",
+        help="device that computes them: cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    add("--cast", choices=("bfloat16", "float16", "float32"),
+        help="convert hidden states of other dtypes to this one, with rounding")
+
+
 def layer_ids(text: str) -> tuple[int, ...]:
+    """Parse "1,15,28"."""
     return tuple(int(part) for part in text.split(","))
 
 
 def make_options(arguments: argparse.Namespace) -> ConvertOptions:
+    """Turn flags into options. Raises ValueError for flags that contradict each other."""
     from eagle_ds.convert import Hdf5Map
     from eagle_ds.convert.options import ConvertOptions
 
-    named = vars(arguments)
-    kept = {name: named[name] for name in ConvertOptions.__dataclass_fields__ if name in named}
+    flags = vars(arguments)
+    same_name = {name: flags[name] for name in ConvertOptions.__dataclass_fields__ if name in flags}
     mapping = Hdf5Map.parse(arguments.map) if arguments.map else None
-    return ConvertOptions(**kept, mapping=mapping, token_labels=not arguments.skip_head)
+    return ConvertOptions(**same_name, mapping=mapping, token_labels=not arguments.skip_head)
 
 
 def run(options: ConvertOptions, errors: Console) -> Summary:
-    """Convert, with one line of progress: live on a terminal, every ten seconds elsewhere."""
+    """Convert, and show one line of progress: updated on a terminal, printed every ten seconds elsewhere."""
     from eagle_ds.convert.run import convert
 
     begin, last_line = time.monotonic(), time.monotonic()
@@ -179,15 +212,19 @@ def run(options: ConvertOptions, errors: Console) -> Summary:
 
 
 def progress_line(progress: Progress, seconds: float) -> str:
+    """Format files, bytes, speed, remaining time and rejected files."""
     speed = progress.done_bytes / max(seconds, 1e-9)
-    left = timedelta(seconds=round((progress.total_bytes - progress.done_bytes) / max(speed, 1e-9)))
-    share = f"{gigabytes(progress.done_bytes)} of {gigabytes(progress.total_bytes)}"
+    remaining_s = (progress.total_bytes - progress.done_bytes) / max(speed, 1e-9)
     files = f"{progress.done_files}/{progress.total_files} files"
-    return f"{files}, {share}, {speed / 1e6:.0f} MB/s, ETA {left}, {progress.rejected} rejected"
+    share = f"{gigabytes(progress.done_bytes)} of {gigabytes(progress.total_bytes)}"
+    eta = timedelta(seconds=round(remaining_s))
+    return f"{files}, {share}, {speed / 1e6:.0f} MB/s, ETA {eta}, {progress.rejected} rejected"
 
 
 def show_summary(console: Console, summary: Summary, options: ConvertOptions) -> None:
-    table = Table(title=f"{options.source} -> {options.destination}", show_header=False, title_justify="left")
+    """Print what was done as a table."""
+    title = f"{options.source} -> {options.destination}"
+    table = Table(title=title, show_header=False, title_justify="left")
     table.add_row("samples found", f"{summary.found}")
     table.add_row("converted now", f"{summary.converted}")
     table.add_row("stored by an earlier run", f"{summary.already_done}")
@@ -198,17 +235,20 @@ def show_summary(console: Console, summary: Summary, options: ConvertOptions) ->
         table.add_row("source files deleted", f"{summary.deleted}")
     if summary.converted:
         trained = summary.trained_tokens / max(1, summary.tokens)
+        saved = 1 - summary.stored_bytes / summary.raw_bytes
+        speed = summary.raw_bytes / summary.seconds / 1e6
         table.add_row("tokens", f"{summary.tokens:,}, {trained:.1%} trained")
         table.add_row("source files", gigabytes(summary.source_bytes))
         table.add_row("hidden states, raw", gigabytes(summary.raw_bytes))
-        table.add_row("stored", f"{gigabytes(summary.stored_bytes)}, {1 - summary.stored_bytes / summary.raw_bytes:.1%} saved against raw")
-        table.add_row("time", f"{summary.seconds:.1f} s, {summary.raw_bytes / summary.seconds / 1e6:.0f} MB/s of raw hidden states")
+        table.add_row("stored", f"{gigabytes(summary.stored_bytes)}, {saved:.1%} saved against raw")
+        table.add_row("time", f"{summary.seconds:.1f} s, {speed:.0f} MB/s of raw hidden states")
     console.print(table)
     if summary.without_training:
-        console.print(f"note: {summary.without_training} samples have no trained token; training passes over them")
+        console.print(f"note: {summary.without_training} samples have no trained token; training skips them")
 
 
 def show_prediction(console: Console, summary: Summary, prediction: Prediction | None) -> None:
+    """Print the result of --dry-run as a table."""
     table = Table(title="dry run, nothing was written", show_header=False, title_justify="left")
     table.add_row("samples found", f"{summary.found}")
     table.add_row("stored by an earlier run", f"{summary.already_done}")
@@ -216,10 +256,13 @@ def show_prediction(console: Console, summary: Summary, prediction: Prediction |
         saved = 1 - prediction.stored_bytes / max(1, prediction.raw_bytes)
         table.add_row("source files to convert", gigabytes(prediction.source_bytes))
         table.add_row("hidden states, raw", gigabytes(prediction.raw_bytes))
-        table.add_row("predicted size", f"{gigabytes(prediction.stored_bytes)}, {saved:.1%} saved against raw")
-        table.add_row("predicted time", f"{timedelta(seconds=round(prediction.seconds))} if the disk keeps up")
+        stored = gigabytes(prediction.stored_bytes)
+        table.add_row("predicted size", f"{stored}, {saved:.1%} saved against raw")
+        seconds = timedelta(seconds=round(prediction.seconds))
+        table.add_row("predicted time", f"{seconds} if the disk is fast enough")
         if prediction.head_s > 0.1 * prediction.seconds:
-            table.add_row("of which the target's head", f"{timedelta(seconds=round(prediction.head_s))} (--skip-head leaves it out)")
+            head = timedelta(seconds=round(prediction.head_s))
+            table.add_row("the target's head alone", f"{head} (--skip-head leaves it out)")
     if summary.info is not None:
         info = summary.info
         table.add_row("target, layers", f"{info.target}, {list(info.aux_layer_ids)}")
@@ -228,6 +271,7 @@ def show_prediction(console: Console, summary: Summary, prediction: Prediction |
 
 
 def show_rejected(console: Console, summary: Summary) -> None:
+    """Print the first rejected files as a table, and how many there are for each reason."""
     from eagle_ds.convert.run import REJECTED_NAME
 
     if not summary.rejected:
@@ -237,14 +281,18 @@ def show_rejected(console: Console, summary: Summary) -> None:
         table.add_row(rejected.path, str(rejected.reason), rejected.detail)
     console.print(table)
     counts = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.most_common())
-    console.print(f"{len(summary.rejected)} rejected: {counts}; all of them are listed in {REJECTED_NAME} of the store")
+    console.print(
+        f"{len(summary.rejected)} rejected: {counts}; the store's {REJECTED_NAME} lists all of them"
+    )
 
 
 def gigabytes(count: int) -> str:
+    """Format a number of bytes."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def exit_code(summary: Summary) -> int:
+    """Return the exit code of a conversion that ran (see the help)."""
     from eagle_ds.convert import Reason
 
     if summary.reasons[Reason.READBACK]:

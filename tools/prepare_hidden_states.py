@@ -1,16 +1,27 @@
 #!/usr/bin/env python3
 """Capture the target's hidden states for a file of conversations into a store that training reads.
 
-    tools/prepare_hidden_states.py --recipe recipes/smollm2_cpu.json             # both stores that the recipe names
-    tools/prepare_hidden_states.py --recipe recipes/llama3_128k.json --dry-run   # bytes and hours first
-    tools/prepare_hidden_states.py --recipe recipes/llama3_128k.json --device all   # on every GPU of this machine
-    tools/prepare_hidden_states.py --target Qwen/Qwen3-8B --conversations chats.jsonl --store stores/qwen3 --max-length 32768
+examples
+  # both stores that the recipe names
+  tools/prepare_hidden_states.py --recipe recipes/smollm2_cpu.json
 
-Conversations are JSONL: {"id", "conversations": [{"role", "content"}, ...]}, {"messages": [...]} or {"text": ...}. The
-tokenizer's own chat template is used; what the target generates is trained, its end-of-turn token included.
+  # predict bytes and hours, write nothing
+  tools/prepare_hidden_states.py --recipe recipes/llama3_128k.json --dry-run
 
-Stopped at any moment, the same command goes on with what is missing. A store of another target or of other layers is
-refused. Settings after --recipe override the recipe: --data.max_length 16384 --target.dtype float32
+  # on every GPU of this machine
+  tools/prepare_hidden_states.py --recipe recipes/llama3_128k.json --device all
+
+  # without a recipe
+  tools/prepare_hidden_states.py --target Qwen/Qwen3-8B --conversations chats.jsonl --store stores/qwen3 \\
+      --max-length 32768
+
+Conversations are JSONL: {"id", "conversations": [{"role", "content"}, ...]}, {"messages": [...]} or
+{"text": ...}. They are rendered with the tokenizer's own chat template. What the target would generate is
+trained, its end-of-turn token included.
+
+The command can be stopped at any moment; run it again to capture what is missing. A store that was made from
+another target or other layers is refused. Settings that follow --recipe override the recipe's, such as
+--data.max_length 16384 --target.dtype float32.
 """
 
 from __future__ import annotations
@@ -19,40 +30,52 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if TYPE_CHECKING:
+    from eagle_ds.capture.job import CaptureJob, PreparedCapture
+    from eagle_ds.config.recipe import Recipe
+
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    source = parser.add_argument_group("what to capture, from a recipe")
-    source.add_argument("--recipe", type=Path, help="recipes/NAME.json; takes dotted overrides")
-    source.add_argument("--split", choices=["train", "eval", "both"], default="both", help="which of the recipe's stores (default: both)")
-    flags = parser.add_argument_group("what to capture, by flags")
-    flags.add_argument("--target", help="Hugging Face id or local folder")
-    flags.add_argument("--conversations", type=Path, help="JSONL file")
-    flags.add_argument("--store", type=Path, help="folder of the store, made or gone on with")
-    flags.add_argument("--max-length", type=int, help="longest sample in tokens")
-    flags.add_argument("--overlong", choices=["truncate", "skip"], default="truncate", help="what to do with longer ones")
-    flags.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the target's arithmetic")
-    flags.add_argument("--aux-layer-ids", type=int, nargs="+", help="layer outputs to capture (default: 1, L//2-1, L-4)")
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--device",
-        default="auto",
-        help="cuda, cuda:1, cpu; all: a process with its own copy of the target on every GPU; split: one target over all GPUs "
-        "(default: a GPU if there is one)",
-    )
-    how.add_argument("--attention", default="sdpa", help="transformers' attention: sdpa, eager, flash_attention_2 (default: %(default)s)")
-    how.add_argument("--batch-tokens", type=int, help="tokens of short samples computed together")
-    how.add_argument("--chunk-tokens", type=int, help="longest piece of a sample computed at once")
-    how.add_argument("--limit", type=int, help="only the first so many samples of each file")
-    how.add_argument("--limit-eval", type=int, help="another limit for the held-out file")
-    how.add_argument("--dry-run", action="store_true", help="print samples, bytes and hours, write nothing")
+    """Parse the command line. Returns the flags, and the arguments that may be overrides of the recipe."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain, allow_abbrev=False)
+    add = parser.add_argument_group("what to capture, from a recipe").add_argument
+    add("--recipe", type=Path, help="recipes/NAME.json; dotted overrides may follow")
+    add("--split", choices=["train", "eval", "both"], default="both",
+        help="which of the recipe's stores to fill (default: %(default)s)")
+    add = parser.add_argument_group("what to capture, without a recipe").add_argument
+    add("--target", help="Hugging Face id or local folder of the target")
+    add("--conversations", type=Path, help="JSONL file of conversations")
+    add("--store", type=Path, help="folder of the store: a new one, or one to continue")
+    add("--max-length", type=int, help="longest sample in tokens")
+    add("--overlong", choices=["truncate", "skip"], default="truncate",
+        help="what to do with a longer conversation (default: %(default)s)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16",
+        help="dtype that the target computes in (default: %(default)s)")
+    add("--aux-layer-ids", type=int, nargs="+",
+        help="layers whose outputs are captured, 0-based (default: 1, L//2-1, L-4 for L layers)")
+    add = parser.add_argument_group("how to capture").add_argument
+    add("--device", default="auto",
+        help="cuda, cuda:1 or cpu; all: on every GPU a process with its own copy of the target; split: one "
+        "target whose layers are spread over all GPUs (default: a GPU if there is one)")
+    add("--attention", default="sdpa",
+        help="attention of transformers: sdpa, eager, flash_attention_2 (default: %(default)s)")
+    add("--batch-tokens", type=int,
+        help="tokens of a batch of short samples, padding included (default: 16384 on a GPU, 2048 on a CPU)")
+    add("--chunk-tokens", type=int,
+        help="tokens of a long sample computed at once (default: 8192 on a GPU, 2048 on a CPU)")
+    add("--limit", type=int, help="capture only this many samples of each file")
+    add("--limit-eval", type=int, help="another limit for the evaluation file")
+    add("--dry-run", action="store_true", help="print samples, bytes and hours, write nothing")
     return parser.parse_known_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code: 0, 1 for an error, 130 if interrupted."""
     args, overrides = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -62,40 +85,43 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Prepare every capture first, so that an error in the last one shows before the first one takes hours.
+    """
     from eagle_ds.capture.job import prepare_capture, require_space
     from eagle_ds.config.outputs import check_output_folder
     from eagle_ds.launch import enter_repository
 
     enter_repository(args)
     recipe = read_recipe(args, overrides)
-    devices = devices_of(args.device)
-    captures = jobs(args, recipe)
+    devices = parse_devices(args.device)
+    jobs = make_jobs(args, recipe)
     if not args.dry_run:
-        for job in captures:
+        for job in jobs:
             check_output_folder(Path(job.store), "store")
-    plans = [prepare_capture(job) for job in captures]  # what is wrong with the last one is said before the first takes hours
-    for plan in plans:
-        job = plan.job
-        print(f"{job.conversations} -> {job.store}: {plan.stats}; {plan.num_stored} samples stored already, {len(plan.pending)} to do", flush=True)
+    captures = [prepare_capture(job) for job in jobs]
+    for prepared in captures:
+        counts = f"{prepared.num_stored} samples stored already, {len(prepared.pending)} to do"
+        paths = f"{prepared.job.conversations} -> {prepared.job.store}"
+        print(f"{paths}: {prepared.stats}; {counts}", flush=True)
         if not args.dry_run:
-            require_space(plan)
-    for plan in plans:
+            require_space(prepared)
+    for prepared in captures:
         if args.dry_run:
-            forecast(plan, len(devices))
+            print_prediction(prepared, len(devices))
         else:
-            execute(plan, devices)
+            capture_with_progress(prepared, devices)
     if recipe and not args.dry_run and args.split != "eval":
         choose_vocabulary(recipe)
 
 
-def read_recipe(args: argparse.Namespace, overrides: list[str]):
-    """The recipe, its sizes checked against the target; None where the capture is described by flags."""
+def read_recipe(args: argparse.Namespace, overrides: list[str]) -> Recipe | None:
+    """Read the recipe and check its sizes against the target; None if the capture is described by flags."""
     if not args.recipe:
         if overrides:
             raise ValueError(f"unknown arguments {' '.join(overrides)}; dotted overrides need --recipe")
@@ -108,7 +134,8 @@ def read_recipe(args: argparse.Namespace, overrides: list[str]):
     return recipe
 
 
-def devices_of(device: str) -> list[str]:
+def parse_devices(device: str) -> list[str]:
+    """Turn --device into a list of devices: one process each. Raises ValueError if they are not there."""
     import torch
 
     if device == "all":
@@ -121,66 +148,79 @@ def devices_of(device: str) -> list[str]:
         if kind not in ("auto", "cpu", "cuda", "split"):
             raise ValueError(f"--device {one} is unknown; use auto, cpu, cuda, cuda:N, all or split")
         if kind in ("cuda", "split") and not torch.cuda.is_available():
-            raise ValueError(f"--device {one} needs a GPU and none can be seen; leave it out, or use --device cpu")
+            advice = "leave it out, or use --device cpu"
+            raise ValueError(f"--device {one} needs a GPU and none can be seen; {advice}")
     return devices
 
 
-def jobs(args: argparse.Namespace, recipe) -> list:
-    """The captures asked for."""
+def make_jobs(args: argparse.Namespace, recipe: Recipe | None) -> list[CaptureJob]:
+    """Make the captures that the recipe and the flags describe, one for each store."""
     import torch
 
     from eagle_ds.capture.hf import ForwardLimits
     from eagle_ds.capture.job import CaptureJob
 
     on_gpu = torch.cuda.is_available() and not args.device.startswith("cpu")
-    usual = ForwardLimits.for_device(torch.device("cuda" if on_gpu else "cpu"))
-    limits = ForwardLimits(args.batch_tokens or usual.batch_tokens, args.chunk_tokens or usual.chunk_tokens)
-    how = {"device": devices_of(args.device)[0], "attention": args.attention, "limits": limits}
-    limit = {"train": args.limit, "eval": args.limit if args.limit_eval is None else args.limit_eval}
+    default = ForwardLimits.for_device(torch.device("cuda" if on_gpu else "cpu"))
+    batch_tokens = args.batch_tokens or default.batch_tokens
+    limits = ForwardLimits(batch_tokens, args.chunk_tokens or default.chunk_tokens)
+    how = {"device": parse_devices(args.device)[0], "attention": args.attention, "limits": limits}
+    limit_eval = args.limit if args.limit_eval is None else args.limit_eval
+    limit_samples = {"train": args.limit, "eval": limit_eval}
     if recipe:
-        splits = [args.split] if args.split != "both" else ["train", "eval"] if recipe.data.eval_store else ["train"]
-        return [CaptureJob.from_recipe(recipe, split, limit_samples=limit[split], **how) for split in splits]
+        both = ["train", "eval"] if recipe.data.eval_store else ["train"]
+        splits = both if args.split == "both" else [args.split]
+        return [
+            CaptureJob.from_recipe(recipe, split, limit_samples=limit_samples[split], **how) for split in splits
+        ]
     needed = ("target", "conversations", "store", "max_length")
     if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
         raise ValueError(f"give --recipe, or {', '.join(missing)} as well")
     layers = tuple(args.aux_layer_ids) if args.aux_layer_ids else None
-    chosen = {name: getattr(args, name) for name in (*needed, "overlong", "dtype")}
-    return [CaptureJob(**chosen, aux_layer_ids=layers, limit_samples=args.limit, **how)]
+    flags = {name: getattr(args, name) for name in (*needed, "overlong", "dtype")}
+    return [CaptureJob(**flags, aux_layer_ids=layers, limit_samples=args.limit, **how)]
 
 
-def choose_vocabulary(recipe) -> None:
-    """Count the trained tokens and save the draft vocabulary beside them, so that training finds it there."""
+def choose_vocabulary(recipe: Recipe) -> None:
+    """Count the trained tokens and save the draft vocabulary into the store, where training looks for it."""
     from eagle_ds.data.vocab import load_or_build, vocab_path
     from eagle_ds.store.store import Store
 
-    load_or_build(Store(recipe.data.store), recipe.draft.vocab_size)
-    print(f"{vocab_path(recipe.data.store, recipe.draft.vocab_size)}: draft vocabulary of {recipe.draft.vocab_size} tokens")
+    size = recipe.draft.vocab_size
+    load_or_build(Store(recipe.data.store), size)
+    print(f"{vocab_path(recipe.data.store, size)}: draft vocabulary of {size} tokens")
 
 
-def forecast(plan, processes: int) -> None:
-    """What the capture will take on disk and in time, the latter from two timed passes of the target."""
+def print_prediction(prepared: PreparedCapture, processes: int) -> None:
+    """Print what the capture will take on disk, and in time; two timed passes of the target give the time."""
     from eagle_ds.capture.run import predict_seconds
 
-    stored, raw, free = (size / 1e9 for size in (plan.estimate().store_bytes, plan.estimate().raw_bytes, plan.estimate().free_bytes))
-    print(f"{plan.job.store}: to write {stored:.2f} GB ({raw:.2f} GB of states before encoding); free: {free:.1f} GB")
-    if plan.pending:
-        seconds = predict_seconds(plan) / processes
-        rate = plan.tokens / seconds
-        print(
-            f"{plan.job.store}: to compute {plan.tokens} tokens in about {seconds / 3600:.2f} hours at {rate:.0f} tokens/s on this machine"
-        )
+    estimate, store = prepared.estimate(), prepared.job.store
+    sizes = (estimate.store_bytes, estimate.raw_bytes, estimate.free_bytes)
+    stored, raw, free = (size / 1e9 for size in sizes)
+    print(f"{store}: to write {stored:.2f} GB ({raw:.2f} GB of states before encoding); free: {free:.1f} GB")
+    if prepared.pending:
+        seconds = predict_seconds(prepared) / processes
+        rate = estimate.tokens / seconds
+        duration = f"about {seconds / 3600:.2f} hours at {rate:.0f} tokens/s on this machine"
+        print(f"{store}: to compute {estimate.tokens} tokens in {duration}")
 
 
-def execute(plan, devices: list[str]) -> None:
+def capture_with_progress(prepared: PreparedCapture, devices: list[str]) -> None:
+    """Capture on the devices, with a progress bar in tokens."""
     from tqdm import tqdm
 
     from eagle_ds.capture.devices import capture_on_devices
     from eagle_ds.capture.run import capture
 
-    with tqdm(total=plan.tokens, unit="tokens", unit_scale=True, smoothing=0.1) as bar:
-        count = capture(plan, bar.update) if len(devices) == 1 else capture_on_devices(plan, devices, bar.update)
+    with tqdm(total=prepared.tokens, unit="tokens", unit_scale=True, smoothing=0.1) as bar:
+        if len(devices) == 1:
+            count = capture(prepared, bar.update)
+        else:
+            count = capture_on_devices(prepared, devices, bar.update)
         rate = bar.n / max(bar.format_dict["elapsed"], 1e-9)
-    print(f"{plan.job.store}: {count} samples written, {plan.num_stored} were there, {rate:.0f} tokens/s")
+    present = f"{prepared.num_stored} were there already"
+    print(f"{prepared.job.store}: {count} samples written, {present}, {rate:.0f} tokens/s")
 
 
 if __name__ == "__main__":

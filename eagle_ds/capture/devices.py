@@ -1,7 +1,8 @@
-"""Capture on several devices into one store: one process for each device, each with its own copy of the target.
+"""Capture on several devices into one store: one process for each device, each with its own copy of the
+target.
 
-The processes write sample files. Only the parent holds the store's lock, so only it enters their samples into the manifest.
-A target that does not fit one GPU is captured by one process with ``device="split"`` instead.
+The processes write sample files. Only the parent holds the store's lock, so only it enters their samples into
+the manifest. A target that does not fit one GPU is captured by one process with ``device="split"`` instead.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ def capture_on_devices(
 
 
 def split_samples(prepared: PreparedCapture, devices: Sequence[str]) -> list[PreparedCapture]:
-    """Deal the pending samples out to ``devices`` in turn. They are sorted by length, so the shares are of similar size."""
+    """Deal the pending samples out to ``devices`` in turn.
+
+    They are sorted by length, so the shares are of similar size.
+    """
     count = len(devices)
     jobs = [dataclasses.replace(prepared.job, device=device) for device in devices]
     return [
@@ -62,12 +66,14 @@ def split_samples(prepared: PreparedCapture, devices: Sequence[str]) -> list[Pre
 
 
 def _capture_share(connection: Connection, share: PreparedCapture, parent: int, threads: int) -> None:
-    """Run in a child process: send the parent the entry of each sample, or the exception that ended the work."""
+    """Run in a child process: send the parent the entry of each sample, or the exception that ended the work.
+    """
     torch.set_num_threads(threads)
     try:
         with SampleFiles(share.job.store, share.info) as files:
             for sample in compute_samples(share, load_extractor(share)):
-                # The system gives an orphan another parent. Stop then: a new capture may already write to this store.
+                # The system gives an orphan another parent. Stop then: a new capture may already write to
+                # this store.
                 if os.getppid() != parent:
                     return
                 connection.send(files.write(sample))

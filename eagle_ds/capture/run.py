@@ -1,7 +1,8 @@
 """Run one capture: compute the hidden states of every pending sample and write them into the store.
 
-A background thread encodes and writes each sample while the next ones are computed. To overlap more of the work, change
-`capture`: `compute_samples` yields samples on the CPU, and nothing that follows needs the device.
+A background thread encodes and writes each sample while the next ones are computed. To overlap more of the
+work, change `capture`: `compute_samples` yields samples on the CPU, and nothing that follows needs the
+device.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def capture(prepared: PreparedCapture, progress: Callable[[int], None] = lambda 
 
 @contextlib.contextmanager
 def disk_full_as_one_sentence(store: Path) -> Iterator[None]:
-    """Turn the error of a full disk into a ValueError that says what to do. Samples written before it stay valid."""
+    """Turn the error of a full disk into a ValueError that says what to do.
+
+    Samples written before it stay valid.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -98,8 +102,8 @@ def compute_samples(prepared: PreparedCapture, extractor: StateExtractor) -> Ite
 def make_batches(samples: Sequence[PendingSample], limits: ForwardLimits) -> Iterator[list[PendingSample]]:
     """Group consecutive samples into batches for one forward pass. ``samples`` must be sorted, longest first.
 
-    A batch is padded to its longest sample and then has at most ``limits.batch_tokens`` tokens. A sample longer than
-    ``limits.chunk_tokens`` is a batch of its own.
+    A batch is padded to its longest sample and then has at most ``limits.batch_tokens`` tokens. A sample
+    longer than ``limits.chunk_tokens`` is a batch of its own.
     """
     batch: list[PendingSample] = []
     for sample in samples:
@@ -113,10 +117,11 @@ def make_batches(samples: Sequence[PendingSample], limits: ForwardLimits) -> Ite
 
 
 def predict_seconds(prepared: PreparedCapture) -> float:
-    """Predict the seconds that the target needs for all pending samples on this machine. Writing is not included.
+    """Predict the seconds that the target needs for all pending samples on this machine. Writing is not
+    included.
 
-    Attention is quadratic in the length S and the rest is linear, so seconds(S) = a S + b S^2 is fitted to two timed
-    forward passes.
+    Attention is quadratic in the length S and the rest is linear, so seconds(S) = a S + b S^2 is fitted to
+    two timed forward passes.
     """
     extractor = load_extractor(prepared)
     longest = max(sample.num_tokens for sample in prepared.pending)

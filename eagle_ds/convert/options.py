@@ -133,8 +133,9 @@ def _target_folder(options: ConvertOptions, survey: Survey) -> Path | None:
 def _store_info(
     options: ConvertOptions, survey: Survey, folder: Path | None, existing: StoreInfo | None
 ) -> StoreInfo:
-    """Take the store's info from the target, else from the existing store, else from flags; check it against
-    the
+    """Take the store's info from the target, else from the existing store, else from flags.
+
+    Raises: ValueError if flags are missing, or the info does not fit the surveyed files.
     """
     if folder is not None:
         info = _info_from_target(options, survey, folder)

@@ -30,9 +30,9 @@ def test_regenerating_answers_a_prompt_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     arguments = [tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--target", target, "--device", "cpu", "--max-new-tokens", 5]
     assert run(regenerate, monkeypatch, *arguments) == 0
-    assert "3 were there" not in capsys.readouterr().out
+    assert "3 were there already" not in capsys.readouterr().out
     assert run(regenerate, monkeypatch, *arguments) == 0
-    assert "0 conversations written, 3 were there" in capsys.readouterr().out
+    assert "0 conversations written, 3 were there already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
