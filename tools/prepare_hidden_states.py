@@ -166,13 +166,11 @@ def make_jobs(args: argparse.Namespace, recipe: Recipe | None) -> list[CaptureJo
     limits = ForwardLimits(batch_tokens, args.chunk_tokens or default.chunk_tokens)
     how = {"device": parse_devices(args.device)[0], "attention": args.attention, "limits": limits}
     limit_eval = args.limit if args.limit_eval is None else args.limit_eval
-    limit_samples = {"train": args.limit, "eval": limit_eval}
+    limits_of = {"train": args.limit, "eval": limit_eval}
     if recipe:
         both = ["train", "eval"] if recipe.data.eval_store else ["train"]
         splits = both if args.split == "both" else [args.split]
-        return [
-            CaptureJob.from_recipe(recipe, split, limit_samples=limit_samples[split], **how) for split in splits
-        ]
+        return [CaptureJob.from_recipe(recipe, one, limit_samples=limits_of[one], **how) for one in splits]
     needed = ("target", "conversations", "store", "max_length")
     if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
         raise ValueError(f"give --recipe, or {', '.join(missing)} as well")

@@ -182,8 +182,8 @@ def check_head(extractor: StateExtractor) -> None:
     tolerance = 2e-2 if extractor.head.element_size() == 2 else 1e-4
     if (found - expected).norm() > tolerance * expected.norm():
         raise ValueError(
-            f"{type(extractor.model).__name__} does not compute its logits as head @ final state (it scales or "
-            "caps them, or adds a bias); a draft cannot be trained on such a target"
+            f"{type(extractor.model).__name__} does not compute its logits as head @ final state (it scales "
+            "or caps them, or adds a bias); a draft cannot be trained on such a target"
         )
 
 

@@ -1,8 +1,9 @@
-"""Rewrite the assistant turns of conversations with the target's own answers.
+"""Replace the assistant turns of conversations by the target's own answers.
 
-A draft learns to predict what its target writes, so it should be trained on text that the target wrote. System and user
-messages stay, every assistant message is generated anew, turn by turn, each on top of the target's own earlier answers.
-Two backends: transformers in this process, batched, and any endpoint that speaks the OpenAI chat protocol.
+A draft learns to predict what its target writes, so it should be trained on text that the target wrote.
+System and user messages are kept. Every assistant message is generated again, turn by turn, each in the
+context of the target's own earlier answers. Two backends: transformers in this process, in batches, and any
+endpoint with OpenAI's chat protocol.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from eagle_ds.target.info import stop_token_ids
 
 log = logging.getLogger(__name__)
 
-LOOP_WORDS = 8
-RETRIES = 4
+LOOP_WORDS = 8  # words of a sequence whose repetition shows that an answer is caught in a loop
+ATTEMPTS = 4  # of one request to an endpoint
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn; temperature 0 is greedy."""
+    """How an answer is sampled; temperature 0 is greedy."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -46,7 +47,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """``finish``: ``stop`` (the target ended its turn) or ``length`` (cut at max_new_tokens)."""
+    """An answer.
+
+    ``finish`` is ``stop`` (the target ended its turn) or ``length`` (cut off at max_new_tokens).
+    """
 
     text: str
     tokens: int
@@ -54,15 +58,20 @@ class Answer:
 
 
 class Generator(Protocol):
-    """Answers many prompts at once; None for a prompt that leaves no room for an answer."""
+    """Answers several prompts at once."""
 
-    def generate(self, prompts: Sequence[list[Message]]) -> list[Answer | None]: ...
+    def generate(self, prompts: Sequence[list[Message]]) -> list[Answer | None]:
+        """Return one answer for each prompt, None for a prompt too long to be answered."""
+        ...
 
 
 class TransformersGenerator:
-    """The target in this process.  Prompts of a batch are padded on the left."""
+    """Generates answers with the target in this process. A batch is padded on the left."""
 
-    def __init__(self, model: str, sampling: Sampling, dtype: str = "auto", device: str = "auto", max_length: int | None = None) -> None:
+    def __init__(
+        self, model: str, sampling: Sampling, dtype: str = "auto", device: str = "auto",
+        max_length: int | None = None,
+    ) -> None:
         folder = resolve_target(model)
         tokenizer = load_tokenizer(folder)
         self.model = load_model(folder, dtype, device).eval()
@@ -74,8 +83,10 @@ class TransformersGenerator:
         torch.manual_seed(sampling.seed)
 
     def generate(self, prompts: Sequence[list[Message]]) -> list[Answer | None]:
+        """Answer those prompts that leave space for max_new_tokens within max_length."""
         ids = [self.encoder.prompt_ids(prompt) for prompt in prompts]
-        fitting = [i for i, prompt in enumerate(ids) if len(prompt) + self.sampling.max_new_tokens <= self.max_length]
+        longest = self.max_length - self.sampling.max_new_tokens
+        fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= longest]
         answers: list[Answer | None] = [None] * len(prompts)
         if fitting:
             for i, answer in zip(fitting, self._generate([ids[i] for i in fitting]), strict=True):
@@ -87,9 +98,11 @@ class TransformersGenerator:
         width, pad = max(map(len, ids)), min(self.stop_ids)
         padded = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+        # Each setting is given, so that the model's generation_config.json decides nothing.
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.sampling.temperature > 0:
-            how = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "top_k": 0}
+            temperature, top_p = self.sampling.temperature, self.sampling.top_p
+            how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         generated = self.model.generate(
             input_ids=padded.to(self.device),
             attention_mask=mask.to(self.device),
@@ -101,15 +114,22 @@ class TransformersGenerator:
         return [self._answer(row) for row in generated[:, width:].tolist()]
 
     def _answer(self, row: list[int]) -> Answer:
+        """Decode the generated ids up to the first stop token; what follows it is padding."""
         end = next((i for i, token in enumerate(row) if token in self.stop_ids), None)
-        text = self.encoder.tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        decode = self.encoder.tokenizer.decode
+        text = decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Answer(text, len(row[:end]), "length" if end is None else "stop")
 
 
 class EndpointGenerator:
-    """Any server with ``POST {url}/chat/completions`` in OpenAI's form: SGLang, vLLM, llama.cpp, ..."""
+    """Generates answers with any server that has OpenAI's ``POST {url}/chat/completions``:
 
-    def __init__(self, url: str, model: str, sampling: Sampling, api_key: str | None = None, timeout_s: float = 600.0) -> None:
+    SGLang, vLLM, llama.cpp, ...
+    """
+
+    def __init__(
+        self, url: str, model: str, sampling: Sampling, api_key: str | None = None, timeout_s: float = 600.0
+    ) -> None:
         self.url = url.rstrip("/") + "/chat/completions"
         self.model = model
         self.sampling = sampling
@@ -117,6 +137,7 @@ class EndpointGenerator:
         self.timeout_s = timeout_s
 
     def generate(self, prompts: Sequence[list[Message]]) -> list[Answer | None]:
+        """Send the prompts one after another. Raises ValueError if the server cannot be used."""
         return [self._answer(prompt) for prompt in prompts]
 
     def _answer(self, messages: list[Message]) -> Answer | None:
@@ -128,62 +149,76 @@ class EndpointGenerator:
             "top_p": self.sampling.top_p,
             "seed": self.sampling.seed,
         }
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.api_key}"} if self.api_key else {})}
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
         reply = self._post(urllib.request.Request(self.url, json.dumps(body).encode(), headers))
         if reply is None:
             return None
         choice = reply["choices"][0]
-        return Answer(choice["message"]["content"] or "", reply.get("usage", {}).get("completion_tokens", 0), choice["finish_reason"])
+        tokens = reply.get("usage", {}).get("completion_tokens", 0)
+        return Answer(choice["message"]["content"] or "", tokens, choice["finish_reason"])
 
     def _post(self, request: urllib.request.Request) -> dict[str, Any] | None:
-        """The reply; None if the server refuses this prompt (400: too long); waits and retries while it is busy or away."""
-        for attempt in range(RETRIES):
+        """Return the reply, or None if the server refuses this prompt (400: too long).
+
+        Waits and tries again while the server is busy or cannot be reached. Raises ValueError for other
+        errors.
+        """
+        for attempt in range(ATTEMPTS):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
+                reason: object = f"{error.code} {error.reason}"
                 if error.code in (400, 413, 422):
                     log.warning("%s refused a prompt: %s", self.url, error.read(300).decode(errors="replace"))
                     return None
                 if error.code not in (408, 429) and error.code < 500:
-                    raise ValueError(f"{self.url} answered {error.code} {error.reason}; check the address, model name and key") from error
-                reason: object = f"{error.code} {error.reason}"
+                    advice = "check the address, model name and key"
+                    raise ValueError(f"{self.url} answered {reason}; {advice}") from error
             except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
                 reason = getattr(error, "reason", error)
-            log.info("%s: %s, try %d of %d", self.url, reason, attempt + 1, RETRIES)
-            time.sleep(2.0**attempt if attempt + 1 < RETRIES else 0.0)
-        raise ValueError(f"{self.url} cannot be reached ({reason}); start the server, or check --endpoint; what is written so far is kept")
+            log.info("%s: %s, attempt %d of %d", self.url, reason, attempt + 1, ATTEMPTS)
+            time.sleep(2.0**attempt if attempt + 1 < ATTEMPTS else 0.0)
+        advice = "start the server, or check --endpoint; what is written so far is kept"
+        raise ValueError(f"{self.url} cannot be reached ({reason}); {advice}")
 
 
 @dataclass
 class Regenerated:
-    """A conversation in the making."""
+    """A conversation whose answers are being generated."""
 
     id: str
-    messages: list[Message]
-    waiting: list[Message] = field(repr=False)
-    finish: list[str] = field(default_factory=list)
+    messages: list[Message]  # answered so far
+    waiting: list[Message] = field(repr=False)  # the people's messages that follow
+    finish: list[str] = field(default_factory=list)  # of each answer
 
     @classmethod
     def start(cls, record: Mapping[str, Any]) -> Regenerated:
-        return cls(record_id(record), [], [m for m in messages_of(record) if m["role"] != "assistant" or m.get("tool_calls")])
+        """Drop the record's assistant messages, but keep calls of tools: the tools' results follow them."""
+        kept = [m for m in messages_of(record) if m["role"] != "assistant" or m.get("tool_calls")]
+        return cls(record_id(record), [], kept)
 
     def next_prompt(self) -> bool:
-        """Take the waiting messages up to the end of the user's turn; False if there are none."""
-        taken = 0
-        while taken < len(self.waiting) and not (taken and self._ends_turn(taken - 1)):
-            taken += 1
-        self.messages += self.waiting[:taken]
-        self.waiting = self.waiting[taken:]
-        return taken > 0 and self.messages[-1]["role"] not in ("system", "assistant")
+        """Move the waiting messages up to the end of the next user's turn into ``messages``; False if there
+        is none.
+        """
+        count = 0
+        while count < len(self.waiting) and not (count and self._ends_turn(count - 1)):
+            count += 1
+        self.messages += self.waiting[:count]
+        self.waiting = self.waiting[count:]
+        return count > 0 and self.messages[-1]["role"] not in ("system", "assistant")
 
     def _ends_turn(self, i: int) -> bool:
         return self.waiting[i]["role"] in ("user", "tool")
 
-    def take(self, answer: Answer | None, min_distinct: float) -> None:
-        """Append an answer, or leave out the user's turn where it is unusable.
+    def add_answer(self, answer: Answer | None, min_distinct: float) -> None:
+        """Append an answer, or remove the user's turn if the answer is unusable (None, empty, or a loop).
 
-        The conversation ends there if it has no answer yet, or has no room for one.
+        The conversation ends here if it has no answer yet, or if the answer is None: later prompts are even
+        longer.
         """
         if answer is None or not answer.text.strip() or distinct_ratio(answer.text) < min_distinct:
             while self.messages and self.messages[-1]["role"] != "assistant":
@@ -195,30 +230,36 @@ class Regenerated:
         self.finish.append(answer.finish)
 
     def line(self) -> str:
-        return json.dumps({"id": self.id, "messages": self.messages, "finish": self.finish}, ensure_ascii=False) + "\n"
+        """Format the conversation as a line of JSONL."""
+        record = {"id": self.id, "messages": self.messages, "finish": self.finish}
+        return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def distinct_ratio(text: str) -> float:
-    """Distinct runs of 8 words among all of them: 1 for prose, near 0 for an answer caught in a loop."""
+    """Return the share of distinct 8-word sequences: 1 for prose, near 0 for an answer caught in a loop."""
     words = text.split()
     runs = [tuple(words[i : i + LOOP_WORDS]) for i in range(len(words) - LOOP_WORDS + 1)]
     return len(set(runs)) / len(runs) if runs else 1.0
 
 
-def answer_batch(batch: Sequence[Regenerated], generator: Generator, min_distinct: float) -> tuple[Sequence[Regenerated], int]:
-    """Answer every turn of a batch; returns it with the tokens generated."""
+def answer_batch(
+    batch: Sequence[Regenerated], generator: Generator, min_distinct: float
+) -> tuple[Sequence[Regenerated], int]:
+    """Answer every turn of a batch of conversations. Returns the batch and the number of tokens generated."""
     tokens = 0
     active = [conversation for conversation in batch if conversation.next_prompt()]
     while active:
-        for conversation, answer in zip(active, generator.generate([c.messages for c in active]), strict=True):
-            conversation.take(answer, min_distinct)
+        answers = generator.generate([conversation.messages for conversation in active])
+        for conversation, answer in zip(active, answers, strict=True):
+            conversation.add_answer(answer, min_distinct)
             tokens += answer.tokens if answer else 0
         active = [conversation for conversation in active if conversation.next_prompt()]
     return batch, tokens
 
 
-def pending(source: Path, done: set[str], batch_size: int) -> Iterator[list[Regenerated]]:
-    """Batches of the conversations not done yet, shortest first so that a batch needs little padding."""
+def pending_batches(source: Path, done: set[str], batch_size: int) -> Iterator[list[Regenerated]]:
+    """Yield batches of the conversations not in ``done``, shortest first: a batch then needs little padding.
+    """
     file = ConversationFile(source)
     sizes: list[tuple[int, int]] = []
     for offset, record in file.records():
@@ -238,34 +279,54 @@ def regenerate(
     min_distinct: float = 0.0,
     progress: Callable[[int, int], None] = lambda conversations, tokens: None,
 ) -> int:
-    """Write ``output`` (JSONL: id, messages, finish), a line as soon as a conversation is done; returns how many were written.
+    """Answer every conversation of ``source`` and append it to ``output`` as soon as it is done.
 
-    A second run goes on where the first was stopped; a half-written last line is removed first. Conversations in which
-    not even the first answer is usable are recorded in ``output`` + ".skipped", so that they are not tried again.
+    A second run continues where the first was stopped. A conversation without any usable answer is recorded
+    in ``output`` + ".skipped" and is not tried again.
+
+    Args:
+        source: JSONL of conversations or prompts.
+        output: JSONL of {"id", "messages", "finish"}.
+        generator: answers the prompts.
+        batch_size: conversations generated together.
+        concurrency: batches generated at the same time, by threads.
+        min_distinct: answers with a smaller `distinct_ratio` are unusable.
+        progress: called with the conversations and tokens of each batch.
+
+    Returns: the number of conversations written.
     """
     skipped = output.with_name(output.name + ".skipped")
-    done = finished_ids(output) | (set(skipped.read_text(encoding="utf-8").split("\n")) if skipped.exists() else set())
+    done = finished_ids(output)
+    if skipped.exists():
+        done |= set(skipped.read_text(encoding="utf-8").split("\n"))
     written = 0
     with (
         ThreadPoolExecutor(concurrency) as pool,
-        output.open("a", encoding="utf-8") as stream,
-        skipped.open("a", encoding="utf-8") as rejects,
+        output.open("a", encoding="utf-8") as answered_file,
+        skipped.open("a", encoding="utf-8") as skipped_file,
     ):
-        jobs = (pool.submit(answer_batch, batch, generator, min_distinct) for batch in pending(source, done, batch_size))
-        for job in _bounded(jobs, 2 * concurrency):
+        batches = pending_batches(source, done, batch_size)
+        jobs = (pool.submit(answer_batch, batch, generator, min_distinct) for batch in batches)
+        for job in _completed(jobs, 2 * concurrency):
             batch, tokens = job.result()
             for conversation in batch:
-                (stream if conversation.finish else rejects).write(conversation.line() if conversation.finish else conversation.id + "\n")
-                written += bool(conversation.finish)
-            for file in (stream, rejects):
+                if conversation.finish:
+                    answered_file.write(conversation.line())
+                    written += 1
+                else:
+                    skipped_file.write(conversation.id + "\n")
+            for file in (answered_file, skipped_file):
                 file.flush()
                 os.fsync(file.fileno())
             progress(len(batch), tokens)
     return written
 
 
-def _bounded(jobs: Iterator[Future], limit: int) -> Iterator[Future]:
-    """Futures as they complete, at most ``limit`` submitted ahead; the first failure stops further submission."""
+def _completed(jobs: Iterator[Future], limit: int) -> Iterator[Future]:
+    """Yield jobs as they complete, with at most ``limit`` submitted at a time.
+
+    A failed job cancels the waiting ones.
+    """
     running = set(islice(jobs, limit))
     while running:
         complete, running = wait(running, return_when=FIRST_COMPLETED)
@@ -278,7 +339,7 @@ def _bounded(jobs: Iterator[Future], limit: int) -> Iterator[Future]:
 
 
 def finished_ids(output: Path) -> set[str]:
-    """Ids in ``output``, cutting off a last line that a kill left unfinished."""
+    """Return the ids in ``output``, after removing a last line that a kill left unfinished."""
     if not output.exists():
         return set()
     data = output.read_bytes()
@@ -289,4 +350,6 @@ def finished_ids(output: Path) -> set[str]:
     try:
         return {record_id(json.loads(line)) for line in whole.splitlines()}
     except ValueError as error:
-        raise ValueError(f"{output} is not a file that this tool wrote ({error}); choose another output") from error
+        raise ValueError(
+            f"{output} is not a file that this tool wrote ({error}); choose another output"
+        ) from error

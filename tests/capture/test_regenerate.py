@@ -97,9 +97,9 @@ def test_a_conversation_without_a_first_answer_is_skipped_once_and_for_all(tmp_p
 def test_a_turn_that_no_longer_fits_ends_the_conversation():
     talk = Regenerated.start({"id": "a", "messages": TALK})
     assert talk.next_prompt()
-    talk.take(Answer("yes", 1, "stop"), 0.0)
+    talk.add_answer(Answer("yes", 1, "stop"), 0.0)
     assert talk.next_prompt()
-    talk.take(None, 0.0)
+    talk.add_answer(None, 0.0)
     assert not talk.next_prompt() and [m["role"] for m in talk.messages] == ["system", "user", "assistant"]
 
 
