@@ -1,16 +1,24 @@
 #!/usr/bin/env python
-"""Measure the hidden-state store against gzip'd and plain torch files and against h5py's own gzip, in one run.
+"""Compare the hidden-state store with torch files (gzipped and plain) and with h5py's own gzip, in one run.
 
-    tools/bench_io.py                                    # 128K and 4K tokens, H = 4096: 12 minutes on two quiet cores, 10 GB of disk
-    tools/bench_io.py --tokens 4096 --tries 3            # a quick look: two minutes
-    tools/bench_io.py --out docs/benchmarks              # write io.json and io.png there
-    tools/bench_io.py --convert                          # instead, how fast tools/convert_ckpt_to_hdf5.py is: four minutes, 8 GB
+    tools/bench_io.py                          128K and 4K tokens, H = 4096: 12 minutes, 10 GB of disk
+    tools/bench_io.py --tokens 4096 --tries 3     a quick look: two minutes
+    tools/bench_io.py --out docs/benchmarks       also write io.json and io.png there
+    tools/bench_io.py --convert                   time tools/convert_ckpt_to_hdf5.py instead: 4 minutes, 8 GB
 
-The states are those of the embedded target (tools/fetch_embedded_target.py), laid side by side to the width of a large model
-and tiled to the length. For each format: size; time to write it durably; time and bytes for one rank of --ranks to read its own
-rows. The peer's file is read whole, as the peer does. --convert times the whole command over --files files of --file-tokens
-tokens (plain ones cached, from the disk and with --verify, then a quarter as many gzip'd ones), and writes conversion.json. Either ends
-with what the project promises; exit code 1 if a promise is missed.
+What it measures: for each format the size of the file, the time to write it to the disk, and the time and
+bytes for one rank of --ranks to read its own rows. The peer's gzipped file is read whole, because it cannot
+be read in parts. The hidden states are those of the embedded target (tools/fetch_embedded_target.py), placed
+side by side to the width of a large model and repeated to the length.
+
+With --convert it times the whole conversion command over --files plain files of --file-tokens tokens (from
+the page cache, from the disk, and with --verify), and over a quarter as many gzipped files. With --out it
+writes convert.json.
+
+How to read the tables: "saved" is the share of raw bytes saved. "read, cached" comes from the page cache and
+shows the cost of decoding; "read, disk" comes from the disk. "per core" divides bytes by processor time.
+"inflated/used" is decompressed bytes / bytes needed (1 is ideal). The last table compares the figures with
+what the project promises; the exit code is 1 if a promise is missed.
 """
 
 from __future__ import annotations
@@ -28,7 +36,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import eagle_ds  # noqa: F401  before any package: says so where they are missing
+import eagle_ds  # noqa: F401  first: explains how to install missing packages
 
 # isort: split
 
@@ -46,18 +54,35 @@ from eagle_ds.store.manifest import StoreInfo
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[131_072, 4096], help="lengths to measure")
-    parser.add_argument("--width", type=int, default=4096, help="hidden size H of the imitated target")
+    parser.add_argument("--width", type=int, default=4096, help="hidden size H of the simulated target")
     parser.add_argument("--ranks", type=int, default=8, help="ranks that share the sequence")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of our encoder and our reader")
-    parser.add_argument("--tries", type=int, default=2, help="warm reads of each rank, of which the best counts")
-    parser.add_argument("--convert", action="store_true", help="measure conversion instead")
-    parser.add_argument("--files", type=int, default=16, help="of --convert: plain files (default: %(default)s)")
-    parser.add_argument("--file-tokens", type=int, default=8192, help="of --convert: tokens of each file (default: %(default)s)")
-    parser.add_argument("--target", type=Path, default=DEFAULT_FOLDER, help="folder of the embedded target (made if it is not there)")
-    parser.add_argument("--scratch", type=Path, help="folder for the files, on the disk to measure (default: the system's temporary one)")
-    parser.add_argument("--out", type=Path, help="write io.json and io.png into this folder")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="threads of our encoder and our reader"
+    )
+    parser.add_argument(
+        "--tries", type=int, default=2, help="reads from the page cache per rank; the best one counts"
+    )
+    parser.add_argument("--convert", action="store_true", help="time the conversion tool instead")
+    parser.add_argument(
+        "--files", type=int, default=16, help="with --convert: number of plain files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--file-tokens", type=int, default=8192,
+        help="with --convert: tokens of each file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--target", type=Path, default=DEFAULT_FOLDER, help="folder of the embedded target; made if missing"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, help="folder on the disk to measure (default: the system's temporary folder)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="also write io.json and io.png, or convert.json, into this folder"
+    )
     return parser.parse_args()
 
 
@@ -68,16 +93,18 @@ def main() -> int:
     info = info_for(options.target, options.width)
     torch.set_num_threads(1)
     console = Console(width=150)
-    met = bench_conversion(options, states, info, console) if options.convert else bench_formats(options, states, info, console)
+    bench = bench_conversion if options.convert else bench_formats
+    met = bench(options, states, info, console)
     return 0 if met else 1
 
 
 def bench_formats(options: argparse.Namespace, states: States, info: StoreInfo, console: Console) -> bool:
-    """Size, writing and reading of each format; whether every promise is met."""
+    """Measure size, writing and reading of each format; return whether every promise is met."""
     records, promised = [], []
     for num_tokens in options.tokens:
         with tempfile.TemporaryDirectory(dir=options.scratch, prefix="bench-io-") as folder:
-            results = list(measure_all(states, info, num_tokens, options.ranks, options.threads, options.tries, Path(folder)))
+            sizes = num_tokens, options.ranks, options.threads, options.tries
+            results = list(measure_all(states, info, *sizes, Path(folder)))
         promised.append((num_tokens, goals({result.name: result for result in results})))
         records += results
         console.print(table(results))
@@ -86,32 +113,41 @@ def bench_formats(options: argparse.Namespace, states: States, info: StoreInfo, 
         document = {
             **about(options),
             "measurements": [as_record(record) for record in records],
-            "promises": [{"num_tokens": tokens, **goal_record(goal)} for tokens, goals_there in promised for goal in goals_there],
+            "promises": [
+                {"num_tokens": tokens, **goal_record(goal)} for tokens, found in promised for goal in found
+            ],
         }
         write_json(options.out / "io.json", document)
         (options.out / "io.png").write_bytes(io_figure(document))
-    return all(goal.met for _, goals_there in promised for goal in goals_there)
+    return all(goal.met for _, found in promised for goal in found)
 
 
 def bench_conversion(options: argparse.Namespace, states: States, info: StoreInfo, console: Console) -> bool:
-    """Speed of the conversion tool; whether it is what is promised."""
+    """Measure the conversion tool; return whether every promise is met."""
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix="bench-convert-") as folder:
-        runs = list(conversion.measure_conversions(states, info, options.files, options.file_tokens, options.threads, Path(folder)))
+        sizes = options.files, options.file_tokens, options.threads
+        runs = list(conversion.measure_conversions(states, info, *sizes, Path(folder)))
     promised = conversion.goals(runs)
     console.print(conversion_table(runs, options.threads))
     console.print(goal_table("conversion", promised))
     if options.out:
-        records = {"measurements": [conversion.as_record(run) for run in runs], "promises": [goal_record(goal) for goal in promised]}
-        write_json(options.out / "conversion.json", {**about(options), "file_tokens": options.file_tokens, **records})
+        document = {
+            **about(options),
+            "file_tokens": options.file_tokens,
+            "measurements": [conversion.as_record(run) for run in runs],
+            "promises": [goal_record(goal) for goal in promised],
+        }
+        write_json(options.out / "convert.json", document)
     return all(goal.met for goal in promised)
 
 
 def table(results: Sequence[Measurement]) -> Table:
-    """One row a format."""
+    """Return a table with one row per format."""
     first = results[0]
-    title = f"{first.num_tokens} tokens, {first.raw_bytes / 1e9:.2f} GB of hidden states; a rank of {first.ranks} needs 1/{first.ranks}"
-    shown = Table(title=title)
-    for heading in ("format", "saved", "write MB/s", "per core", "read, cached", "per core", "read, disk", "MB from file", "inflated/used"):
+    size = f"{first.num_tokens} tokens, {first.raw_bytes / 1e9:.2f} GB of hidden states"
+    shown = Table(title=f"{size}; one rank of {first.ranks} needs 1/{first.ranks} of them")
+    headings = ("format", "saved", "write MB/s", "per core", "read, cached", "per core", "read, disk")
+    for heading in (*headings, "MB from file", "inflated/used"):
         shown.add_column(heading, justify="left" if heading == "format" else "right")
     for result in results:
         shown.add_row(
@@ -129,9 +165,10 @@ def table(results: Sequence[Measurement]) -> Table:
 
 
 def conversion_table(runs: Sequence[conversion.Conversion], workers: int) -> Table:
-    """One row a run of the tool."""
+    """Return a table with one row per run of the tool."""
     shown = Table(title=f"the whole command, {workers} workers")
-    for heading in ("source", "files", "MB", "raw MB", "stored MB", "time", "source MB/s", "once started", "raw MB/s", "disk alone"):
+    headings = ("source", "files", "MB", "raw MB", "stored MB", "time", "source MB/s")
+    for heading in (*headings, "without start", "raw MB/s", "disk alone"):
         shown.add_column(heading, justify="left" if heading == "source" else "right")
     for run in runs:
         sizes = [f"{size / 1e6:.0f}" for size in (run.source_bytes, run.raw_bytes, run.stored_bytes)]
@@ -142,35 +179,38 @@ def conversion_table(runs: Sequence[conversion.Conversion], workers: int) -> Tab
 
 
 def goal_table(what: str, promised: Sequence[Goal]) -> Table:
-    """What was promised and what came out."""
+    """Return a table of promises and measured values."""
     shown = Table(title=f"promises: {what}")
     for heading in ("promise", "limit", "measured", ""):
         shown.add_column(heading, justify="left" if heading == "promise" else "right")
     for goal in promised:
         sign = ">=" if goal.at_least else "<="
-        shown.add_row(goal.text, f"{sign} {goal.limit:.3g}", f"{goal.value:.3g}", "met" if goal.met else "[bold red]MISSED[/]")
+        verdict = "met" if goal.met else "[bold red]MISSED[/]"
+        shown.add_row(goal.text, f"{sign} {goal.limit:.3g}", f"{goal.value:.3g}", verdict)
     return shown
 
 
 def goal_record(goal: Goal) -> dict[str, object]:
-    """For JSON."""
+    """Return a promise and its measured value for JSON."""
     return {"promise": goal.text, "limit": goal.limit, "measured": goal.value, "met": goal.met}
 
 
 def about(options: argparse.Namespace) -> dict[str, object]:
-    """What a figure must say of itself."""
+    """Return where and how the figures were measured, for JSON."""
     return {
         "date": date.today().isoformat(),
         "command": " ".join(["tools/bench_io.py", *sys.argv[1:]]),
         "hardware": f"{os.cpu_count()} CPU cores ({processor()})",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "h5py": h5py.__version__},
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "h5py": h5py.__version__
+        },
         "width": options.width,
         "threads": options.threads,
     }
 
 
 def processor() -> str:
-    """The processor's name, where the system tells."""
+    """Return the processor's name if the system tells it, else the machine type."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()

@@ -1,23 +1,29 @@
 #!/usr/bin/env python
 """Train the same draft from the same start on the same data under several layouts, and compare the losses.
 
-    tools/bench_layouts.py --out results/layouts                                   (all GPUs here: every layout that they carry)
-    tools/bench_layouts.py --out results/layouts --share-gpu                       (one GPU: four processes share it)
-    tools/bench_layouts.py --out results/layouts --device cpu --max-relative 1e-4  (CPU, float32: four processes over gloo)
-    tools/bench_layouts.py --out results/layouts --layouts 1 U2 R2:p2p
+    tools/bench_layouts.py --out DIR                                   all GPUs: every layout that fits them
+    tools/bench_layouts.py --out DIR --share-gpu                       one GPU, shared by four processes
+    tools/bench_layouts.py --out DIR --device cpu --max-relative 1e-4  CPU, float32: four processes over gloo
+    tools/bench_layouts.py --out DIR --layouts 1 U2 R2:p2p             these layouts only
+    tools/bench_layouts.py --out DIR --steps 200 --layouts 1/float32 1/bfloat16    compare precisions
 
-A layout is U and R with their degrees, and with R how K_0/V_0 travel: U2R2 (by memory), R2:gather, R2:p2p; 1 is one process.
-/float32 or /bfloat16 behind it says what that run computes in; all read the same states. So a training in bfloat16 is held to
-the float32 one by:
-    tools/bench_layouts.py --out results/precision --steps 200 --layouts 1/float32 1/bfloat16
-The target is made up, and the store holds tokens that a draft can learn to predict, so the loss falls as in a real run. Each
-layout is a run of its own through the trainer (DeepSpeed launcher, HDF5 store, AdamW, ZeRO-1); its folder is DIR/LAYOUT. Losses
-are compared with the first layout's, as by tools/compare_runs.py: a table, DIR/compare.json and DIR/compare.png.
+What it measures: whether all layouts (or precisions) compute the same training.
 
---share-gpu: NCCL refuses two processes on one GPU. With it processes share the GPUs there are and talk through host memory, so
-that one GPU trains every layout of four processes with its own kernels. The losses count, the times do not.
+How: a layout is U and R with their degrees: U2R2. With R, ":gather" or ":p2p" says how K_0/V_0 travel; the
+default chooses by memory. "1" is one process. "/float32" or "/bfloat16" at the end sets the dtype of that
+run. Each layout is a run of its own through the trainer (DeepSpeed launcher, HDF5 store, AdamW, ZeRO-1) in
+the folder DIR/LAYOUT. The target is made up, and the store holds tokens that a draft can learn to predict, so
+the loss falls as in a real run. All runs read the same states.
 
-Exit code: 0; 1 if some layout differs by more than --max-relative; 2 if a run failed.
+--share-gpu: NCCL refuses two processes on one GPU. With this option, processes share the GPUs and exchange
+tensors through host memory, so that one GPU can train every layout of four processes with its own kernels.
+The losses are exact, the times mean nothing.
+
+How to read the result: the losses are compared with those of the first layout, as by tools/compare_runs.py.
+It prints a table and writes DIR/compare.json and DIR/compare.png. Rounding gives relative differences near
+1e-7 in float32 and 1e-3 in bfloat16 that grow slowly; a wrong gradient shows within a few steps.
+
+Exit code: 0; 1 if a layout differs by more than --max-relative; 2 if a run failed.
 """
 
 from __future__ import annotations
@@ -36,26 +42,43 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import eagle_ds  # noqa: F401  before any package: says so where they are missing
+import eagle_ds  # noqa: F401  first: explains how to install missing packages
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = ("1", "U2", "R2:gather", "R2:p2p", "U2R2:gather", "U2R2:p2p", "U4", "R4:gather", "R4:p2p")
-CPU_PROCESSES = 4  # on CPU, and where processes share a GPU
+CPU_PROCESSES = 4  # on CPU, and if processes share a GPU
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for data, runs and the comparison")
-    parser.add_argument("--layouts", nargs="+", help=f"default: those of {' '.join(LAYOUTS)} that fit the GPUs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for data, runs and comparison"
+    )
+    layouts = f"default: those of {' '.join(LAYOUTS)} that fit the GPUs"
+    parser.add_argument("--layouts", nargs="+", help=layouts)
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each run")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--share-gpu", action="store_true", help="several processes on a GPU, talking through host memory")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of layouts that say none; default: float32 on CPU only")
-    parser.add_argument("--tokens", type=int, help="of each sample; default: 8192 on GPUs (long enough for cuDNN), 128 on CPU")
-    parser.add_argument("--hidden", type=int, help="width of target and draft; default: 1024 on GPUs, 64 on CPU")
-    parser.add_argument("--max-relative", type=float, metavar="X", help="exit code 1 if a loss is off by more than X times the first's")
-    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # what a process of a run is started with
-    parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--share-gpu", action="store_true", help="let processes share GPUs, through host memory"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"),
+        help="of layouts without one; default: float32 on CPU, else bfloat16"
+    )
+    parser.add_argument(
+        "--tokens", type=int, help="of each sample; default: 8192 on GPUs (cuDNN needs long ones), 128 on CPU"
+    )
+    parser.add_argument(
+        "--hidden", type=int, help="width of target and draft; default: 1024 on GPUs, 64 on CPU"
+    )
+    limit = "exit code 1 if a loss differs by more than X times the first layout's"
+    parser.add_argument("--max-relative", type=float, metavar="X", help=limit)
+    # Each process of a run is this tool again, started with --train.
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    parser.add_argument("--local_rank", type=int, default=local_rank, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -71,7 +94,7 @@ def main() -> int:
 
 
 def be_a_rank(options: argparse.Namespace) -> int:
-    """One process of a run."""
+    """Be one process of a run."""
     os.chdir(ROOT)
     from eagle_ds.bench.simulated_world import join_shared_gpu
     from eagle_ds.config.recipe import load_recipe
@@ -81,47 +104,55 @@ def be_a_rank(options: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
-        train_rank(load_recipe(options.train), options.local_rank, join_shared_gpu if options.share_gpu else None)
+        train_rank(
+            load_recipe(options.train), options.local_rank, join_shared_gpu if options.share_gpu else None
+        )
     except OutOfMemory as error:
         leave_at_once(f"error: {error}", 1)
     return 0
 
 
 def compare_layouts(options: argparse.Namespace) -> int:
-    """Data, a run for each layout, and the comparison's exit code."""
+    """Make the data, train each layout, and return the exit code of the comparison."""
     import torch
 
     from eagle_ds.bench.synthetic_data import Playground, Sizes
     from eagle_ds.config.outputs import check_output_folder
 
     check_output_folder(options.out, "--out")
-    accelerator = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = options.device
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here; leave the option out, or give --device cpu")
+        raise ValueError("--device cuda: torch sees no GPU here; leave the option out, or use --device cpu")
     if accelerator == "cuda":
         processes, dtype, sizes = torch.cuda.device_count(), "bfloat16", Sizes()
         processes = max(processes, CPU_PROCESSES) if options.share_gpu else processes
     else:
-        processes, dtype, sizes = CPU_PROCESSES, "float32", Sizes(hidden=64, vocab=211, tokens=128, ttt_steps=3)
+        processes, dtype, sizes = CPU_PROCESSES, "float32", Sizes(
+            hidden=64, vocab=211, tokens=128, ttt_steps=3
+        )
     given = {name: value for name in ("tokens", "hidden") if (value := getattr(options, name))}
     place = Playground(options.out.resolve(), replace(sizes, **given))
     layouts = choose_layouts(options.layouts, processes)
     place.root.mkdir(parents=True, exist_ok=True)
     place.make_data()
     for layout in layouts:
-        recipe = place.write_recipe(layout.name, layout.parallel, layout.dtype or options.dtype or dtype, options.steps)
+        dtype_of_run = layout.dtype or options.dtype or dtype
+        recipe = place.write_recipe(layout.name, layout.parallel, dtype_of_run, options.steps)
         train(recipe, layout.processes, accelerator, share_gpu=options.share_gpu)
     runs = [str(place.root / layout.name) for layout in layouts]
     limit = ["--max-relative", str(options.max_relative)] if options.max_relative is not None else []
-    return subprocess.call([sys.executable, str(ROOT / "tools/compare_runs.py"), *runs, "--out", str(place.root), *limit])
+    command = [sys.executable, str(ROOT / "tools/compare_runs.py"), *runs, "--out", str(place.root), *limit]
+    return subprocess.call(command)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What one run is started with."""
+    """The layout of one run."""
 
-    name: str  # of its folder
-    parallel: dict[str, Any]  # of its recipe
+    name: str  # of the run and its folder
+    parallel: dict[str, Any]  # section "parallel" of the recipe
     dtype: str | None
 
     @property
@@ -130,53 +161,67 @@ class Layout:
 
 
 def read_layout(text: str) -> Layout:
-    """U2R2:p2p/float32. Raises ValueError for anything else."""
-    found = re.fullmatch(r"(?:1|(?=[UR])(?:U(\d+))?(?:R(\d+)(?::(auto|gather|p2p))?)?)(?:/(float32|bfloat16))?", text)
+    """Parse a layout such as U2R2:p2p/float32. Raises ValueError for any other text."""
+    # "1", or U and R with their degrees (at least one of them), then a dtype.
+    degrees = r"(?:1|(?=[UR])(?:U(\d+))?(?:R(\d+)(?::(auto|gather|p2p))?)?)"
+    found = re.fullmatch(degrees + r"(?:/(float32|bfloat16))?", text)
     if not found:
-        raise ValueError(f"{text} is no layout; write 1, U4, R2:p2p, U2R2:gather or 1/float32")
+        raise ValueError(f"{text} is not a layout; write 1, U4, R2:p2p, U2R2:gather or 1/float32")
     parallel = {"ulysses": int(found[1] or 1), "ring": int(found[2] or 1), "ring_mode": found[3] or "auto"}
     return Layout(text.replace(":", "_").replace("/", "_"), parallel, found[4])
 
 
 def choose_layouts(texts: Sequence[str] | None, processes: int) -> list[Layout]:
-    """Those named, or all that so many processes can carry. Raises ValueError for one that they cannot, or nothing to compare."""
+    """Return the layouts named, or all that fit ``processes``. Raises ValueError if one does not fit or only
+    one is left.
+    """
     layouts = [read_layout(text) for text in texts or LAYOUTS]
     if texts is None:
         layouts = [layout for layout in layouts if layout.processes <= processes]
     if large := [layout for layout in layouts if layout.processes > processes]:
-        found = f"layout {large[0].name} takes {large[0].processes} processes and {processes} fit here"
-        raise ValueError(f"{found}; leave it out (with --share-gpu {CPU_PROCESSES} fit on one GPU)")
+        found = f"layout {large[0].name} needs {large[0].processes} processes, but {processes} fit here"
+        raise ValueError(f"{found}; leave it out (with --share-gpu, {CPU_PROCESSES} fit on one GPU)")
     if len(layouts) < 2:
         found = f"layout {layouts[0].name} alone leaves nothing to compare"
-        raise ValueError(f"{found}; name two that run here, such as 1/float32 1/bfloat16, or on one GPU give --share-gpu")
+        raise ValueError(f"{found}; name two, such as 1/float32 1/bfloat16, or give --share-gpu on one GPU")
     return layouts
 
 
 def train(recipe: Path, processes: int, accelerator: str, *, share_gpu: bool) -> None:
-    """One run by a launcher, from the start. Raises ValueError if it fails."""
+    """Train one layout from the start, by a launcher. Raises ValueError if the run fails."""
     from eagle_ds.launch import set_aside
 
     set_aside(recipe.with_suffix(""))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [*launcher(processes, port, share_gpu=share_gpu), str(Path(__file__).resolve()), "--out", str(recipe.parent)]
+    start = launcher(processes, port, share_gpu=share_gpu)
+    command = [*start, str(Path(__file__).resolve()), "--out", str(recipe.parent)]
     command += ["--train", str(recipe), *(["--share-gpu"] if share_gpu else [])]
-    environment = {**os.environ, "DS_ACCELERATOR": accelerator, **({"OMP_NUM_THREADS": "1"} if accelerator == "cpu" else {})}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # DeepSpeed looks for ninja there
+    environment = {**os.environ, "DS_ACCELERATOR": accelerator}
+    if accelerator == "cpu":
+        environment["OMP_NUM_THREADS"] = "1"
+    # DeepSpeed looks for ninja in PATH.
+    paths = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    environment["PATH"] = os.pathsep.join(paths)
     log = recipe.with_suffix(".txt")
     print(f"{recipe.stem}: {processes} processes, log in {log}", file=sys.stderr)
     with log.open("w") as stream:
         code = subprocess.call(command, env=environment, stdout=stream, stderr=stream)
     if code:
-        raise ValueError(f"the run {recipe.stem} ended with exit code {code}; the end of {log}:\n{log.read_text()[-2000:]}")
+        end = f"the end of {log}:\n{log.read_text()[-2000:]}"
+        raise ValueError(f"the run {recipe.stem} failed with exit code {code}; {end}")
 
 
 def launcher(processes: int, port: int, *, share_gpu: bool) -> list[str]:
-    """DeepSpeed's, or torch's where processes share a GPU: DeepSpeed's starts no more of them than there are GPUs."""
+    """Return the launcher's command: DeepSpeed's, or torch's if processes share a GPU.
+
+    DeepSpeed's launcher starts no more processes than there are GPUs.
+    """
+    place = ["--master_port", str(port)]
     if share_gpu:
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", str(port)]
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *place]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), *place]
 
 
 if __name__ == "__main__":

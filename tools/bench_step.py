@@ -1,41 +1,48 @@
 #!/usr/bin/env python
-"""Time a training step on random features, through the code that trains: forward, backward, optimizer.
+"""Time a training step on random hidden states, through the code that trains: forward, backward, optimizer.
 
     deepspeed --num_gpus 4 tools/bench_step.py --seq 131072 --ulysses 4
     deepspeed --num_gpus 4 tools/bench_step.py --seq 131072 --trained-fraction 0.1 --turn 512 --ulysses 4
     deepspeed --num_gpus 2 tools/bench_step.py --seq 32768 --ulysses 1 --ring 2 --ring-mode p2p
-    deepspeed --num_gpus 1 tools/bench_step.py --seq 4096 --documents 32           (packed: 32 samples of 4096)
+    deepspeed --num_gpus 1 tools/bench_step.py --seq 4096 --documents 32    (a pack of 32 documents)
 
-Rank 0 prints one JSON line for each run: milliseconds by phase, tokens/s a GPU, trained rows/s, model TFLOP/s, the floor of this shape
-from rates measured in the same run, the ratio to it, and the peak memory. Two utilisations: tflops_per_gpu counts what flash attention
-must do (its backward is 2.5 forwards); mfu counts the model's own work alone (2 forwards, nothing computed again) against the dense
-bfloat16 peak of the GPU's data sheet.
+WHAT IT PRINTS. Rank 0 prints one JSON line per run; other messages go to the error stream.
+    step_ms                  mean milliseconds of the slowest rank; forward_ms etc. are its phases
+    peak_gib                 peak memory of the fullest GPU; resident_gib and kept_gib are parts of it
+    floor_ms                 time of this shape's operations at rates measured in the same run
+    ratio_to_floor           step_ms / floor_ms; 1 is ideal
+    tflops_per_gpu           operations per second as flash attention needs them (its backward: 2.5 forwards)
+    mfu                      the model's own operations (backward: 2 forwards) / bfloat16 peak (data sheet)
 
-From disk: the same steps, first from memory and then from real HDF5 files through the trainer's reader, prefetch and copies. The
-store of this shape is made below FOLDER if it is not there: random states, so nothing can be learned from it, but of the size and
-about the compression of real ones (1 GB for 32K tokens, 4.3 GB for 128K, before compression). The second line adds data_wait_ms, read_ms
-(what reading one sequence takes in its thread; it hides behind a step while it is shorter) and slower_than_memory:
+FROM DISK. --from-store times the same steps twice: first from memory, then from HDF5 files through the
+trainer's reader, prefetch and copies. A store of this shape is made below FOLDER if it is missing. Its states
+are random, so nothing can be learned from it, but its size and compression are about those of real states (1
+GB for 32K tokens, 4.3 GB for 128K, before compression). The second line adds data_wait_ms, read_ms (time in
+which a thread reads one sequence; hidden while shorter than a step) and slower_than_memory.
     deepspeed --num_gpus 4 tools/bench_step.py --seq 131072 --ulysses 4 --from-store /data/bench
 
-Several shapes in one start, and with --out a table and pictures. A shape that does not fit gets a line that says so and the next
-one runs; on several GPUs it ends the run and says what would fit, and the lines before it stay. The lines gather in DIR/steps.jsonl,
-so that runs on 1, 2 and 4 GPUs into one DIR make the strong scaling picture too, and memory.md: what of a rank's memory falls as 1/P,
-and how near to it.
---plot draws from such files alone, on any machine:
+SEVERAL SHAPES. --sweep runs several shapes in one start; --out DIR adds the lines to DIR/steps.jsonl and
+makes tables and pictures of all lines in it. So runs on 1, 2 and 4 GPUs into one DIR also give the picture of
+strong scaling, and memory.md, which shows how close each rank's memory is to 1/P. On one GPU, a shape that
+does not fit gets a line that says so, and the next shape runs. On several GPUs it ends the run and says what
+would fit; the lines before it are kept. --plot draws from such files alone, on any machine.
     deepspeed --num_gpus 1 tools/bench_step.py --sweep 16384:1 32768:1 131072:0.1 --out results
     tools/bench_step.py --plot results/steps.jsonl more.jsonl --out results
 
-Several ranks on one GPU, to see a layout's memory where there are too few GPUs (NCCL refuses it, so they talk through host
-memory). peak_gib is each rank's own and holds; the line says shared_gpu, its times mean nothing and no table or picture uses them:
+RANKS THAT SHARE A GPU. --share-gpu shows the memory of a layout where there are too few GPUs. NCCL refuses
+two ranks on one GPU, so they exchange tensors through host memory. peak_gib is right for each rank. The line
+says shared_gpu: its times mean nothing, and no table or picture uses them.
     torchrun --nproc_per_node 4 tools/bench_step.py --share-gpu --seq 32768 --ulysses 4 --out results
 
-One rank alone, for what a layout costs on each GPU where there is but one: this process does the work of one rank of N, by default
-the one that the plan (of the first shape) loads most, in that rank's memory. What others would have sent is made up on the spot, so
-there is no communication, and the losses mean nothing. Tables and pictures say "one rank alone", and the scaling picture leaves it out:
+ONE RANK ALONE. --alone-of N shows what a layout costs on each of N GPUs where there is only one. This process
+does the work of one rank of N in that rank's memory; by default it is the busiest rank of the first shape.
+Data of the other ranks are made up, so there is no communication and the losses mean nothing. Tables and
+pictures say "one rank alone", and the scaling picture leaves it out.
     tools/bench_step.py --alone-of 4 --ulysses 4 --seq 131072 --out results
 
-Where the time goes: --profile trace.json writes a Chrome trace (chrome://tracing, ui.perfetto.dev) of two steps, and a table of the
-second's GPU time by category and phase with the share of communication that runs beside computing.
+WHERE THE TIME GOES. --profile trace.json writes a Chrome trace of two steps (chrome://tracing,
+ui.perfetto.dev) and a table of the second step's GPU time by category and phase, with the share of
+communication that computing overlaps.
 """
 
 from __future__ import annotations
@@ -65,66 +72,102 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"llama3_8b": "recipes/llama3_128k.json", "smollm2": "recipes/smollm2_cpu.json"}
 OFFLOAD = "--offload-activations"
-FLAGS = {"--training.offload_activations true": OFFLOAD, "--training.": "--", "--parallel.": "--", "data.max_length": "--seq"}
-STEPS, STEPS_FROM_STORE = 3, 8  # from a store more, because the first ones find their data read ahead while the engine warmed up
+# The recipe's settings in messages about memory -> this tool's options.
+FLAGS = {
+    "--training.offload_activations true": OFFLOAD,
+    "--training.": "--",
+    "--parallel.": "--",
+    "data.max_length": "--seq",
+}
+# More from a store, because the first batches were read ahead while the engine warmed up.
+STEPS, STEPS_FROM_STORE = 3, 8
 
 
 def sweep_shape(text: str) -> tuple[int, float]:
-    """131072:0.1 -> (131072, 0.1); every row is trained where no fraction is given."""
+    """Parse 131072:0.1 as (131072, 0.1). Without a fraction every row is trained."""
     tokens, _, fraction = text.partition(":")
     try:
         return int(tokens), float(fraction or 1)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no SEQ:FRACTION; write 131072:0.1, or 131072 for all rows") from error
+        message = f"{text!r} is not SEQ:FRACTION; write 131072:0.1, or 131072 for all rows"
+        raise argparse.ArgumentTypeError(message) from error
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     shape = parser.add_argument_group("shape")
-    shape.add_argument("--model", choices=MODELS, default="llama3_8b", help="sizes of the draft and its target")
+    shape.add_argument("--model", choices=MODELS, default="llama3_8b", help="sizes of draft and target")
     shape.add_argument("--recipe", type=Path, help="take the sizes from this recipe JSON instead")
     shape.add_argument("--seq", type=int, default=32768, help="tokens of each document")
     shape.add_argument("--documents", type=int, default=1, help="documents packed into the sequence")
-    shape.add_argument("--trained-fraction", type=float, default=1.0, help="fraction of tokens trained, in turns")
+    shape.add_argument(
+        "--trained-fraction", type=float, default=1.0, help="fraction of tokens trained, in turns"
+    )
     shape.add_argument("--turn", type=int, default=512, help="trained tokens in a row")
-    shape.add_argument("--sweep", nargs="+", type=sweep_shape, metavar="SEQ:FRACTION", help="several shapes in one start")
+    shape.add_argument(
+        "--sweep", nargs="+", type=sweep_shape, metavar="SEQ:FRACTION", help="several shapes in one start"
+    )
     shape.add_argument("--ttt-steps", type=int, help="T; default: the recipe's, 7")
     layout = parser.add_argument_group("layout and settings")
     layout.add_argument("--ulysses", type=int, default=1)
     layout.add_argument("--ring", type=int, default=1)
     layout.add_argument("--ring-mode", choices=("auto", "gather", "p2p"), default="auto")
-    layout.add_argument("--share-gpu", action="store_true", help="ranks share GPUs and talk through host memory; times mean nothing")
-    layout.add_argument("--alone-of", type=int, metavar="N", help="do one rank's work of a world of N, without communication")
-    layout.add_argument("--alone-rank", type=int, metavar="RANK", help="that rank; default: the one that the plan loads most")
-    layout.add_argument("--all-rows", action="store_true", help="work on untrained rows too, as trainers without the plan do")
-    layout.add_argument("--recompute", choices=("none", "selective", "mlp", "full"), default="full", help="default: full, the least memory")
-    layout.add_argument("--offload-activations", action="store_true", help="keep activations of the unroll in pinned CPU memory")
+    layout.add_argument("--share-gpu", action="store_true", help="let ranks share GPUs; times mean nothing")
+    layout.add_argument("--alone-of", type=int, metavar="N", help="do the work of one of N ranks, alone")
+    layout.add_argument("--alone-rank", type=int, metavar="RANK", help="which rank; default: the busiest")
+    layout.add_argument(
+        "--all-rows", action="store_true", help="compute untrained rows too, as other trainers do"
+    )
+    recompute = ("none", "selective", "mlp", "full")
+    full = "default: full, the least memory"
+    layout.add_argument("--recompute", choices=recompute, default="full", help=full)
+    offload = "keep the activations of the TTT steps in pinned host memory"
+    layout.add_argument(OFFLOAD, action="store_true", help=offload)
     layout.add_argument("--deepspeed-config", help="default: the recipe's")
     store = parser.add_argument_group("from disk")
-    store.add_argument("--from-store", type=Path, metavar="FOLDER", help="time steps from HDF5 files too; made if missing (random)")
-    store.add_argument("--store-samples", type=int, help="samples of that store; default: 4, or 2 beyond 64K tokens, or two steps' worth")
-    store.add_argument("--read-processes", type=int, help="processes that inflate, a rank; 0: a thread; default: the recipe's")
+    store.add_argument(
+        "--from-store", type=Path, metavar="FOLDER", help="also time steps from HDF5 files; made if missing"
+    )
+    samples = "samples of that store; default: 4, or 2 beyond 64K tokens, or two steps' worth"
+    store.add_argument("--store-samples", type=int, help=samples)
+    processes = "reading processes per rank; 0 means a thread; default: the recipe's"
+    store.add_argument("--read-processes", type=int, help=processes)
     store.add_argument("--prefetch", type=int, help="sequences read ahead; default: the recipe's")
     run = parser.add_argument_group("run and results")
-    run.add_argument("--steps", type=int, help=f"timed steps; default: {STEPS}, with --from-store {STEPS_FROM_STORE}")
-    run.add_argument("--warmup", type=int, default=1, help="steps before the timed ones; default: 1; with 0 their time holds compilation")
-    run.add_argument("--json", type=Path, help="append the lines to this file (default with --out: DIR/steps.jsonl)")
-    run.add_argument("--out", type=Path, metavar="DIR", help="write steps.md and pictures of all lines in that file")
-    run.add_argument("--plot", type=Path, nargs="+", metavar="JSONL", help="run nothing: draw these results into --out")
-    run.add_argument("--profile", type=Path, help="write a Chrome trace of two more steps here (.json or .json.gz), a table beside it")
-    run.add_argument("--sample-memory", action="store_true", help="one more step: add the peak memory of each phase")
-    parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
+    steps = f"timed steps; default: {STEPS}, with --from-store {STEPS_FROM_STORE}"
+    run.add_argument("--steps", type=int, help=steps)
+    warmup = "steps before the timed ones; default: 1; with 0 the times include compilation"
+    run.add_argument("--warmup", type=int, default=1, help=warmup)
+    run.add_argument("--json", type=Path, help="append the lines here; with --out default DIR/steps.jsonl")
+    run.add_argument(
+        "--out", type=Path, metavar="DIR", help="write tables and pictures of all lines in that file"
+    )
+    run.add_argument(
+        "--plot", type=Path, nargs="+", metavar="JSONL", help="run nothing; draw these results into --out"
+    )
+    run.add_argument(
+        "--profile", type=Path, help="write a Chrome trace (.json or .json.gz) and a table of it"
+    )
+    run.add_argument(
+        "--sample-memory", action="store_true", help="run one more step; add each phase's peak memory"
+    )
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    parser.add_argument("--local_rank", type=int, default=local_rank, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: give 1 or more")
     if options.warmup < 0:
         parser.error(f"--warmup {options.warmup}: give 0 or more steps")
     if options.plot and not options.out:
-        parser.error("--plot needs --out DIR to write to")
-    if options.alone_of and (options.share_gpu or options.from_store or int(os.environ.get("WORLD_SIZE", 1)) > 1):
-        parser.error("--alone-of is one process, timed from memory: start it without a launcher, --share-gpu and --from-store")
+        parser.error("--plot needs --out DIR for its files")
+    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if options.alone_of and (options.share_gpu or options.from_store or launched):
+        wrong = "the launcher, --share-gpu and --from-store"
+        parser.error(f"--alone-of runs a single process that reads no store; leave out {wrong}")
     if options.alone_rank is not None and not options.alone_of:
-        parser.error("--alone-rank is a rank of the world that --alone-of sizes; give both")
+        parser.error("--alone-rank chooses one of the ranks that --alone-of N sets; give both")
     return options
 
 
@@ -154,9 +197,11 @@ def draw(files: list[Path], folder: Path) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Every shape, and what is made of the lines."""
+    """Measure every shape; record the lines, and draw them with --out."""
     os.chdir(ROOT)
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+    # What a launcher sets, for a start without one.
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in alone.items():
         os.environ.setdefault(name, str(value))
     is_first = os.environ["RANK"] == "0"
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -172,7 +217,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def file_of(options: argparse.Namespace) -> Path | None:
-    """Where the lines gather."""
+    """Return the file to which lines are appended, if any."""
     return options.json or (options.out / "steps.jsonl" if options.out else None)
 
 
@@ -200,19 +245,27 @@ def make_recipe(options: argparse.Namespace, tokens: int) -> Recipe:
         "training.ttt_steps": options.ttt_steps,
         "deepspeed": options.deepspeed_config,
     }
-    words = [word for name, value in overrides.items() if value is not None for word in (f"--{name}", str(value))]
+    words = []
+    for name, value in overrides.items():
+        if value is not None:
+            words += [f"--{name}", str(value)]
     return load_recipe(options.recipe or MODELS[options.model], words)
 
 
 def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[str, Any]]:
-    """One shape's lines. On one GPU a shape that does not fit says so and lets the next one run; of several ranks the one that it
-    befalls leaves, because the others wait for it, and the launcher ends them."""
+    """Measure one shape; return its lines.
+
+    On one GPU, a shape that does not fit gives a line that says so. With several ranks, the rank that runs
+    out of memory leaves at once: the others wait for it in a collective, and the launcher ends them.
+    """
     from eagle_ds.bench.step import forget_benches
     from eagle_ds.training.sizing import is_out_of_memory
     from eagle_ds.training.stopping import leave_at_once
 
     recipe, document = make_recipe(options, tokens), document_in_exact_turns(tokens, fraction, options.turn)
     world = join(options, recipe, [document] * options.documents)
+    topology = world.topology
+    alone = {"alone_of": topology.world_size, "alone_rank": topology.rank}
     shape = {
         "model": options.recipe.stem if options.recipe else options.model,
         "gpus": world.topology.world_size,
@@ -220,7 +273,7 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
         "turn": options.turn,
         **({"offload_activations": True} if options.offload_activations else {}),
         **({"shared_gpu": True} if options.share_gpu else {}),
-        **({"alone_of": world.topology.world_size, "alone_rank": world.topology.rank} if options.alone_of else {}),
+        **(alone if options.alone_of else {}),
     }
     try:
         return [shape | line for line in time_shape(options, recipe, world, document, fraction)]
@@ -228,45 +281,55 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
         if not is_out_of_memory(error):
             raise
         if world.topology.world_size > 1 and not options.alone_of:
-            leave_at_once(f"error (rank {world.topology.rank}): {does_not_fit(options, recipe, world, document, error)}", 1)
-        layout = {"layout": f"U{options.ulysses} R{options.ring}", "recompute": options.recompute, "ttt_steps": recipe.training.ttt_steps}
+            told = does_not_fit(options, recipe, world, document, error)
+            leave_at_once(f"error (rank {world.topology.rank}): {told}", 1)
+        layout = {"layout": f"U{options.ulysses} R{options.ring}", "recompute": options.recompute}
+        layout["ttt_steps"] = recipe.training.ttt_steps
         size = {"tokens": tokens * options.documents, "documents": options.documents}
-        return [shape | size | layout | {"error": "out of memory", "detail": str(error).split(". ")[0]}]
+        failure = {"error": "out of memory", "detail": str(error).split(". ")[0]}
+        return [shape | size | layout | failure]
     finally:
         forget_benches(world.device)
 
 
 def join(options: argparse.Namespace, recipe: Recipe, documents: list[Document]) -> World:
-    """The world that the launcher started, or one rank of a larger one."""
+    """Join the ranks that the launcher started, or be one rank of a simulated world."""
     from eagle_ds.bench.simulated_world import alone_world, join_shared_gpu
     from eagle_ds.training.world import join_world
 
     if options.alone_of:
-        return alone_world(recipe, documents, options.local_rank, options.alone_of, options.alone_rank)
+        size, rank = options.alone_of, options.alone_rank
+        return alone_world(recipe, documents, options.local_rank, size, rank)
     return (join_shared_gpu if options.share_gpu else join_world)(recipe.parallel, options.local_rank)
 
 
-def does_not_fit(options: argparse.Namespace, recipe: Recipe, world: World, document: Document, error: RuntimeError) -> str:
-    """What ran out of memory, what would fit, in this tool's own flags, and where the lines before it are."""
+def does_not_fit(
+    options: argparse.Namespace, recipe: Recipe, world: World, document: Document, error: RuntimeError
+) -> str:
+    """Describe what ran out of memory, what would fit (in this tool's options), and where earlier lines are.
+    """
     from eagle_ds.config.deepspeed import bf16_enabled, deepspeed_config, read_ds_json
     from eagle_ds.estimate.fit import choose_ring_mode
     from eagle_ds.estimate.sequences import sharding_for
-    from eagle_ds.training.sizing import after_out_of_memory
+    from eagle_ds.training.sizing import after_out_of_memory, setup_of
 
     config = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world.topology.world_size)
     documents = [document] * options.documents
-    mode = choose_ring_mode(recipe, len(documents) * document.num_tokens, 2 if bf16_enabled(config) else 4, world.memory_bytes)
-    plan = sharding_for(recipe, documents, mode)
-    told = after_out_of_memory(recipe, config, world, plan)
+    tokens, element = len(documents) * document.num_tokens, 2 if bf16_enabled(config) else 4
+    mode = choose_ring_mode(recipe, tokens, element, world.memory_bytes)
+    sharding = sharding_for(recipe, documents, mode)
+    told = after_out_of_memory(setup_of(recipe, config, world), sharding)
     for name, flag in FLAGS.items():
         told = told.replace(name, flag)
     file = file_of(options)
-    kept = f"; lines of shapes before it are in {file}" if file else ""
+    kept = f"; the lines of earlier shapes are in {file}" if file else ""
     return f"out of memory ({str(error).splitlines()[0]}): {told}{kept}; the launcher ends the other ranks"
 
 
-def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, document: Document, fraction: float) -> list[dict[str, Any]]:
-    """A line for batches in memory and, if asked for, one for the same from a store."""
+def time_shape(
+    options: argparse.Namespace, recipe: Recipe, world: World, document: Document, fraction: float
+) -> list[dict[str, Any]]:
+    """Return a line for batches in memory and, with --from-store, one for batches from a store."""
     from eagle_ds.bench.flops import measure_ceilings
     from eagle_ds.bench.sources import MemorySource, StoreSource
     from eagle_ds.bench.step import StepBench, summary
@@ -279,41 +342,54 @@ def time_shape(options: argparse.Namespace, recipe: Recipe, world: World, docume
     described = (recipe, bench.sharding, world, bench.dtype)
     try:
         bench.use(MemorySource(*described))
-        lines, measured = [{"source": "memory", "warmup": options.warmup}], [bench.run(steps, options.warmup)]
+        lines = [{"source": "memory", "warmup": options.warmup}]
+        measured = [bench.run(steps, options.warmup)]
         if options.from_store:
             source = StoreSource(open_store(options, bench, document, fraction), *described)
             bench.use(source)
             measured.append(bench.run(steps, warmup=2))
             slower = measured[1].step_ms / measured[0].step_ms - 1
-            lines.append({"source": "store", "read_ms": round(1e3 * source.read_s, 1), "slower_than_memory": round(slower, 4)})
+            speed = {"read_ms": round(1e3 * source.read_s, 1), "slower_than_memory": round(slower, 4)}
+            lines.append({"source": "store", **speed})
         if options.sample_memory:
             lines[-1] |= bench.memory_by_phase()
         if options.profile:
             path, writes = options.profile, world.is_first or bool(options.alone_of)
-            profile(bench, path.with_name(f"{document.num_tokens}-{fraction:g}-{path.name}") if options.sweep else path, writes)
+            if options.sweep:
+                path = path.with_name(f"{document.num_tokens}-{fraction:g}-{path.name}")
+            profile(bench, path, writes)
     finally:
         bench.use(None)
-    device = measure_ceilings(world.device) if world.device.type == "cuda" and not options.share_gpu else None
-    return [summary(recipe, bench.sharding, times, device) | line for line, times in zip(lines, measured, strict=True)]
+    on_own_gpu = world.device.type == "cuda" and not options.share_gpu
+    device = measure_ceilings(world.device) if on_own_gpu else None
+    rows = zip(lines, measured, strict=True)
+    return [summary(recipe, bench.sharding, times, device) | line for line, times in rows]
 
 
-def open_store(options: argparse.Namespace, bench: StepBench, document: Document, fraction: float) -> Store:
-    """The store of this shape; rank 0 makes it if it is not there."""
+def open_store(
+    options: argparse.Namespace, bench: StepBench, document: Document, fraction: float
+) -> Store:
+    """Open the store of this shape; rank 0 makes it if it is missing. Collective."""
     from eagle_ds.bench.synthetic_data import default_samples, random_store
 
     topology, agreement = bench.world.topology, bench.world.agreement
     dtype = str(bench.dtype).removeprefix("torch.")
     trained = "all" if fraction >= 1 else f"{fraction:g}-in-{options.turn}"
-    folder = options.from_store / f"{bench.recipe.name}-{document.num_tokens}-{trained}-{dtype}"
+    name = f"{bench.recipe.name}-{document.num_tokens}-{trained}-{dtype}"
+    folder = options.from_store / name
     count = options.store_samples or default_samples(document.num_tokens, options.documents * topology.dp)
-    store = agreement.first_then_all(lambda: random_store(folder, bench.recipe, document, count, dtype=dtype))
+    recipe = bench.recipe
+    store = agreement.first_then_all(lambda: random_store(folder, recipe, document, count, dtype=dtype))
     agreement.same({"random store": store.manifest_hash})
     return store
 
 
 def profile(bench: StepBench, path: Path, writes: bool) -> None:
-    """Two steps under torch.profiler, so that the second follows another as in training: a trace, and a table of the second (on CPU
-    torch's own, of both)."""
+    """Run two steps under torch.profiler; write a trace, and a table of the second step.
+
+    The first step is there so that the second one follows another, as in training. On CPU the table is
+    torch's own, of both steps.
+    """
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -332,8 +408,10 @@ def profile(bench: StepBench, path: Path, writes: bool) -> None:
     if on_gpu:
         text = table(summarize(read_trace(path, PHASES, LOSS_REGION)), PHASES)
     else:
-        text = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=70)
-    path.with_name(path.name.removesuffix(".gz").removesuffix(".json") + ".md").write_text(text + "\n", encoding="utf-8")
+        averages = recorded.key_averages()
+        text = averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=70)
+    table_name = path.name.removesuffix(".gz").removesuffix(".json") + ".md"
+    path.with_name(table_name).write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

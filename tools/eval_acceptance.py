@@ -2,18 +2,21 @@
 """Measure the acceptance length of a draft by real speculative decoding on its target.
 
     tools/eval_acceptance.py --recipe recipes/smollm2_cpu.json --baseline untrained --num-prompts 12 --processes 2
-    tools/eval_acceptance.py --target meta-llama/Llama-3.1-8B-Instruct --draft drafts/new --baseline drafts/published \\
-        --prompts chats.eval.jsonl --num-prompts 64 --max-new-tokens 256 --num-draft-tokens 5 --dtype bfloat16
+    tools/eval_acceptance.py --target meta-llama/Llama-3.1-8B-Instruct --draft drafts/new \\
+        --baseline drafts/published --prompts chats.eval.jsonl --num-prompts 64 --dtype bfloat16
 
-Every prompt is answered greedily three ways: by the target alone, with the baseline, with the draft. The draft proposes a
-chain of tokens, the target checks them in one pass, both keep KV caches. Acceptance length is tokens per pass of the target,
-its own token included: 1.0 is no gain; its bootstrap interval is over prompts, and two drafts are compared prompt by prompt.
+How: every prompt is answered greedily by the target alone, with the baseline, and with the draft. The draft
+proposes a chain of tokens, and the target verifies them in one pass. Both have KV caches.
 
-In float32 every answer is the target's own, token for token. In bfloat16 a pass over six tokens rounds differently from six
-passes, so near ties may fall the other way: such answers are counted, with the gap between the two logits.
+How to read the result: acceptance length is the number of tokens per pass of the target, including its own
+token; 1.0 means no gain. Its interval is bootstrapped over prompts. Two drafts are compared prompt by prompt.
 
-Writes acceptance.json and acceptance.png into the run folder (or --out). Speed here is transformers' own, with no kernels
-fused and one prompt at a time: acceptance length carries over to a serving engine, tokens/s do not.
+In float32 every answer equals the target's own, token by token. In bfloat16 one pass over six tokens rounds
+differently from six passes, so a near tie may be decided differently. Such answers are counted, with the gap
+between the two logits.
+
+Writes acceptance.json and acceptance.png into the run folder (or --out). Acceptance length carries over to a
+serving engine. Speed does not: it is that of transformers, with one prompt at a time and no fused kernels.
 """
 
 from __future__ import annotations
@@ -36,22 +39,47 @@ if TYPE_CHECKING:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--recipe", type=Path, help="recipe JSON: gives target, draft (its run's best checkpoint), prompts and layers")
+    add("--recipe", type=Path, help="recipe JSON; gives target, draft (best of its run), prompts and layers")
     add("--target", help="Hugging Face id or folder (default: the recipe's)")
-    add("--draft", type=Path, help="exported or published draft, checkpoint, or run folder (default: the recipe's run)")
-    add("--baseline", default="none", help="'untrained' (where its training started), another draft's folder, or 'none' (default)")
-    add("--prompts", type=Path, help="JSONL of held-out conversations (default: the recipe's eval_conversations)")
-    add("--num-prompts", type=int, default=16, help="how many of them, from the top of the file (default: %(default)s)")
-    add("--max-prompt-tokens", type=int, help="pass over longer prompts (default: what the target has room for)")
-    add("--turn", choices=["first", "last"], default="last", help="which answer of a conversation to decode (default: %(default)s)")
+    add(
+        "--draft", type=Path,
+        help="exported or published draft, checkpoint, or run folder (default: the recipe's run)"
+    )
+    add(
+        "--baseline", default="none",
+        help="'untrained' (the draft before training), a draft's folder, or 'none'"
+    )
+    add(
+        "--prompts", type=Path,
+        help="JSONL of held-out conversations (default: the recipe's eval_conversations)"
+    )
+    add(
+        "--num-prompts", type=int, default=16,
+        help="number of prompts, from the top of the file (default: %(default)s)"
+    )
+    add("--max-prompt-tokens", type=int, help="skip longer prompts (default: the target's context)")
+    add(
+        "--turn", choices=["first", "last"], default="last",
+        help="which answer to decode (default: %(default)s)"
+    )
     add("--max-new-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
-    add("--num-draft-tokens", type=int, help="tokens the draft proposes per pass (default: the recipe's ttt_steps, else 5)")
-    add("--aux-layer-ids", type=int, nargs="+", metavar="ID", help="target layers it reads (default: as the draft or recipe says)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of both models (default: float32 on CPU, else the recipe's)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, or split: the target over all GPUs (default: a GPU if there is one)")
-    add("--processes", type=int, default=1, help="on a CPU: processes with a copy of the target each, which share the cores (default: 1)")
+    add(
+        "--num-draft-tokens", type=int, help="draft tokens per pass (default: the recipe's ttt_steps, else 5)"
+    )
+    add(
+        "--aux-layer-ids", type=int, nargs="+", metavar="ID",
+        help="target layers to read (default: the draft's or recipe's)"
+    )
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, help="of both models (default: float32 on CPU, else the recipe's)")
+    device = "cpu, cuda, cuda:1, or split (the target over all GPUs); default: a GPU if there is one"
+    add("--device", default="auto", help=device)
+    processes = "on a CPU: processes that share the prompts, each with a copy of the target (default: 1)"
+    add("--processes", type=int, default=1, help=processes)
     add("--out", type=Path, help="folder for acceptance.json and .png (default: the run folder)")
     return parser.parse_args()
 
@@ -78,21 +106,23 @@ def run(args: argparse.Namespace) -> None:
         check_output_folder(args.out, "--out")
     recipe = load_recipe(args.recipe) if args.recipe else None
     if args.draft is None and recipe is None:
-        raise ValueError("no draft is named; give --draft FOLDER, or --recipe to take its run's best checkpoint")
+        raise ValueError("no draft given; give --draft FOLDER, or --recipe to use its run's best checkpoint")
     draft = load_draft(args.draft or recipe.run_dir)
     baseline = load_draft(args.baseline) if args.baseline not in ("none", "untrained") else None
     recipe = recipe or recipe_of(draft.folder)
     out = args.out or run_of(draft.folder) or (recipe.run_dir if recipe else None)
     if out is None:
-        raise ValueError(f"{draft.folder} lies in no run folder; give --out for acceptance.json and acceptance.png")
+        raise ValueError(f"{draft.folder} is not in a run folder; give --out FOLDER for the results")
     job = describe_job(args, recipe, draft, baseline)
     measured, info = measure_drafts(args, recipe, job)
     info |= {"draft": str(draft.folder), "baseline": args.baseline}
     write(measured, info, out)
 
 
-def describe_job(args: argparse.Namespace, recipe: Recipe | None, draft: DraftOnDisk, baseline: DraftOnDisk | None) -> DecodingJob:
-    """Target, drafts and settings asked for; only the target's small files are read."""
+def describe_job(
+    args: argparse.Namespace, recipe: Recipe | None, draft: DraftOnDisk, baseline: DraftOnDisk | None
+) -> DecodingJob:
+    """Return target, drafts and settings of this run. Reads only the target's small files."""
     import torch
 
     from eagle_ds.evaluation.acceptance import TargetFiles
@@ -103,24 +133,31 @@ def describe_job(args: argparse.Namespace, recipe: Recipe | None, draft: DraftOn
     model = args.target or (recipe.target.model if recipe else None)
     layers = args.aux_layer_ids or draft.layer_outputs or (recipe.target.aux_ids if recipe else None)
     if model is None:
-        raise ValueError("no target is named; give --target, or --recipe")
+        raise ValueError("no target given; give --target, or --recipe")
     if layers is None:
-        raise ValueError(f"{draft.folder} does not say which target layers it reads; give --aux-layer-ids")
+        raise ValueError(
+            f"{draft.folder} does not name the target layers that it reads; give --aux-layer-ids"
+        )
     on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
     if args.processes > 1 and not on_cpu:
-        raise ValueError(f"--processes {args.processes} shares out the cores of a CPU; leave it out on a GPU, or add --device cpu")
+        found = f"--processes {args.processes} shares the cores of a CPU"
+        raise ValueError(f"{found}; leave it out on a GPU, or add --device cpu")
     dtype = args.dtype or ("float32" if on_cpu else recipe.target.dtype if recipe else "bfloat16")
     files = TargetFiles.open(model, recipe.target.revision if recipe and not args.target else None)
     check_aux_ids(layers, files.info.num_layers)
     untrained = args.baseline == "untrained"
     baseline = starting_point(draft, recipe) if untrained else baseline
-    drafts = ({"untrained" if untrained else "baseline": baseline} if baseline else {}) | {"trained" if untrained else "draft": draft}
+    names = ("untrained", "trained") if untrained else ("baseline", "draft")
+    drafts = ({names[0]: baseline} if baseline else {}) | {names[1]: draft}
     steps = args.num_draft_tokens or (recipe.training.ttt_steps if recipe else 5)
-    return DecodingJob(files, tuple(layers), dtype, args.device, drafts, DecodeSettings(args.max_new_tokens, steps, files.stop_ids))
+    settings = DecodeSettings(args.max_new_tokens, steps, files.stop_ids)
+    return DecodingJob(files, tuple(layers), dtype, args.device, drafts, settings)
 
 
-def measure_drafts(args: argparse.Namespace, recipe: Recipe | None, job: DecodingJob) -> tuple[Measurement, dict[str, Any]]:
-    """(answers, what they were measured on), under a progress bar."""
+def measure_drafts(
+    args: argparse.Namespace, recipe: Recipe | None, job: DecodingJob
+) -> tuple[Measurement, dict[str, Any]]:
+    """Decode all prompts under a progress bar; return the answers, and how they were measured."""
     import torch
     from tqdm import tqdm
 
@@ -129,16 +166,18 @@ def measure_drafts(args: argparse.Namespace, recipe: Recipe | None, job: Decodin
 
     path = args.prompts or (recipe.data.eval_conversations if recipe else None)
     if path is None:
-        raise ValueError("no prompts are named; give --prompts, or a recipe with data.eval_conversations")
+        raise ValueError("no prompts given; give --prompts, or a recipe with data.eval_conversations")
     room = job.target.info.max_position_embeddings - args.max_new_tokens
-    found = load_prompts(path, job.target.encoder, args.num_prompts, min(args.max_prompt_tokens or room, room), args.turn)
+    longest = min(args.max_prompt_tokens or room, room)
+    found = load_prompts(path, job.target.encoder, args.num_prompts, longest, args.turn)
     total = len(found.prompts) * args.max_new_tokens * (1 + len(job.drafts))
     with tqdm(total=total, unit="token", smoothing=0.05, desc="decoding") as bar:
         measured = measure_job(job, found.prompts, args.processes, bar.update)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     info = {
         "target": args.target or recipe.target.model,
         "dtype": job.dtype,
-        "device": ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device,
+        "device": device,
         "processes": args.processes,
         "prompts_file": str(path),
         "passed_over": {"too_long": found.too_long, "unusable": found.unusable},
@@ -148,7 +187,8 @@ def measure_drafts(args: argparse.Namespace, recipe: Recipe | None, job: Decodin
 
 
 def starting_point(draft: DraftOnDisk, recipe: Recipe | None) -> DraftOnDisk:
-    """What ``draft`` was before training: the folder that its recipe names, else random weights of its sizes."""
+    """Return the draft as it was before training: the one that its recipe starts from, else random weights.
+    """
     from eagle_ds.drafts.folder import initial_draft, untrained_draft
 
     if recipe and recipe.draft.init_from:
@@ -157,7 +197,7 @@ def starting_point(draft: DraftOnDisk, recipe: Recipe | None) -> DraftOnDisk:
 
 
 def write(measured: Measurement, info: dict[str, Any], out: Path) -> None:
-    """acceptance.json, acceptance.png, and a table on the terminal."""
+    """Write acceptance.json and acceptance.png, and print the figures."""
     from eagle_ds.config.run_folder import ACCEPTANCE
     from eagle_ds.reporting.figures import acceptance_figure
 
@@ -172,21 +212,25 @@ def write(measured: Measurement, info: dict[str, Any], out: Path) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The figures in a few lines."""
-    where = f"{result['dtype']} on {result['device']}" + (f", {result['processes']} processes" if result["processes"] > 1 else "")
+    """Print the figures."""
+    where = f"{result['dtype']} on {result['device']}"
+    if result["processes"] > 1:
+        where += f", {result['processes']} processes"
     print(f"\n{result['num_prompts']} prompts, {result['num_draft_tokens']} draft tokens per pass, {where}")
     print(f"  plain decoding        {result['plain']['tokens_per_s']:.1f} tokens/s")
     for draft in result["drafts"]:
         interval = draft["interval"]
         by_position = " ".join(f"{100 * a:.0f}" for a in draft["acceptance_by_position"])
+        length = f"{draft['acceptance_length']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+        speed = f"{draft['tokens_per_s']:.1f} tokens/s ({draft['speedup']:.2f}x)"
+        same = f"{draft['identical_answers']} of {result['num_prompts']} answers equal to plain decoding"
         print(
-            f"  {draft['name']:<20}  acceptance length {draft['acceptance_length']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]  "
-            f"by position {by_position} %  {draft['tokens_per_s']:.1f} tokens/s ({draft['speedup']:.2f}x)  "
-            f"{draft['identical_answers']} of {result['num_prompts']} answers as plain decoding's"
+            f"  {draft['name']:<20}  acceptance length {length}  by position {by_position} %  {speed}  {same}"
         )
         for gone in draft["divergences"]:
             gap, margin = gone["gap"], gone["plain_margin"]
-            print(f"    {gone['prompt']}: token {gone['position']} differs, logit gap {gap:.4f} (plain decoding's margin {margin:.4f})")
+            gaps = f"logit gap {gap:.4f} (plain decoding's margin {margin:.4f})"
+            print(f"    {gone['prompt']}: token {gone['position']} differs, {gaps}")
     for gain in result["differences"]:
         print(
             f"  {gain['draft']} over {gain['baseline']}: {gain['value']:+.3f}, "

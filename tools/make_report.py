@@ -3,8 +3,9 @@
 
     tools/make_report.py runs/smollm2_cpu
 
-Loss, accuracy and acceptance curves, acceptance length before and after (if tools/eval_acceptance.py has measured it),
-throughput, data wait, memory, the resolved recipe, and the commands that serve the draft with SGLang and vLLM.
+The report shows loss, accuracy and acceptance curves; acceptance length before and after training, if
+tools/eval_acceptance.py has measured it; throughput, wait for data and memory; the resolved recipe; and the
+commands that serve the draft with SGLang and vLLM. It reads only the files in the run folder.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder, such as runs/NAME")
     args = parser.parse_args()
 
     from eagle_ds.reporting.report import write_report

@@ -191,11 +191,11 @@ def _acceptance_section(run: Run) -> str:
     rows += [_acceptance_row(draft, found["num_prompts"]) for draft in found["drafts"]]
     processes = f" in {found['processes']} processes" if found.get("processes", 1) > 1 else ""
     how = (
-        f"Greedy speculative decoding of {found['num_prompts']} prompts from {found['prompts_file']}, with "
-        f"up to {found['max_new_tokens']} new tokens and {found['num_draft_tokens']} draft tokens per pass, in "
+        f"Greedy speculative decoding of {found['num_prompts']} prompts from {found['prompts_file']}: up to "
+        f"{found['max_new_tokens']} new tokens, {found['num_draft_tokens']} draft tokens per pass, "
         f"{found['dtype']} on {found['device']}{processes}. Acceptance length is the number of tokens per "
-        "pass of the target, including its own token. Intervals are bootstrapped over prompts. Speed is that of "
-        "transformers, not of a serving engine."
+        "pass of the target, including its own token. Intervals are bootstrapped over prompts. Speed is that "
+        "of transformers, not of a serving engine."
     )
     gaps = []
     for draft in found["drafts"]:

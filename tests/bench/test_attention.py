@@ -32,7 +32,7 @@ def test_rows_see_what_they_see_in_training() -> None:
     [
         (("--kv-heads", "0"), "--kv-heads 0: give 1 or more"),
         (("--seq", "0"), "--seq 0: give 1 or more"),
-        (("--heads", "6", "--kv-heads", "4"), "4 key/value heads do not divide 6 query heads"),
+        (("--heads", "6", "--kv-heads", "4"), "--heads 6 is not a multiple of --kv-heads 4; each KV head serves the same number of query heads"),
     ],
 )
 def test_a_mistake_is_said_in_a_sentence(arguments: tuple[str, ...], said: str) -> None:

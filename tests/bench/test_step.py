@@ -185,5 +185,5 @@ def test_out_of_memory_on_one_rank_ends_all_and_keeps_the_lines_before_it(tiny: 
     text = next(line for line in done.stderr.splitlines() if line.startswith("error (rank 1): "))
     assert "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): by prediction a sequence of 128 tokens with " in text
     assert "GiB a GPU on ulysses 2 * ring 1; " in text and "tokens would fit; " in text and "--training" not in text
-    assert f"; lines of shapes before it are in {tmp_path / 'out' / 'steps.jsonl'}; the launcher ends the other ranks" in text
+    assert f"; the lines of earlier shapes are in {tmp_path / 'out' / 'steps.jsonl'}; the launcher ends the other ranks" in text
     assert [json.loads(line)["tokens"] for line in (tmp_path / "out" / "steps.jsonl").read_text().splitlines()] == [64]

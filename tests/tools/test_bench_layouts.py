@@ -41,7 +41,7 @@ def test_layouts_are_read(tool: ModuleType) -> None:
     assert (read["1/float32"].name, read["1/float32"].dtype, read["U4"].dtype) == ("1_float32", "float32", None)
     assert all(tool.read_layout(text) for text in tool.LAYOUTS)
     for text in ("", "U", "4", "R2:ring", "U2:p2p", "R2U2", "1/float16"):
-        with pytest.raises(ValueError, match="is no layout; write 1, U4"):
+        with pytest.raises(ValueError, match="is not a layout; write 1, U4"):
             tool.read_layout(text)
 
 
@@ -69,7 +69,7 @@ def test_a_run_learns_and_is_compared(tmp_path: Path) -> None:
 def test_layouts_that_cannot_run_or_be_compared_are_refused(tool: ModuleType) -> None:
     assert [layout.name for layout in tool.choose_layouts(None, 2)] == ["1", "U2", "R2_gather", "R2_p2p"]
     assert len(tool.choose_layouts(["1/float32", "1/bfloat16"], 1)) == 2
-    with pytest.raises(ValueError, match="layout U8 takes 8 processes and 4 fit here"):
+    with pytest.raises(ValueError, match="layout U8 needs 8 processes, but 4 fit here"):
         tool.choose_layouts(["1", "U8"], 4)
     for texts in (["U2"], None):  # one GPU carries one layout
         with pytest.raises(ValueError, match="leaves nothing to compare"):
@@ -85,7 +85,7 @@ def test_processes_that_share_a_gpu_are_started_by_torch(tool: ModuleType) -> No
 
 def test_a_typo_is_said_in_a_sentence(tmp_path: Path) -> None:
     refused = run("--out", str(tmp_path / "x"), "--layouts", "4U")
-    assert refused.returncode == 2 and "error: 4U is no layout" in refused.stderr
+    assert refused.returncode == 2 and "error: 4U is not a layout" in refused.stderr
 
 
 def test_a_place_that_takes_no_files_is_refused_before_anything_is_made(tmp_path: Path) -> None:

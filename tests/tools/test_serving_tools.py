@@ -66,7 +66,7 @@ def test_a_run_is_exported_measured_and_reported(run_dir: Path, call, capsys: py
     settings = ("--num-prompts", 3, "--max-new-tokens", 6, "--num-draft-tokens", 3)
     assert call("eval_acceptance", "--recipe", run_dir / "recipe.json", "--baseline", "untrained", *settings) == 0
     printed = capsys.readouterr().out
-    assert "trained over untrained" in printed and "paired bootstrap interval" in printed and "3 of 3 answers as plain" in printed
+    assert "trained over untrained" in printed and "paired bootstrap interval" in printed and "3 of 3 answers equal to plain" in printed
     found = json.loads((run_dir / "acceptance.json").read_text())
     assert [draft["name"] for draft in found["drafts"]] == ["untrained", "trained"]
     assert (found["num_prompts"], found["num_draft_tokens"], found["dtype"]) == (3, 3, "float32")
@@ -143,7 +143,7 @@ def test_bfloat16_counts_its_divergences(run_dir: Path, call) -> None:
         ("export_draft", ["{run}", "--out", "{run}/recipe.json/draft"], "recipe.json is a file, where a folder was expected"),
         ("eval_acceptance", ["--draft", "{run}", "--out", "{run}/recipe.json"], "recipe.json is a file, where a folder was expected"),
         ("export_draft", ["{run}", "--aux-layer-ids", "1", "2", "3"], "was trained on layers [1, 2, 5]"),
-        ("eval_acceptance", [], "no draft is named"),
+        ("eval_acceptance", [], "no draft given"),
         ("eval_acceptance", ["--recipe", "{tmp}/nothing.json"], "cannot read"),
         ("eval_acceptance", ["--draft", "{run}", "--prompts", "{tmp}/none.jsonl"], "does not exist"),
         ("eval_acceptance", ["--draft", "{run}", "--max-prompt-tokens", "3"], "gives no prompt"),
