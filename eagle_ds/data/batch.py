@@ -1,8 +1,12 @@
-"""One rank's share of one micro-batch: index arithmetic from the plan, tensors from the store."""
+"""Build one rank's share of one micro-batch.
+
+The sharding says which rows of the sequence a rank computes on. This module turns that into index tensors
+over the rows that the rank has read, so that the model needs no knowledge of documents, packs or ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -15,30 +19,37 @@ from eagle_ds.sharding.sequence import Alignment, SequenceSharding
 
 @dataclass
 class TokenLabels:
-    """The small per-token arrays of one document, whole (every rank reads them)."""
+    """The per-token arrays of one document: token ids, loss mask, and the target's labels if stored.
+
+    Every rank reads them whole: they are small, and the look-ahead crosses the borders between ranks.
+    """
 
     input_ids: np.ndarray  # int32 [S]
     loss_mask: np.ndarray  # uint8 [S]
-    target_token_id: np.ndarray | None = None  # int32 [S]
-    target_logsumexp: np.ndarray | None = None  # float32 [S]
+    target_token_id: np.ndarray | None = None  # int32 [S], argmax of the target's logits
+    target_logsumexp: np.ndarray | None = None  # float32 [S], log-sum-exp of the same logits
 
 
 @dataclass
 class Batch:
-    """What the draft computes on. C context rows, N query rows, M_aux and M_target rows read from the store.
+    """What the draft computes on: C context rows, N query rows, and the rows read from the store.
 
-    A query row p of step k is trained where ``trained[p, k]``; its label comes from target row ``target_index[p, k]``.
-    ``target_token`` and ``target_logsumexp`` are None where the store lacks them; ``target.head.argmax_and_logsumexp`` makes them then.
+    M_aux rows of the auxiliary states and M_target target rows were read. Index tensors point into those.
+    Query row p is trained at TTT step k if ``trained[p, k]``; its label then comes from target row
+    ``target_index[p, k]``.
+
+    ``target_token`` and ``target_logsumexp`` are None if the store has no labels; the reader then computes
+    them with ``target.head.argmax_and_logsumexp``.
     """
 
     sharding: SequenceSharding
     names: tuple[str, ...]
     aux: Tensor  # [M_aux, A*H]
-    context_index: Tensor | None  # int64 [C], into aux; None: all of it in order
+    context_index: Tensor | None  # int64 [C], into aux; None: context rows are all rows of aux, in order
     context_ids: Tensor  # int64 [C], x[p+1]
     context_positions: Tensor  # int64 [C], rope position inside the document
-    query_index: Tensor | None  # int64 [N], likewise
-    token_ids: Tensor  # int64 [M_target + 1], x of the target rows, and token 0 for what is past a document's end
+    query_index: Tensor | None  # int64 [N], into aux; None as above
+    token_ids: Tensor  # int64 [M_target + 1], x of the target rows; last: token 0, past a document's end
     token_index: Tensor  # int64 [T, N], x[p+1+k] of row p at step k, into token_ids
     query_positions: Tensor  # int64 [N]
     target_hidden: Tensor  # [M_target, H]
@@ -47,8 +58,11 @@ class Batch:
     target_token: Tensor | None  # int64 [M_target], argmax over the full vocabulary
     target_logsumexp: Tensor | None  # float32 [M_target]
 
-    def to(self, device: torch.device | str, *, float_dtype: torch.dtype | None = None, non_blocking: bool = False) -> Batch:
-        """The same batch on ``device``; hidden states in ``float_dtype`` if given."""
+    def to(
+        self, device: torch.device | str, *,
+        float_dtype: torch.dtype | None = None, non_blocking: bool = False,
+    ) -> Batch:
+        """Copy the batch to ``device``; hidden states are converted to ``float_dtype`` if given."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in moved.items():
             if isinstance(value, Tensor):
@@ -58,7 +72,9 @@ class Batch:
 
 
 def counted_rows(trained: Tensor, token: Tensor, index: Tensor, t2d: Tensor) -> Tensor:
-    """Return which (row, TTT step) pairs count: trained, and the label's argmax is in the draft vocabulary. bool [N, T].
+    """Return which (row, TTT step) pairs count, bool [N, T].
+
+    A pair counts if it is trained and the argmax of its label is in the draft vocabulary.
 
     Args:
         trained: bool [N, T], by the loss mask alone.
@@ -69,81 +85,100 @@ def counted_rows(trained: Tensor, token: Tensor, index: Tensor, t2d: Tensor) -> 
     return trained & t2d[token[index]] if len(token) else torch.zeros_like(trained)
 
 
-def trained_steps(loss_mask: np.ndarray, rows: np.ndarray, ttt_steps: int, alignment: Alignment) -> np.ndarray:
-    """bool [len(rows), T]: whether row p counts at step k by mask alone (DESIGN section 2).
+def trained_pairs(mask: np.ndarray, rows: np.ndarray, ttt_steps: int, alignment: Alignment) -> np.ndarray:
+    """Return which (row, TTT step) pairs are trained by the loss mask alone: bool [len(rows), T].
 
-    ``serving``: every token from x[p+1] to x[p+2+k] is trained. ``feature``: m[p+k] with m[S-1] = 0.
+    With ``serving`` alignment row p is trained at step k if every token from x[p+1] (just sampled) to
+    x[p+2+k] (being predicted) is trained. With ``feature`` alignment it is trained if m[p+k] is set, where
+    m[S-1] counts as 0.
+
+    Args:
+        mask: the loss mask of one document, uint8 [S].
+        rows: int64, rows p of that document.
     """
-    size = len(loss_mask)
+    size = len(mask)
     steps = np.arange(ttt_steps)
     if alignment == "feature":
-        mask = np.concatenate([loss_mask[:-1] != 0, np.zeros(ttt_steps + 1, dtype=bool)])
-        return mask[rows[:, None] + steps]
-    untrained_before = np.concatenate([[0], np.cumsum(loss_mask == 0)])
+        padded = np.concatenate([mask[:-1] != 0, np.zeros(ttt_steps + 1, dtype=bool)])
+        return padded[rows[:, None] + steps]
+    # Prefix sums answer "is any token of x[p+1 .. p+2+k] untrained?" for all pairs at once: the counts of
+    # untrained tokens before both ends are equal exactly if there is none between them.
+    untrained_before = np.concatenate([[0], np.cumsum(mask == 0)])
     stop = rows[:, None] + 3 + steps
     inside = stop <= size
-    return inside & (untrained_before[np.minimum(stop, size)] == untrained_before[np.minimum(rows + 1, size)][:, None])
+    at_start = untrained_before[np.minimum(rows + 1, size)][:, None]
+    return inside & (untrained_before[np.minimum(stop, size)] == at_start)
 
 
 def assemble(
     sharding: SequenceSharding,
     rank: int,
-    info: Sequence[TokenLabels],
+    documents: Sequence[TokenLabels],
     aux: Tensor,
     target_hidden: Tensor,
     *,
     alignment: Alignment,
     names: Sequence[str] = (),
 ) -> Batch:
-    """Batch of sequence-parallel rank ``rank``. ``aux`` holds ``plan.aux_rows(rank)``, ``target_hidden`` ``plan.target_rows(rank)``."""
+    """Build the batch of sequence-parallel rank ``rank``.
+
+    Args:
+        documents: token arrays of the sequence's documents, whole.
+        aux: rows ``sharding.aux_rows(rank)``.
+        target_hidden: rows ``sharding.target_rows(rank)``.
+        names: sample ids of the documents.
+    """
     steps = sharding.ttt_steps
     context, queries, targets = sharding.context[rank], sharding.queries[rank], sharding.target_rows(rank)
-    assert aux.shape[0] == rg.count(sharding.aux_rows(rank)) and target_hidden.shape[0] == rg.count(targets)
-    trained, positions = [], []
-    for number, rows in sharding.file_rows(queries):
-        p = rg.rows(rows)
-        trained.append(trained_steps(info[number].loss_mask, p, steps, alignment))
-        positions.append(p)
-    context_ids, context_positions = [], []
-    for number, rows in sharding.file_rows(context):
-        p = rg.rows(rows)
-        context_ids.append(np.append(info[number].input_ids, 0)[p + 1])
-        context_positions.append(p)
-    ids = [info[number].input_ids[rg.rows(rows)] for number, rows in sharding.file_rows(targets)]
-    wanted = rg.rows(queries)[:, None] + 1 + np.arange(steps)
-    index = rg.rank_of(wanted.reshape(-1), targets).reshape(wanted.shape)
+    held = sharding.aux_rows(rank)
+    assert aux.shape[0] == rg.count(held) and target_hidden.shape[0] == rg.count(targets)
+
+    def gather(rows: rg.Ranges, value: Callable[[TokenLabels, np.ndarray], np.ndarray]) -> list[np.ndarray]:
+        """Return ``value(document, p)`` for each document; p are its own row numbers within ``rows``."""
+        return [value(documents[number], rg.rows(own)) for number, own in sharding.file_rows(rows)]
+
+    def labels(name: str, dtype: torch.dtype) -> Tensor | None:
+        if any(getattr(document, name) is None for document in documents):
+            return None
+        parts = gather(targets, lambda document, p: getattr(document, name)[p])
+        return torch.from_numpy(np.concatenate(parts)).to(dtype) if parts else torch.zeros(0, dtype=dtype)
+
+    # Row p at step k reads token x[p+1+k], and its label comes from that row's hidden state. Past the end of
+    # p's document there is neither: the token index then points to the extra token 0, and the target index to
+    # any held row, because such a pair is never trained.
+    label_rows = rg.rows(queries)[:, None] + 1 + np.arange(steps)
+    index = rg.rank_of(label_rows.reshape(-1), targets).reshape(label_rows.shape)
     ends = np.array([stop for _, stop in sharding.document_bounds()])
-    inside = wanted < ends[np.searchsorted(ends, wanted[:, :1] - 1, side="right")]
+    inside = label_rows < ends[np.searchsorted(ends, label_rows[:, :1] - 1, side="right")]
+    token_index = np.where(inside, index, rg.count(targets)).T
+    trained = gather(queries, lambda document, p: trained_pairs(document.loss_mask, p, steps, alignment))
+    target_ids = gather(targets, lambda document, p: document.input_ids[p])
+    # The zero appended to input_ids stands for x[S], which a document's last row would read.
+    context_ids = gather(context, lambda document, p: np.append(document.input_ids, 0)[p + 1])
     return Batch(
         sharding=sharding,
         names=tuple(names),
         aux=aux,
-        context_index=_index(context, sharding.aux_rows(rank)),
-        context_ids=_stack(context_ids),
-        context_positions=_stack(context_positions),
-        query_index=_index(queries, sharding.aux_rows(rank)),
-        token_ids=_stack([*ids, np.zeros(1, dtype=np.int32)]),
-        token_index=torch.from_numpy(np.ascontiguousarray(np.where(inside, index, rg.count(targets)).T)),
-        query_positions=_stack(positions),
+        context_index=_index(context, held),
+        context_ids=_concatenate(context_ids),
+        context_positions=_concatenate(gather(context, lambda _, p: p)),
+        query_index=_index(queries, held),
+        token_ids=_concatenate([*target_ids, np.zeros(1, dtype=np.int32)]),
+        token_index=torch.from_numpy(np.ascontiguousarray(token_index)),
+        query_positions=_concatenate(gather(queries, lambda _, p: p)),
         target_hidden=target_hidden,
         target_index=torch.from_numpy(np.minimum(index, max(rg.count(targets) - 1, 0))),
-        trained=torch.from_numpy(np.concatenate(trained)) if trained else torch.zeros(0, steps, dtype=torch.bool),
-        target_token=_target_facts(sharding, info, targets, "target_token_id", torch.int64),
-        target_logsumexp=_target_facts(sharding, info, targets, "target_logsumexp", torch.float32),
+        trained=torch.from_numpy(np.concatenate([np.zeros((0, steps), dtype=bool), *trained])),
+        target_token=labels("target_token_id", torch.int64),
+        target_logsumexp=labels("target_logsumexp", torch.float32),
     )
 
 
-def _index(members: rg.Ranges, held: rg.Ranges) -> Tensor | None:
-    return None if rg.normalize(members) == rg.normalize(held) else torch.from_numpy(rg.index_in(members, held))
+def _index(rows: rg.Ranges, held: rg.Ranges) -> Tensor | None:
+    """Return the indices of ``rows`` in ``held``; None if both are the same rows, so no gather is needed."""
+    return None if rg.normalize(rows) == rg.normalize(held) else torch.from_numpy(rg.index_in(rows, held))
 
 
-def _stack(parts: list[np.ndarray]) -> Tensor:
+def _concatenate(parts: list[np.ndarray]) -> Tensor:
+    """Concatenate integer arrays to int64; no parts give an empty tensor."""
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64))
-
-
-def _target_facts(sharding: SequenceSharding, info: Sequence[TokenLabels], targets: rg.Ranges, name: str, dtype: torch.dtype) -> Tensor | None:
-    """The stored label facts of the target rows; None unless every document has them."""
-    if any(getattr(f, name) is None for f in info):
-        return None
-    parts = [getattr(info[number], name)[rg.rows(rows)] for number, rows in sharding.file_rows(targets)]
-    return torch.from_numpy(np.concatenate(parts)).to(dtype) if parts else torch.zeros(0, dtype=dtype)

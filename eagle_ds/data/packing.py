@@ -12,8 +12,9 @@ from typing import Literal
 
 import numpy as np
 
+from eagle_ds.config.recipe import Recipe
 from eagle_ds.sharding import ranges as rg
-from eagle_ds.sharding.sequence import Alignment, Document
+from eagle_ds.sharding.sequence import Alignment, Document, RingMode, SequenceSharding, shard_sequence
 from eagle_ds.store.manifest import SampleEntry
 
 Pack = tuple[int, ...]
@@ -26,6 +27,34 @@ class TrainSample:
     entry: SampleEntry
     document: Document
     query_rows: int  # rows that count at some step, by mask alone
+
+
+@dataclass(frozen=True)
+class ShardingSettings:
+    """What the sharding of a sequence depends on, other than its documents."""
+
+    ulysses: int = 1
+    ring: int = 1
+    ring_mode: RingMode = "gather"
+    ttt_steps: int = 7
+    alignment: Alignment = "serving"
+    trained_rows_only: bool = True
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, ring_mode: RingMode) -> ShardingSettings:
+        """Take the recipe's settings; ``ring_mode`` is given because the recipe may say "auto"."""
+        parallel, training = recipe.parallel, recipe.training
+        return cls(
+            parallel.ulysses, parallel.ring, ring_mode,
+            training.ttt_steps, training.mask_alignment, parallel.trained_rows_only,
+        )  # fmt: skip
+
+    def shard(self, documents: Sequence[Document]) -> SequenceSharding:
+        """Shard ``documents``, packed into one sequence."""
+        return shard_sequence(
+            documents, ulysses=self.ulysses, ring=self.ring, ring_mode=self.ring_mode, ttt_steps=self.ttt_steps,
+            alignment=self.alignment, trained_rows_only=self.trained_rows_only,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

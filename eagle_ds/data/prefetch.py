@@ -1,7 +1,8 @@
-"""Run an iterator ahead of its consumer, in a thread.
+"""Prepare the next micro-batches while the current one trains: read ahead in one thread, copy ahead in
+another.
 
-Reading releases the interpreter's lock (positional reads, inflate, copies), so a thread suffices and tensors need not travel
-between processes.
+Positional reads, inflating and copies release Python's global interpreter lock, so threads are enough here
+and tensors need not be sent between processes.
 """
 
 from __future__ import annotations
@@ -16,23 +17,27 @@ import torch
 from eagle_ds.data.dataset import MicroBatch
 
 T = TypeVar("T")
-POLL_S = 0.1
+POLL_S = 0.1  # how often a waiting thread checks whether it should stop
 
 
 class Prefetcher(Generic[T]):
-    """Iterates over ``items`` in a thread, at most ``depth`` ahead, the one in the making included: each may be gigabytes.
+    """Iterate over ``items`` in a thread that runs at most ``depth`` items ahead.
 
-    ``next`` makes room for another item at once, ``take`` only when ``go_on`` is called or the next item is taken: until then the
-    thread, which takes the interpreter's lock, has nothing new to do.
+    The item that is being made counts as one of them, because an item may be gigabytes.
 
-    An exception in the thread is raised again by ``next`` in its place; ``close`` ends the thread (and ``items``, if it is a generator).
+    ``next`` lets the thread start another item at once. `take` does not: the thread stays idle until
+    `advance` or the next `take`. The trainer uses `take`, launches the forward, and then calls `advance`,
+    because a thread at work takes the interpreter lock and would delay the launches.
+
+    An exception in the thread is raised by the ``next`` or `take` that would have returned the item. `close`
+    ends the thread, and ``items`` if it is a generator.
     """
 
     def __init__(self, items: Iterable[T], depth: int, name: str) -> None:
         self._items = items
         self._ready: Queue[tuple[T | None, BaseException | None]] = Queue()
-        self._room = threading.Semaphore(depth)
-        self._holds_room = False  # for the item taken last
+        self._slots = threading.Semaphore(depth)  # items that the thread may still start
+        self._holds_slot = False  # the item taken last has not given back its slot
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -42,18 +47,21 @@ class Prefetcher(Generic[T]):
 
     def __next__(self) -> T:
         item = self.take()
-        self.go_on()
+        self.advance()
         return item
 
-    def go_on(self) -> None:
-        """The thread may make one more item."""
-        if self._holds_room:
-            self._holds_room = False
-            self._room.release()
+    def advance(self) -> None:
+        """Let the thread start one more item. Does nothing if it was allowed to already."""
+        if self._holds_slot:
+            self._holds_slot = False
+            self._slots.release()
 
     def take(self) -> T:
-        """The next item; raises StopIteration behind the last."""
-        self.go_on()
+        """Return the next item without letting the thread start another.
+
+        Raises StopIteration after the last.
+        """
+        self.advance()
         while True:
             try:
                 item, error = self._ready.get(timeout=POLL_S)
@@ -64,38 +72,39 @@ class Prefetcher(Generic[T]):
         if error is not None:
             self._stop.set()
             raise error
-        self._holds_room = True
+        self._holds_slot = True
         return item
 
     def close(self) -> None:
-        """Stop after the item in the making, and wait for that."""
+        """Stop the thread, after the item that it is making, and wait until it has ended."""
         self._stop.set()
         self._thread.join()
 
     def _run(self) -> None:
         try:
             items = iter(self._items)
-            while self._has_room():
+            while self._acquire_slot():
                 self._ready.put((next(items), None))
-        except BaseException as error:  # StopIteration too
+        except BaseException as error:  # StopIteration too: it reaches the consumer after the last item
             self._ready.put((None, error))
         finally:
             close = getattr(self._items, "close", None)
             if close is not None:
                 close()
 
-    def _has_room(self) -> bool:
-        """Wait until one more item may be made; False once nobody wants any."""
+    def _acquire_slot(self) -> bool:
+        """Wait until one more item may be started. Returns False once the prefetcher is closed."""
         while not self._stop.is_set():
-            if self._room.acquire(timeout=POLL_S):
+            if self._slots.acquire(timeout=POLL_S):
                 return True
         return False
 
 
 class DeviceCopy:
-    """Iterates over micro-batches on ``device``, hidden states in ``dtype``; copies run, and end, on a stream of their own.
+    """Iterate over micro-batches, copied to ``device``, with hidden states converted to ``dtype``.
 
-    Call ``adopt`` on each before use, in the thread that uses it.
+    Copies run on a CUDA stream of their own, beside the training. A batch is yielded when its copy has ended.
+    The thread that trains must call `record_use` on each batch before it uses it.
     """
 
     def __init__(self, items: Iterable[MicroBatch], device: torch.device, dtype: torch.dtype) -> None:
@@ -114,14 +123,17 @@ class DeviceCopy:
             yield item
 
     def close(self) -> None:
-        """End the iterator behind this one."""
+        """Close the iterator that gives the micro-batches."""
         close = getattr(self._items, "close", None)
         if close is not None:
             close()
 
 
-def adopt(item: MicroBatch, device: torch.device) -> MicroBatch:
-    """Tell the allocator that the current stream uses what the copy stream allocated."""
+def record_use(item: MicroBatch, device: torch.device) -> MicroBatch:
+    """Tell the CUDA allocator that the current stream uses the batch, which the copy stream allocated.
+
+    Without this the allocator could give the batch's memory to the next copy while kernels still read it.
+    """
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
         for value in vars(item.batch).values():

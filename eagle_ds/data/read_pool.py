@@ -1,12 +1,21 @@
-"""Hidden states read and inflated by processes of their own, into memory that they share with the trainer.
+"""Read and inflate hidden states in separate processes, into memory that they share with the trainer.
 
-Threads of the training process would read as fast, but each chunk that they inflate takes the interpreter's lock a few times,
-and the training thread, which launches thousands of kernels a step, queues for it at every one: on two CPU cores
-twelve of them made it fourteen times slower (docs/benchmarks/h200.md). Here it shares the lock with one thread that waits for a reply.
+**Why processes.** Threads of the training process would read as fast. But each chunk that they inflate takes
+Python's global interpreter lock a few times, and the training thread, which launches thousands of kernels per
+step, waits for that lock at every launch. On two CPU cores, twelve such threads made training fourteen times
+slower (docs/benchmarks/h200.md). With processes the training thread shares its lock with one thread that
+waits for replies.
 
-The processes are plain interpreters (``python -m eagle_ds.data.read_worker``), so nothing of the trainer is run or copied
-again in them; requests and replies are pickles on a socket. Memory is an anonymous file (memfd), mapped once by all and used
-again for every sequence: fresh pages would cost as much as inflating into them does.
+**Protocol.** Each worker is a fresh interpreter (``python -m eagle_ds.data.read_worker``), so nothing of the
+trainer, its GPU context included, is copied into it. Pool and worker talk over a socket pair:
+
+    pool -> worker   pickle (size of new shared memory or None, list of RowRequest)
+    pool -> worker   the memory's file descriptor, only if a size was given
+    worker -> pool   pickle: ReadStats, or the exception that reading raised
+
+Hidden states themselves never go through the socket. Workers write them into the shared memory, each request
+at its own offset, so workers need no locks. The memory is an anonymous file (memfd), mapped once by every
+process and reused for each read: fresh pages would cost as much as inflating into them.
 """
 
 from __future__ import annotations
@@ -35,72 +44,82 @@ from eagle_ds.store.reader import ReadStats
 
 logger = logging.getLogger(__name__)
 
-PIECE_ROWS = 16 * CHUNK_ROWS  # what is read at a time: few opened chunks are read twice, and processes share one long sample
+REQUEST_ROWS = 16 * CHUNK_ROWS
+"""Requests are split at multiples of this, so several workers share a long sample and no chunk is split."""
 
 
 @dataclass(frozen=True)
-class RowsWanted:
-    """Rows of one dataset of one sample, and where they go: from byte ``offset`` of the shared memory on."""
+class RowRequest:
+    """Rows of one dataset of one sample, and the byte of the shared memory from which on they go."""
 
     path: Path
     entry: SampleEntry
     info: StoreInfo
     name: str
     ranges: tuple[RowRange, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # [sum of range lengths, width]
     dtype: torch.dtype
     offset: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Of the rows in memory."""
+        """Bytes of the rows in memory."""
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def view(self, memory: mmap.mmap) -> Tensor:
-        """The rows' place in ``memory``."""
-        return torch.frombuffer(memory, dtype=self.dtype, count=self.shape[0] * self.shape[1], offset=self.offset).view(self.shape)
+        """Return the rows' place in ``memory`` as a tensor."""
+        count = self.shape[0] * self.shape[1]
+        return torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.offset).view(self.shape)
 
-    def pieces(self) -> list[RowsWanted]:
-        """The same rows in parts that cut no chunk, one after another in memory."""
+    def split(self) -> list[RowRequest]:
+        """Split into requests of at most REQUEST_ROWS rows, which follow one another in memory."""
         parts, offset, row_bytes = [], self.offset, self.shape[1] * self.dtype.itemsize
         for start, stop in self.ranges:
             while start < stop:
-                end = min(stop, start - start % PIECE_ROWS + PIECE_ROWS)
-                parts.append(replace(self, ranges=((start, end),), shape=(end - start, self.shape[1]), offset=offset))
+                end = min(stop, start - start % REQUEST_ROWS + REQUEST_ROWS)
+                shape = end - start, self.shape[1]
+                parts.append(replace(self, ranges=((start, end),), shape=shape, offset=offset))
                 offset, start = offset + (end - start) * row_bytes, end
         return parts
 
 
 class ReadPool:
-    """``processes`` readers, started by the first ``read``. One caller at a time; others wait."""
+    """Reading processes, started by the first `read`. Only one thread reads at a time; others wait."""
 
     def __init__(self, processes: int) -> None:
         if processes < 1:
-            raise ValueError(f"a pool of {processes} reading processes reads nothing; use 1 or more, or no pool")
+            raise ValueError(f"a pool of {processes} processes reads nothing; use 1 or more, or no pool")
         self.processes = processes
         self._workers: list[_Worker] = []
         self._memory: _SharedMemory | None = None
         self._lock = threading.Lock()
 
-    def read(self, wanted: Sequence[RowsWanted], out: Tensor) -> ReadStats:
-        """All of ``wanted``, one after another, into ``out`` (uint8 [their bytes], pinned if you like). Raises StoreError as a
-        reader does, or if a process ends."""
-        pieces, size = [], 0
-        for rows in wanted:
-            pieces += replace(rows, offset=size).pieces()
-            size += rows.nbytes
-        assert out.shape == (size,) and out.dtype == torch.uint8, "room for exactly what is wanted"
+    def read(self, requests: Sequence[RowRequest], out: Tensor) -> ReadStats:
+        """Read all ``requests``, one after another, into ``out``.
+
+        Args:
+            requests: rows to read; their ``offset`` is set here.
+            out: uint8 [sum of their nbytes], pinned or not.
+
+        Raises:
+            StoreError: a file cannot be read, or a process died.
+        """
+        parts, size = [], 0
+        for request in requests:
+            parts += replace(request, offset=size).split()
+            size += request.nbytes
+        assert out.shape == (size,) and out.dtype == torch.uint8, "out must have exactly the requested bytes"
         if not size:
             return ReadStats()
         with self._lock:
             if self._memory is None or self._memory.size < size:
                 self._memory = _SharedMemory(size)
-            stats = self._share_out(self._memory, size, pieces)
+            stats = self._read_in_workers(self._memory, size, parts)
             out.copy_(torch.frombuffer(self._memory.map, dtype=torch.uint8, count=size))
         return stats
 
     def close(self) -> None:
-        """End the processes and let go of the memory; a later ``read`` starts anew."""
+        """End the processes and free the shared memory. A later `read` starts new ones."""
         with self._lock:
             self._end()
 
@@ -109,23 +128,24 @@ class ReadPool:
             worker.close()
         self._workers, self._memory = [], None
 
-    def _share_out(self, memory: _SharedMemory, size: int, pieces: list[RowsWanted]) -> ReadStats:
-        """Neighbours go to the same process, and every process gets as many bytes as the others. After a failure all are ended:
-        none may go on writing to memory that the next read uses."""
+    def _read_in_workers(self, memory: _SharedMemory, size: int, parts: list[RowRequest]) -> ReadStats:
+        """Distribute ``parts`` over the workers and wait for all of them."""
         if not self._workers:
             self._workers = [_Worker() for _ in range(self.processes)]
             logger.info("%d processes read hidden states", self.processes)
-        shares: list[list[RowsWanted]] = [[] for _ in self._workers]
-        done = 0
-        for piece in pieces:
-            shares[(2 * done + piece.nbytes) * len(shares) // (2 * size)].append(piece)
-            done += piece.nbytes
+        # Cut the byte range [0, size) into equal intervals, one per worker; a part goes to the worker whose
+        # interval holds its middle byte. So adjacent parts go to the same worker (it opens fewer files), and
+        # loads are equal.
+        shares: list[list[RowRequest]] = [[] for _ in self._workers]
+        for part in parts:
+            shares[(2 * part.offset + part.nbytes) * len(shares) // (2 * size)].append(part)
         busy = [(worker, share) for worker, share in zip(self._workers, shares, strict=True) if share]
         try:
             for worker, share in busy:
-                worker.ask(memory, share)
-            return sum((worker.answer() for worker, _ in busy), ReadStats())
+                worker.send(memory, share)
+            return sum((worker.receive() for worker, _ in busy), ReadStats())
         except BaseException:
+            # End all workers: the others may still write into the memory, which the next read would use.
             self._end()
             raise
 
@@ -144,47 +164,55 @@ class _SharedMemory:
 
 
 class _Worker:
-    """One process and the socket to it."""
+    """One reading process and the socket to it."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
+        # The worker must import this very package. Empty entries are dropped: they would mean the current
+        # folder.
         root = str(Path(eagle_ds.__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))  # an empty entry would be the current folder
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        # No GPU, and one thread: the pool's processes are the parallelism.
         environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-P", "-m", "eagle_ds.data.read_worker", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
+        # A session of its own: Ctrl-C in the terminal reaches the trainer only, which then closes the pool in
+        # order.
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         theirs.close()
         self._connection = Connection(ours.detach())
-        self._knows: _SharedMemory | None = None
+        self._mapped: _SharedMemory | None = None  # the memory whose descriptor the worker has
 
-    def ask(self, memory: _SharedMemory, share: list[RowsWanted]) -> None:
-        """Start reading ``share``."""
+    def send(self, memory: _SharedMemory, share: list[RowRequest]) -> None:
+        """Let the worker read ``share`` into ``memory``; do not wait."""
+        is_new = memory is not self._mapped
         try:
-            self._connection.send((None if memory is self._knows else memory.size, share))
-            if memory is not self._knows:
+            self._connection.send((memory.size if is_new else None, share))
+            if is_new:
                 send_handle(self._connection, memory.descriptor, self._process.pid)
         except OSError as error:
-            raise self._ended() from error
-        self._knows = memory
+            raise self._died() from error
+        self._mapped = memory
 
-    def answer(self) -> ReadStats:
-        """Wait for the end of it. Raises what the process raised."""
+    def receive(self) -> ReadStats:
+        """Wait until the worker has read its share. Raises what the worker raised."""
         try:
             reply = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise self._ended() from error
+            raise self._died() from error
         if isinstance(reply, BaseException):
             raise reply
         return reply
 
     def close(self) -> None:
-        """End it, whatever it is doing."""
+        """Kill the process, whatever it is doing."""
         self._connection.close()
         self._process.kill()
         self._process.wait()
 
-    def _ended(self) -> StoreError:
+    def _died(self) -> StoreError:
+        code = self._process.wait()
         return StoreError(
-            f"a process that reads hidden states ended with exit code {self._process.wait()} (-9: the system had no memory left); "
-            "its last words are above. Lower data.read_processes, or set it to 0 to read in the training process"
+            f"a process that reads hidden states died with exit code {code} (-9 usually means that memory ran "
+            "out); its output is above. Lower data.read_processes, or set it to 0 to read in the training process"
         )

@@ -1,4 +1,9 @@
-"""A process of a ``ReadPool``: ``python -m eagle_ds.data.read_worker SOCKET``. Serves until the other end closes."""
+"""One reading process of a `ReadPool`: ``python -m eagle_ds.data.read_worker SOCKET``.
+
+Answers requests (data/read_pool.py describes the protocol) until the pool closes its end of the socket. It
+then ends, so no process outlives a trainer that was killed. A file of its own, because ``python -m`` would
+load a module that both sides import a second time.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +14,40 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
 
-from eagle_ds.data.read_pool import RowsWanted
+from eagle_ds.data.read_pool import RowRequest
 from eagle_ds.store.reader import ReadStats, SampleReader
 
 
 def serve(connection: Connection) -> None:
-    """Answer each request with what reading it cost, or with the exception that it ended in."""
+    """Answer each message with its `ReadStats`, or with the exception that reading raised."""
     memory: mmap.mmap | None = None
     while True:
         try:
-            size, share = connection.recv()
-            if size is not None:
+            size, requests = connection.recv()
+            if size is not None:  # new shared memory: its descriptor follows the message
                 memory = _mapped(recv_handle(connection), size)
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionResetError):  # the pool closed its end, or the trainer is gone
             return
-        assert memory is not None, "the first request brings memory along"
+        assert memory is not None, "the first message announces the shared memory"
         try:
-            reply: ReadStats | Exception = fill(memory, share)
-        except Exception as error:  # whatever it is, the trainer is told
+            reply: ReadStats | Exception = fill(memory, requests)
+        except Exception as error:  # any error: the pool raises it in the trainer
             reply = error
         connection.send(reply)
 
 
-def fill(memory: mmap.mmap, share: list[RowsWanted]) -> ReadStats:
-    """Read every piece to its place in the shared memory. Raises StoreError."""
+def fill(memory: mmap.mmap, requests: list[RowRequest]) -> ReadStats:
+    """Read each request's rows to its place in the shared memory. Raises StoreError."""
     readers: dict[Path, SampleReader] = {}
-    for rows in share:
-        if rows.path not in readers:
-            readers[rows.path] = SampleReader(rows.path, rows.entry, rows.info, threads=1)
-        readers[rows.path].read_rows(rows.name, rows.ranges, rows.view(memory))
+    for request in requests:
+        if request.path not in readers:
+            readers[request.path] = SampleReader(request.path, request.entry, request.info, threads=1)
+        readers[request.path].read_rows(request.name, request.ranges, request.view(memory))
     return sum((reader.stats for reader in readers.values()), ReadStats())
 
 
 def _mapped(descriptor: int, size: int) -> mmap.mmap:
+    """Map shared memory. A mapping stays valid after its descriptor is closed."""
     try:
         return mmap.mmap(descriptor, size)
     finally:

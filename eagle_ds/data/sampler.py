@@ -81,7 +81,7 @@ class Sampler:
             total *= epochs
         return total if max_steps is None else min(total, max_steps)
 
-    def steps(self, start: int, stop: int) -> Iterator[GlobalBatch]:
+    def global_batches(self, start: int, stop: int) -> Iterator[GlobalBatch]:
         """Steps number ``start`` to ``stop`` (exclusive), over as many epochs as that takes."""
         epoch, first = 0, 0
         while first < stop:

@@ -93,7 +93,7 @@ def count_trained_tokens(samples: Store | Iterable[tuple[torch.Tensor, torch.Ten
 
 def _store_pairs(store: Store) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     for entry in store.entries:
-        reader = store.reader(entry, rows=False)
+        reader = store.reader(entry, hidden_states=False)
         yield reader.read_small("input_ids"), reader.read_small("loss_mask")
 
 

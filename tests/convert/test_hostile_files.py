@@ -42,13 +42,13 @@ def test_one_nan_or_inf_of_any_payload_anywhere_is_found(
     bits = exponent | mantissa | (-(1 << (8 * dtype.itemsize - 1)) if negative else 0)
     states.view(BITS[dtype]).view(-1)[at % states.numel()] = bits
     with pytest.raises(Rejected, match=f"row {at % states.numel() // width},"):
-        check_finite("x", "hidden_state", states)
+        check_finite("hidden_state", states)
 
 
 @pytest.mark.parametrize("dtype", list(EXPONENT))
 def test_the_largest_the_smallest_and_both_zeros_are_finite(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
-    check_finite("x", "hidden_state", torch.tensor([[info.max, info.min, info.tiny, info.smallest_normal / 2, 0.0, -0.0]], dtype=dtype))
+    check_finite("hidden_state", torch.tensor([[info.max, info.min, info.tiny, info.smallest_normal / 2, 0.0, -0.0]], dtype=dtype))
 
 
 def test_a_cast_that_overflows_is_rejected_and_called_so(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_names_that_are_no_utf8_or_hold_odd_digits_are_fit_to_print(tmp_path: Pa
     for item in items:
         assert item.id.encode()
         assert_same(item.load(), made)
-        rejected = Rejected(item.place, Reason.EMPTY, "")
+        rejected = Rejected(Reason.EMPTY, "", item.place)
         assert str(rejected).encode()
 
 

@@ -69,7 +69,7 @@ def test_each_rank_gets_the_rows_that_the_plan_gives_it(
     for rank in range(ulysses * ring):
         data = dataset(store, ulysses, ring, max_length, sp_rank=rank, pool=readers)
         steps = [GlobalBatch(i, 0, ((pack,),)) for i, pack in enumerate(packs)]
-        for pack, item in zip(packs, data.batches(steps), strict=True):
+        for pack, item in zip(packs, data.micro_batches(steps), strict=True):
             sharding = shard_sequence([data.samples[n].document for n in pack], ulysses=ulysses, ring=ring, ttt_steps=T)
             expected = rank_batch(sharding, rank, whole_sequence(store, data, pack), "serving")
             for name, value in vars(expected).items():
@@ -87,7 +87,7 @@ def test_a_step_knows_its_counted_rows_before_its_first_batch(root: Path, ulysse
     for dp_rank in range(2):
         for rank in range(ulysses * ring):
             data = dataset(Store(root / "train"), ulysses, ring, dp_rank=dp_rank, sp_rank=rank)
-            items = list(data.batches([step]))
+            items = list(data.micro_batches([step]))
             assert [item.index for item in items] == [0, 1] and [item.is_last for item in items] == [False, True]
             assert torch.equal(items[0].counted, items[1].counted)
             total += items[0].counted
@@ -104,21 +104,21 @@ def test_label_facts_that_a_store_lacks_are_made_from_the_head(root: Path, tmp_p
     write_store(tmp_path / "full", root / "target", ("0001111111", "0111110"), seed=3)
     head = target_head(root / "target")
     steps = [GlobalBatch(0, 0, (((0,),), ((1,),)))]
-    bare = list(dataset(Store(tmp_path / "bare"), labeler=lambda hidden: argmax_and_logsumexp(hidden, head)).batches(steps))
-    full = list(dataset(Store(tmp_path / "full")).batches(steps))
+    bare = list(dataset(Store(tmp_path / "bare"), labeler=lambda hidden: argmax_and_logsumexp(hidden, head)).micro_batches(steps))
+    full = list(dataset(Store(tmp_path / "full")).micro_batches(steps))
     for made, stored in zip(bare, full, strict=True):
         assert torch.equal(made.batch.target_token, stored.batch.target_token)
         assert torch.allclose(made.batch.target_logsumexp, stored.batch.target_logsumexp)
         assert torch.equal(made.counted, stored.counted)
     with pytest.raises(StoreError, match="no target_token_id and no target_logsumexp"):
-        list(dataset(Store(tmp_path / "bare")).batches(steps))
+        list(dataset(Store(tmp_path / "bare")).micro_batches(steps))
 
 
 def test_each_needed_chunk_is_read_once_and_counted(root: Path, tmp_path: Path) -> None:
     mask = "0" * 1900 + "1" * 148
     write_store(tmp_path / "long", root / "target", (mask,), seed=4)
     store = Store(tmp_path / "long")
-    shares = [next(dataset(store, 1, 4, 4096, sp_rank=rank).batches([GlobalBatch(0, 0, (((0,),),))])).stats for rank in range(4)]
+    shares = [next(dataset(store, 1, 4, 4096, sp_rank=rank).micro_batches([GlobalBatch(0, 0, (((0,),),))])).stats for rank in range(4)]
     bytes_per_row = 4 * 24 * 4
     inflated = sum(share.bytes_inflated for share in shares)
     assert inflated < 1.2 * 2048 * bytes_per_row  # the whole file would be 4 times that
@@ -129,7 +129,7 @@ def test_fingerprints_tell_other_samples_and_other_plans_apart(root: Path) -> No
     store = Store(root / "train")
 
     def first(pack: tuple[int, ...], **layout: int) -> tuple[int, int]:
-        return next(dataset(store, **layout).batches([GlobalBatch(0, 0, ((pack,),))])).fingerprints()
+        return next(dataset(store, **layout).micro_batches([GlobalBatch(0, 0, ((pack,),))])).fingerprints()
 
     assert first((0, 1)) == first((0, 1))
     assert first((0, 1))[0] != first((1, 0))[0]
@@ -141,7 +141,7 @@ def test_a_damaged_file_is_an_error_with_its_name_where_the_batch_would_have_bee
     store = Store(tmp_path / "store")
     victim = store.root / store.entries[1].path
     victim.write_bytes(victim.read_bytes()[:-7])
-    batches = Prefetcher(dataset(store).batches([GlobalBatch(0, 0, (((0,),),)), GlobalBatch(1, 0, (((1,),),))]), 2, "read")
+    batches = Prefetcher(dataset(store).micro_batches([GlobalBatch(0, 0, (((0,),),)), GlobalBatch(1, 0, (((1,),),))]), 2, "read")
     assert next(batches).batch.names == ("sample-0",)
     with pytest.raises(StoreError, match=str(victim)):
         next(batches)
@@ -150,14 +150,14 @@ def test_a_damaged_file_is_an_error_with_its_name_where_the_batch_would_have_bee
 
 def test_reading_ahead_changes_nothing(root: Path) -> None:
     data = dataset(Store(root / "train"))
-    steps = list(Sampler(data.samples, dp=1, accumulation=2, pack_tokens=50, seed=1).steps(0, 4))
+    steps = list(Sampler(data.samples, dp=1, accumulation=2, pack_tokens=50, seed=1).global_batches(0, 4))
 
     def numbers(items: Iterator[MicroBatch]) -> list[tuple[int, int, float]]:
-        return [(item.step.number, item.index, float(item.batch.aux.double().sum())) for item in items]
+        return [(item.global_batch.number, item.index, float(item.batch.aux.double().sum())) for item in items]
 
-    plain = numbers(data.batches(steps))
+    plain = numbers(data.micro_batches(steps))
     for depth in (1, 3):
-        inner = Prefetcher(data.batches(steps), depth, "read")
+        inner = Prefetcher(data.micro_batches(steps), depth, "read")
         outer = Prefetcher(DeviceCopy(inner, torch.device("cpu"), torch.float32), 1, "copy")
         assert numbers(iter(outer)) == plain
         outer.close()
@@ -170,8 +170,8 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_with_other_readers_and_depth_ge
         data = dataset(store, 2, 1, sp_rank=1, pool=readers)
         sampler = Sampler(data.samples, dp=1, accumulation=1, pack_tokens=50, seed=1)
         assert sampler.steps_in(0) > 3  # step 3 is in the middle of an epoch
-        reading = Prefetcher(data.batches(sampler.steps(start, 6)), depth, "read")
-        return [(item.step.number, item.index, item.batch.names, item.batch.aux) for item in reading]
+        reading = Prefetcher(data.micro_batches(sampler.global_batches(start, 6)), depth, "read")
+        return [(item.global_batch.number, item.index, item.batch.names, item.batch.aux) for item in reading]
 
     whole = batches(0, None, depth=1)
     for readers, depth in ((None, 3), (pool, 2)):
@@ -220,12 +220,12 @@ def test_nothing_new_is_made_between_take_and_go_on() -> None:
     made: list[int] = []
     prefetcher = Prefetcher(counted_into(made, 4), 1, "count")
     assert prefetcher.take() == 0 and settled(made, 1) == [0]
-    prefetcher.go_on()
+    prefetcher.advance()
     assert settled(made, 2) == [0, 1]
-    prefetcher.go_on()
+    prefetcher.advance()
     assert settled(made, 2) == [0, 1]  # there was no room left to give back
     assert prefetcher.take() == 1 and settled(made, 2) == [0, 1]
-    assert prefetcher.take() == 2 and settled(made, 3) == [0, 1, 2]  # a go_on that was forgotten is made up for
+    assert prefetcher.take() == 2 and settled(made, 3) == [0, 1, 2]  # a advance that was forgotten is made up for
     assert list(prefetcher) == [3]
 
 
@@ -264,7 +264,7 @@ def test_rows_of_all_ranks_are_the_trained_rows(root: Path) -> None:
     owned = []
     for rank in range(4):
         data = dataset(store, 2, 2, sp_rank=rank)
-        item = next(data.batches([GlobalBatch(0, 0, ((pack,),))]))
+        item = next(data.micro_batches([GlobalBatch(0, 0, ((pack,),))]))
         owned.append(rg.rows(item.batch.sharding.queries[rank]))
     rows = np.concatenate(owned)
     assert len(set(rows.tolist())) == len(rows) == sum(data.samples[n].query_rows for n in pack)

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle_ds.data.read_pool import PIECE_ROWS, ReadPool, RowsWanted
+from eagle_ds.data.read_pool import REQUEST_ROWS, ReadPool, RowRequest
 from eagle_ds.store.format import CHUNK_ROWS, WIDE_NAMES
 from eagle_ds.store.store import Store, StoreError
-from tests.store_cases import make_facts, make_sample, same_bits, write_store
+from tests.store_cases import make_info, make_sample, same_bits, write_store
 
-FACTS = make_facts()
-TOKENS = 2 * PIECE_ROWS + CHUNK_ROWS + 11
+INFO = make_info()
+TOKENS = 2 * REQUEST_ROWS + CHUNK_ROWS + 11
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    samples = [make_sample("long", TOKENS, FACTS, 0), make_sample("short", 70, FACTS, 1)]
-    return write_store(tmp_path_factory.mktemp("store"), FACTS, *samples)
+    samples = [make_sample("long", TOKENS, INFO, 0), make_sample("short", 70, INFO, 1)]
+    return write_store(tmp_path_factory.mktemp("store"), INFO, *samples)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ def pool() -> Iterator[ReadPool]:
     made.close()
 
 
-def wanted(store: Store, number: int, name: str, *ranges: tuple[int, int]) -> RowsWanted:
+def wanted(store: Store, number: int, name: str, *ranges: tuple[int, int]) -> RowRequest:
     entry, info = store.entries[number], store.info
     width = info.hidden_size * (len(info.aux_layer_ids) if name == WIDE_NAMES[0] else 1)
     rows = sum(stop - start for start, stop in ranges)
-    return RowsWanted(store.root / entry.path, entry, info, name, ranges, (rows, width), torch.bfloat16)
+    return RowRequest(store.root / entry.path, entry, info, name, ranges, (rows, width), torch.bfloat16)
 
 
-def read(pool: ReadPool, parts: list[RowsWanted]) -> list[torch.Tensor]:
+def read(pool: ReadPool, parts: list[RowRequest]) -> list[torch.Tensor]:
     out = torch.empty(sum(part.nbytes for part in parts), dtype=torch.uint8)
     stats = pool.read(parts, out)
     assert stats.bytes_used >= out.nbytes
@@ -48,7 +48,7 @@ def read(pool: ReadPool, parts: list[RowsWanted]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "ranges", [[(0, TOKENS)], [(5, 6)], [(63, 65), (3, 70), (900, TOKENS - 1)], [(0, 0), (PIECE_ROWS, PIECE_ROWS + 1)]], ids=str
+    "ranges", [[(0, TOKENS)], [(5, 6)], [(63, 65), (3, 70), (900, TOKENS - 1)], [(0, 0), (REQUEST_ROWS, REQUEST_ROWS + 1)]], ids=str
 )
 def test_rows_are_those_of_the_reader(store: Store, pool: ReadPool, ranges: list[tuple[int, int]]) -> None:
     parts = [wanted(store, 0, name, *ranges) for name in WIDE_NAMES] + [wanted(store, 1, WIDE_NAMES[0], (1, 70))]
@@ -65,10 +65,10 @@ def test_nothing_wanted_is_nothing_read(store: Store, pool: ReadPool) -> None:
 
 
 def test_a_damaged_file_is_the_reader_s_own_error_and_the_next_read_works(store: Store, pool: ReadPool, tmp_path: Path) -> None:
-    damaged = write_store(tmp_path / "damaged", FACTS, make_sample("s", 200, FACTS))
+    damaged = write_store(tmp_path / "damaged", INFO, make_sample("s", 200, INFO))
     victim = damaged.root / damaged.entries[0].path
     victim.write_bytes(victim.read_bytes()[:-7])
-    with pytest.raises(StoreError, match=f"{victim}.*the file was cut or replaced"):
+    with pytest.raises(StoreError, match=f"{victim}.*the file was truncated or replaced"):
         read(pool, [wanted(damaged, 0, WIDE_NAMES[0], (0, 200))])
     assert read(pool, [wanted(store, 1, WIDE_NAMES[0], (0, 70))])
 

@@ -43,7 +43,7 @@ def test_an_epoch_trains_no_sample_twice(count: int, dp: int, accumulation: int,
         packs = sampler.epoch_packs(epoch)
         assert sorted(n for pack in packs for n in pack) == list(range(count))
         assert 0 <= len(packs) - sampler.steps_in(epoch) * dp * accumulation < dp * accumulation
-    trained = list(itertools.chain.from_iterable(map(flat, sampler.steps(0, sampler.steps_in(0)))))
+    trained = list(itertools.chain.from_iterable(map(flat, sampler.global_batches(0, sampler.steps_in(0)))))
     assert len(trained) == len(set(trained))
 
 
@@ -52,10 +52,10 @@ def test_resuming_at_any_step_goes_on_as_if_never_stopped(pack_tokens: int | Non
     def fresh() -> Sampler:
         return Sampler(samples(23), dp=2, accumulation=2, pack_tokens=pack_tokens, seed=3)
 
-    whole = list(fresh().steps(0, 17))
+    whole = list(fresh().global_batches(0, 17))
     assert [step.number for step in whole] == list(range(17)) and whole[-1].epoch > 2
     for start in range(17):
-        assert list(fresh().steps(start, 17)) == whole[start:]
+        assert list(fresh().global_batches(start, 17)) == whole[start:]
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
@@ -72,13 +72,13 @@ def test_the_number_of_steps_is_that_of_the_epochs_or_max_steps_if_less(pack_tok
     assert sampler.count_steps(3) == total
     assert sampler.count_steps(3, 2) == 2
     assert sampler.count_steps(3, 1000) == total
-    assert {step.epoch for step in sampler.steps(0, total)} == {0, 1, 2}
+    assert {step.epoch for step in sampler.global_batches(0, total)} == {0, 1, 2}
 
 
 def test_data_parallel_ranks_get_packs_of_like_cost() -> None:
     lengths = [10, 1000, 11, 1001, 500, 501]
     sampler = Sampler([sample(n, length) for n, length in enumerate(lengths)], dp=2)
-    for step in sampler.steps(0, 3):
+    for step in sampler.global_batches(0, 3):
         assert abs(lengths[step.packs[0][0][0]] - lengths[step.packs[0][1][0]]) == 1
 
 
