@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the acceptance length of a draft by real speculative decoding on its target.
 
-    tools/eval_acceptance.py --recipe recipes/smollm2_cpu.json --baseline untrained --num-prompts 12 --processes 2
+    tools/eval_acceptance.py --recipe recipes/smollm2_cpu.json --baseline untrained --processes 2
     tools/eval_acceptance.py --target meta-llama/Llama-3.1-8B-Instruct --draft drafts/new \\
         --baseline drafts/published --prompts chats.eval.jsonl --num-prompts 64 --dtype bfloat16
 

@@ -1,4 +1,7 @@
-"""One rank of tools/bench_step.py whose GPU has no memory left at the second shape: python launched_bench_step.py RANK OPTIONS..."""
+"""One rank of tools/bench_step.py whose GPU runs out of memory at the second shape.
+
+Usage: python launched_bench_step.py RANK OPTIONS... where RANK is the rank that fails.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from torch import Tensor
 from eagle_ds.bench.step import StepBench
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_step.py"
-STEPS_OF_THE_FIRST = 2  # one to warm up, one timed
+STEPS_OF_THE_FIRST = 2  # steps of the first shape: one to warm up, one timed
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""What each process of a test of the staged backend does: the same calls over it, the default group, and over gloo."""
+"""Functions that each process of the staged backend's tests runs: the same calls over it (the default group)
+and over gloo.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,15 @@ ZERO1_BF16 = {
 
 
 def both_ways(rank: int, world: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each collective's (result over staged, result over gloo), every rank's own."""
+    """Return each collective's (result over staged, result over gloo) on this rank."""
     gloo = dist.new_group(backend="gloo")
-    return {name: (call(rank, world, dtype, None), call(rank, world, dtype, gloo)) for name, call in CALLS.items()}
+    return {
+        name: (call(rank, world, dtype, None), call(rank, world, dtype, gloo)) for name, call in CALLS.items()
+    }
 
 
 def own(rank: int, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Small integers, exact in every type, different on every rank."""
+    """Return small integers, which are exact in every dtype and differ between ranks."""
     generator = torch.Generator().manual_seed(rank)
     return torch.randint(-8, 8, shape, generator=generator).to(dtype)
 
@@ -70,7 +74,7 @@ def _all_gather_into_tensor(rank: int, world: int, dtype: torch.dtype, group: An
 def _reduce(rank: int, world: int, dtype: torch.dtype, group: Any) -> Tensor:
     tensor = own(rank, dtype, 4)
     dist.reduce(tensor, dst=world - 1, group=group)
-    return tensor if rank == world - 1 else torch.zeros(())  # what others hold is nobody's promise
+    return tensor if rank == world - 1 else torch.zeros(())  # other ranks' tensors are undefined
 
 
 def _gather(rank: int, world: int, dtype: torch.dtype, group: Any) -> Tensor:
@@ -92,7 +96,7 @@ def _all_to_all_even(rank: int, world: int, dtype: torch.dtype, group: Any) -> T
 
 
 def _all_to_all_uneven(rank: int, world: int, dtype: torch.dtype, group: Any) -> Tensor:
-    """Rank r sends r * d rows to rank d, so to and from some nothing."""
+    """Rank r sends r * d rows to rank d; some messages are empty."""
     sent, received = [rank * d for d in range(world)], [r * rank for r in range(world)]
     output = torch.empty(sum(received), 2, dtype=dtype)
     dist.all_to_all_single(output, own(rank, dtype, sum(sent), 2), received, sent, group=group)
@@ -100,7 +104,7 @@ def _all_to_all_uneven(rank: int, world: int, dtype: torch.dtype, group: Any) ->
 
 
 def _neighbours(rank: int, world: int, dtype: torch.dtype, group: Any) -> Tensor:
-    """Blocking, in an order that cannot deadlock."""
+    """Send to the next rank and receive from the one before, blocking, in an order that cannot deadlock."""
     tensor, arrived = own(rank, dtype, 3), torch.empty(3, dtype=dtype)
     calls: list[Callable[[], Any]] = [
         lambda: dist.send(tensor, (rank + 1) % world, group=group),
@@ -114,15 +118,22 @@ def _neighbours(rank: int, world: int, dtype: torch.dtype, group: Any) -> Tensor
 CALLS = {
     call.__name__.lstrip("_"): call
     for call in (
-        *(_all_reduce, _all_reduce_max, _broadcast, _all_gather, _all_gather_into_tensor, _reduce, _gather, _scatter),
+        *(
+            _all_reduce, _all_reduce_max, _broadcast, _all_gather,
+            _all_gather_into_tensor, _reduce, _gather, _scatter
+        ),
         *(_all_to_all_even, _all_to_all_uneven, _neighbours),
     )
 }
 
 
 def reduce_scatters(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
-    """bfloat16: by the list, by one tensor, and averaged. Gloo has not all of them in every torch."""
-    whole, outputs = own(rank, torch.bfloat16, world, 3), [torch.empty(3, dtype=torch.bfloat16) for _ in range(3)]
+    """Return bfloat16 sums from a list and from one tensor, and an average. Not every torch has all of them
+    for gloo.
+    """
+    whole, outputs = own(rank, torch.bfloat16, world, 3), [
+        torch.empty(3, dtype=torch.bfloat16) for _ in range(3)
+    ]
     dist.reduce_scatter(outputs[0], list(whole))
     comm.reduce_scatter_tensor(outputs[1], whole.view(-1))
     dist.reduce_scatter_tensor(outputs[2], whole.view(-1), op=dist.ReduceOp.AVG)
@@ -130,7 +141,7 @@ def reduce_scatters(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def older_names(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What torch 2.11 calls: all-gather, reduce-scatter, all-to-all."""
+    """Call all-gather, reduce-scatter and all-to-all by the names of torch 2.11."""
     group, options = dist.group.WORLD, dist.ReduceScatterOptions()
     everyone, part, turned = torch.empty(world * 2), torch.empty(2), torch.empty(world)
     group._allgather_base(everyone, own(rank, torch.float32, 2)).wait()
@@ -140,14 +151,14 @@ def older_names(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def narrow_sum(rank: int, world: int) -> float:
-    """256 + 1 + 1 + ...: in bfloat16 each 1 alone would be rounded away."""
+    """Return 256 + 1 + 1 + ...; summing in bfloat16 would lose each 1."""
     tensor = torch.tensor([256.0 if rank == 0 else 1.0], dtype=torch.bfloat16)
     dist.all_reduce(tensor)
     return tensor.item()
 
 
 def control_messages(rank: int, world: int) -> tuple[str, list[Any], list[Any]]:
-    """The backend's name, and objects through it; a barrier between."""
+    """Return the backend's name and objects sent through it, with barriers in between."""
     everyone, sent = [None] * world, [{"from": 0} if rank == 0 else None]
     dist.all_gather_object(everyone, {"rank": rank})
     dist.barrier()
@@ -157,21 +168,27 @@ def control_messages(rank: int, world: int) -> tuple[str, list[Any], list[Any]]:
 
 
 def exchanges(rank: int, world: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The ring's and Ulysses' own way around, over the default group and over gloo; in subgroups of two where there are four."""
+    """Exchange as ring and Ulysses do, over the default group and over gloo; with four ranks, in groups of
+    two.
+    """
     results: dict[str, list[Tensor]] = {}
     for backend in (None, "gloo"):
         members = [m for m in ([0, 1], [2, 3]) if m[-1] < world]
         handles = {tuple(m): dist.new_group(m, backend=backend) for m in members}
         pair = next(tuple(m) for m in members if rank in m)
         group = Group(pair, pair.index(rank), handles[pair])
-        for name, result in {"ring": _around(group), "gathered": _gathered(group), "heads": _heads(group)}.items():
+        for name, result in {
+            "ring": _around(group), "gathered": _gathered(group), "heads": _heads(group)
+        }.items():
             results.setdefault(name, []).append(result)
     return {name: (found[0], found[1]) for name, found in results.items()}
 
 
 def _around(group: Group) -> Tensor:
-    """Two rotations under way at once, then once more with what arrived."""
-    exchange, block = RingExchange(group, [((0, 3),), ((3, 6),)]), own(group.ranks[group.rank], torch.bfloat16, 3, 2)
+    """Start two rotations at the same time, then rotate again what arrived."""
+    exchange, block = RingExchange(group, [((0, 3),), ((3, 6),)]), own(
+        group.ranks[group.rank], torch.bfloat16, 3, 2
+    )
     first, second = exchange.rotate(block, 3), exchange.rotate(block + 1, 3)
     return torch.stack([exchange.rotate(first.wait(), 3).wait(), second.wait()])
 
@@ -186,15 +203,22 @@ def _heads(group: Group) -> Tensor:
     exchange, counts = UlyssesExchange(group, 4, 1), [3, 1]
     rows = own(group.ranks[group.rank], torch.bfloat16, counts[group.rank], 4, 2)
     there = exchange.to_heads(rows, counts)
-    return torch.cat([exchange.to_rows(there * 2, counts), exchange.slots_to_kv(exchange.kv_to_slots(rows[:, :1], counts), counts)], 1)
+    return torch.cat([
+        exchange.to_rows(there * 2, counts),
+        exchange.slots_to_kv(exchange.kv_to_slots(rows[:, :1], counts), counts)
+    ], 1)
 
 
 def zero1_steps(rank: int, world: int, backend: str) -> list[Tensor]:
-    """Weights after two steps of DeepSpeed's ZeRO-1 in bfloat16 over a default group of ``backend``."""
+    """Return the weights after two steps of DeepSpeed's ZeRO-1 in bfloat16 over a default group of
+    ``backend``.
+    """
     assert dist.get_backend() == backend
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=ZERO1_BF16)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config=ZERO1_BF16
+    )
     for step in range(2):
         engine.backward(engine(own(10 * step + rank, torch.bfloat16, 4, 6)).square().mean())
         engine.step()

@@ -1,4 +1,4 @@
-"""A profile puts every kernel into its category, knows which phase launched it, and measures what runs beside what."""
+"""A profile assigns every kernel to its category and phase, and measures what overlaps."""
 
 from __future__ import annotations
 
@@ -14,66 +14,96 @@ from eagle_ds.bench.profile import Kernel, category_of, common, length, read_tra
 PHASES = ("forward", "backward", "optimizer")
 
 NAMES = {
-    "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)": "communication",
-    "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
-    "Memcpy HtoD (Pinned -> Device)": "copies and fills",
-    "Memset (Device)": "copies and fills",
-    "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)>(int)": "copies and fills",
-    "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul> >": "copies and fills",
-    "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::OpaqueType<2u>, unsigned int, 2, 64, 64>": "copies and fills",
-    "void at::native::vectorized_gather_kernel<16, long>(char*, char*, long*, int)": "copies and fills",
-    "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT": "matmul",
-    "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off_kernel__5x_cublas": "matmul",
-    "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128_32x3_nn_align8>(T1::Params)": "matmul",
-    "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>": "matmul",
-    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0": "attention prefix",
-    "void cudnn::fusion::compute_dot_do_o_specialized<true, 128, 64, false, 256, cudnn::fusion::Policy>": "attention prefix",
-    "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<128, 64, 128> >": "attention prefix",
-    "_dkv_kernel": "attention prefix",
-    "_row_facts_kernel": "attention prefix",
-    "triton_tem_fused_flex_attention_0": "attention prefix",
-    "_diagonal_forward_kernel": "attention diagonals",
-    "_row_kernel": "loss",
-    "_label_kernel": "loss",
-    "triton_red_fused_mean_mul_pow_rsqrt_0": "norm",
-    "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float, true>": "norm",
-    "_norm_backward_kernel": "norm",
-    "_swiglu_backward_kernel": "elementwise",
-    "_add_kernel": "elementwise",
-    "_add_rows_kernel": "elementwise",
-    "_take_rows_kernel": "elementwise",
-    "_rotate_kernel": "elementwise",
-    "triton_poi_fused_add_mul_1": "elementwise",
-    "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>, std::array<char*, 3ul> >": "elementwise",
-    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::func_wrapper_t<float> > >": "elementwise",
-    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>, c10::BFloat16>": "optimizer",
-    "some_kernel_of_tomorrow": "other",
+    "communication": [
+        "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)",
+        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+    ],
+    "copies and fills": [
+        "Memcpy HtoD (Pinned -> Device)",
+        "Memset (Device)",
+        "void at::native::elementwise_kernel<128, 4, "
+        "at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)>(int)",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, "
+        "std::array<char*, 1ul> >",
+        "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::OpaqueType<2u>, "
+        "unsigned int, 2, 64, 64>",
+        "void at::native::vectorized_gather_kernel<16, long>(char*, char*, long*, int)",
+    ],
+    "matmul": [
+        "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_"
+        "k_off_kernel__5x_cublas",
+        "void "
+        "cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128_32x3_nn_align8>(T1::Params)",
+        "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>",
+    ],
+    "attention prefix": [
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0",
+        "void cudnn::fusion::compute_dot_do_o_specialized<true, 128, 64, false, 256, cudnn::fusion::Policy>",
+        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<128, "
+        "64, 128> >",
+        "_dkv_kernel",
+        "_row_facts_kernel",
+        "triton_tem_fused_flex_attention_0",
+    ],
+    "attention diagonals": [
+        "_diagonal_forward_kernel",
+    ],
+    "loss": [
+        "_row_kernel",
+        "_label_kernel",
+    ],
+    "norm": [
+        "triton_red_fused_mean_mul_pow_rsqrt_0",
+        "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float, true>",
+        "_norm_backward_kernel",
+    ],
+    "elementwise": [
+        "_swiglu_backward_kernel",
+        "_add_kernel",
+        "_add_rows_kernel",
+        "_take_rows_kernel",
+        "_rotate_kernel",
+        "triton_poi_fused_add_mul_1",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>, "
+        "std::array<char*, 3ul> >",
+        "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, "
+        "at::native::func_wrapper_t<float> > >",
+    ],
+    "optimizer": [
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, "
+        "4>, c10::BFloat16>",
+    ],
+    "other": [
+        "some_kernel_of_tomorrow",
+    ],
 }
+"""Names of kernels as traces show them, by category."""
 
 
-@pytest.mark.parametrize(("name", "category"), NAMES.items())
-def test_a_kernels_name_tells_its_category(name: str, category: str) -> None:
+@pytest.mark.parametrize(("name", "category"), [(n, category) for category in NAMES for n in NAMES[category]])
+def test_the_category_follows_from_the_kernels_name(name: str, category: str) -> None:
     assert category_of(name) == category
 
 
-def test_where_a_kernel_was_launched_overrules_its_name() -> None:
+def test_the_launch_of_a_kernel_overrides_its_name() -> None:
     assert Kernel("nvjet_gemm", 0, 1, "forward").category == "matmul"
     assert Kernel("nvjet_gemm", 0, 1, "forward", in_loss=True).category == "loss"
     assert Kernel("triton_poi_fused_mul", 0, 1, "optimizer").category == "optimizer"
     assert Kernel("ncclDevKernel_AllGather", 0, 1, "optimizer").category == "communication"
 
 
-def test_intervals() -> None:
+def test_interval_arithmetic() -> None:
     assert union([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
     assert length([(0, 4), (5, 6)]) == 5
     assert common([(0, 4), (5, 9)], [(1, 2), (3, 6), (8, 20)]) == 1 + 1 + 1 + 1
     assert common([], [(0, 1)]) == 0
 
 
-def test_communication_beside_computing_is_measured() -> None:
+def test_overlapped_communication_is_measured() -> None:
     kernels = [
         Kernel("nvjet_gemm", 0, 1000, "forward"),
-        Kernel("ncclDevKernel_SendRecv", 500, 1500, "forward"),  # half of it beside the matmul
+        Kernel("ncclDevKernel_SendRecv", 500, 1500, "forward"),  # half of it overlaps the matmul
         Kernel("ncclDevKernel_SendRecv", 500, 1500, "forward"),  # two channels at once count once
         Kernel("Memcpy DtoH (Device -> Pinned)", 1000, 1500, "forward"),  # moves data, does not compute
         Kernel("_rotate_kernel", 1800, 2000, "backward"),
@@ -92,7 +122,7 @@ def test_communication_beside_computing_is_measured() -> None:
     assert "50% of it overlapped by computing kernels" in text
 
 
-def test_no_kernel_is_said_in_a_sentence() -> None:
+def test_a_trace_without_kernels_is_refused() -> None:
     with pytest.raises(ValueError, match="profile on a GPU"):
         summarize([])
 
@@ -102,10 +132,10 @@ def event(cat: str, name: str, ts: float, dur: float, tid: int = 1, **args: Any)
 
 
 @pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
-def test_a_trace_tells_what_launched_a_kernel(tmp_path: Path, name: str) -> None:
+def test_a_trace_shows_where_a_kernel_was_launched(tmp_path: Path, name: str) -> None:
     events = [
         {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "python"}},
-        event("user_annotation", "forward", -300, 100),  # the step before, which left its last kernel for now
+        event("user_annotation", "forward", -300, 100),  # the previous step; its last kernel runs in this one
         event("user_annotation", "optimizer", -100, 90),
         event("cuda_runtime", "cudaLaunchKernel", -50, 2, correlation=5),
         event("kernel", "nvjet_e", 5, 10, correlation=5),
@@ -115,7 +145,8 @@ def test_a_trace_tells_what_launched_a_kernel(tmp_path: Path, name: str) -> None
         event("cpu_op", "aten::mm", 10, 5),
         event("cuda_runtime", "cudaLaunchKernel", 12, 2, correlation=1),
         event("cuda_driver", "cuLaunchKernelEx", 60, 2, correlation=2),
-        event("cuda_runtime", "cudaMemcpyAsync", 61, 2, tid=9, correlation=3),  # another thread, while the loss runs
+        # another thread during the loss
+        event("cuda_runtime", "cudaMemcpyAsync", 61, 2, tid=9, correlation=3),
         event("cuda_runtime", "cudaLaunchKernel", 150, 2, tid=7, correlation=4),  # autograd's thread
         event("kernel", "nvjet_a", 200, 10, correlation=1),
         event("kernel", "nvjet_b", 210, 10, correlation=2),
@@ -126,7 +157,9 @@ def test_a_trace_tells_what_launched_a_kernel(tmp_path: Path, name: str) -> None
     path = tmp_path / name
     with gzip.open(path, "wt") if name.endswith("gz") else path.open("w") as file:
         json.dump({"traceEvents": events}, file)
-    found = {kernel.name[-1]: (kernel.phase, kernel.in_loss, kernel.category) for kernel in read_trace(path, PHASES, "head and loss")}
+    found = {kernel.name[-1]: (kernel.phase, kernel.in_loss, kernel.category) for kernel in read_trace(
+        path, PHASES, "head and loss"
+    )}
     assert found == {
         "a": ("forward", False, "matmul"),
         "b": ("forward", True, "loss"),

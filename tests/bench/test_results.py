@@ -1,4 +1,4 @@
-"""Results read back from JSON lines make a table and pictures, each when there is enough for it."""
+"""Results read from JSON lines give tables and pictures, each if there are enough results for it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,25 @@ from eagle_ds.bench.results import (
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG"
+TIMEOUT_S = 300  # for hangs only: at least ten times what the command takes on an idle machine
 
 
-def line(tokens: int = 131_072, gpus: int = 4, layout: str = "U4 R1", step_ms: float = 2400.0, **changes: Any) -> dict[str, Any]:
-    """What the tool writes."""
-    phases = {"data_wait_ms": 0.0, "forward_ms": 0.4 * step_ms, "backward_ms": 0.59 * step_ms, "optimizer_ms": 0.01 * step_ms}
-    rates = {"tokens_per_s_per_gpu": 13653, "trained_rows_per_s": 54613, "floor_ms": 0.9 * step_ms, "ratio_to_floor": 1.11, "mfu": 0.5}
-    start = {"model": "llama3_8b", "gpus": gpus, "fraction": 1.0, "turn": 512, "tokens": tokens, "documents": 1, "trained_rows": tokens}
+def line(
+    tokens: int = 131_072, gpus: int = 4, layout: str = "U4 R1", step_ms: float = 2400.0, **changes: Any
+) -> dict[str, Any]:
+    """Return a line as the tool writes it."""
+    phases = {
+        "data_wait_ms": 0.0, "forward_ms": 0.4 * step_ms,
+        "backward_ms": 0.59 * step_ms, "optimizer_ms": 0.01 * step_ms
+    }
+    rates = {
+        "tokens_per_s_per_gpu": 13653, "trained_rows_per_s": 54613,
+        "floor_ms": 0.9 * step_ms, "ratio_to_floor": 1.11, "mfu": 0.5
+    }
+    start = {
+        "model": "llama3_8b", "gpus": gpus, "fraction": 1.0, "turn": 512,
+        "tokens": tokens, "documents": 1, "trained_rows": tokens
+    }
     how = {"layout": layout, "ttt_steps": 7, "recompute": "full", "step_ms": step_ms, "peak_gib": 18.5}
     return start | how | phases | rates | changes
 
@@ -45,10 +57,12 @@ SCALING = [
     line(gpus=2, layout="U2 R1", step_ms=4900),
     line(gpus=2, layout="U1 R2 gather", step_ms=4800),
     line(),
-    line(gpus=4, layout="U2 R1", step_ms=4900),  # two sequences at once: no strong scaling
+    line(gpus=4, layout="U2 R1", step_ms=4900),  # two sequences at once: not strong scaling
 ]
 OUT_OF_MEMORY = {
-    **{name: line()[name] for name in ("model", "fraction", "turn", "tokens", "documents", "ttt_steps", "recompute")},
+    **{name: line()[name] for name in (
+        "model", "fraction", "turn", "tokens", "documents", "ttt_steps", "recompute"
+    )},
     "gpus": 1,
     "layout": "U1 R1",
     "error": "out of memory",
@@ -56,61 +70,70 @@ OUT_OF_MEMORY = {
 }
 
 
-def test_each_picture_is_drawn_when_there_is_enough_for_it() -> None:
+def test_a_picture_is_drawn_only_if_there_are_enough_results() -> None:
     for draw, lines in ((length_figure, LENGTHS), (fraction_figure, FRACTIONS), (scaling_figure, SCALING)):
         assert draw(results(*lines, OUT_OF_MEMORY)).startswith(PNG)
         assert draw(results(line(), OUT_OF_MEMORY)) is None
         assert draw([]) is None
 
 
-def test_everything_is_written_and_read_back(tmp_path: Path) -> None:
+def test_tables_and_pictures_are_written(tmp_path: Path) -> None:
     file = tmp_path / "steps.jsonl"
-    file.write_text("".join(json.dumps(one) + "\n" for one in [*LENGTHS, *FRACTIONS, *SCALING, OUT_OF_MEMORY]))
+    file.write_text(
+        "".join(json.dumps(one) + "\n" for one in [*LENGTHS, *FRACTIONS, *SCALING, OUT_OF_MEMORY])
+    )
     written = write_results(read_results([file]), tmp_path / "out")
     assert [path.name for path in written] == ["steps.md", "length.png", "fraction.png", "scaling.png"]
 
 
-def test_the_table_says_what_was_measured_beside_the_peer() -> None:
+def test_the_table_shows_measurements_next_to_the_peers() -> None:
     store = line(source="store", data_wait_ms=3.0, offload_activations=True)
     packed = line(documents=32, fraction=0.25, gpus=1, layout="U1 R1")
     rows = markdown(results(line(), store, packed, OUT_OF_MEMORY)).splitlines()[2:]
     assert rows[0] == (
-        "| 128K, all rows | 4 | U4 R1 | full | 2.40 s | 960 ms / 1.42 s / 24.0 ms | 13,653 | 18.5 GiB | 2.16 s | 1.11 | 50.0% "
-        "| 4.76 s, 81.6 GiB (U4 R1) |"
+        "| 128K, all rows | 4 | U4 R1 | full | 2.40 s | 960 ms / 1.42 s / 24.0 ms | 13,653 | 18.5 GiB "
+        "| 2.16 s | 1.11 | 50.0% | 4.76 s, 81.6 GiB (U4 R1) |"
     )
     assert "| 128K, all rows (from store, waits 3.0 ms) | 4 | U4 R1 | full, offload |" in rows[1]
     assert rows[2].startswith("| 32 x 4K packed, 25% in turns of 512 | 1 |") and rows[2].endswith("|  |")
     assert "| out of memory |" in rows[3] and rows[3].endswith("| out of memory |")  # ours, and the peer's
 
 
-def test_times_of_ranks_that_shared_a_gpu_are_nowhere_and_their_memory_is() -> None:
+def test_ranks_that_shared_a_gpu_show_their_memory_but_no_times() -> None:
     shared = [one | {"shared_gpu": True} for one in SCALING]
-    assert scaling_figure(results(*shared)) is None and scaling_figure(results(*SCALING[:3], *shared[3:])).startswith(PNG)
+    assert scaling_figure(results(*shared)) is None and scaling_figure(
+        results(*SCALING[:3], *shared[3:])
+    ).startswith(PNG)
     assert length_figure(results(*LENGTHS[:1], *(one | {"shared_gpu": True} for one in LENGTHS[1:]))) is None
     row = markdown(results(line(shared_gpu=True))).splitlines()[2]
     assert row == "| 128K, all rows | 4 | U4 R1 | full | ranks share a GPU |  |  | 18.5 GiB |  |  |  |  |"
 
 
-def test_one_rank_alone_is_called_so_and_is_no_scaling() -> None:
+def test_one_rank_alone_is_labelled_and_left_out_of_scaling() -> None:
     alone = [one | {"alone_of": one["gpus"], "alone_rank": 0} for one in SCALING]
     assert scaling_figure(results(SCALING[0], *alone[1:])) is None
-    assert length_figure(results(*(one | {"alone_of": 4, "alone_rank": 0} for one in LENGTHS))).startswith(PNG)
+    assert length_figure(
+        results(*(one | {"alone_of": 4, "alone_rank": 0} for one in LENGTHS))
+    ).startswith(PNG)
     table = markdown(results(alone[3]))
-    assert "| 4 | U4 R1, one rank alone | full | 2.40 s |" in table and "without communication" in table and "4.76 s" not in table
+    assert "| 4 | U4 R1, one rank alone | full | 2.40 s |" in table and "without communication" in table
+    assert "4.76 s" not in table  # the peer's step
     assert "without communication" not in markdown(results(line()))
 
 
-def test_scaling_compares_equal_settings_alone() -> None:
+def test_scaling_compares_equal_settings_only() -> None:
     assert scaling_figure(results(SCALING[0], SCALING[1] | {"recompute": "selective"})) is None
 
 
-def test_memory_of_a_rank_is_held_to_its_share_of_one_gpus() -> None:
+def test_the_memory_of_a_rank_is_compared_with_its_share() -> None:
     def on(gpus: int, layout: str, kept: float, **changes: Any) -> dict[str, Any]:
         return line(gpus=gpus, layout=layout, peak_gib=9.0 + kept, resident_gib=7.0, kept_gib=kept, **changes)
 
-    lines = [on(4, "U4 R1", 2.1, shared_gpu=True), on(1, "U1 R1", 7.0), on(1, "U1 R1", 8.0), on(2, "U2 R1", 4.4)]
+    lines = [
+        on(4, "U4 R1", 2.1, shared_gpu=True), on(1, "U1 R1", 7.0), on(1, "U1 R1", 8.0), on(2, "U2 R1", 4.4)
+    ]
     others = [on(4, "U2 R1", 4.4), on(4, "U4 R1", 9.0, recompute="none"), line(), OUT_OF_MEMORY]
-    # Two sequences at once; nothing to hold it to; a line without these figures.
+    # None of these has a row: two sequences at once; no result on one GPU; no memory figures; no memory.
     rows = memory_markdown(results(*lines, *others)).splitlines()[2:5]
     assert rows == [
         "| 128K, all rows | full | 1 | U1 R1 | 17.00 | 7.00 | 8.00 | 8.00 | 1.00 | 2.00 |",
@@ -120,23 +143,25 @@ def test_memory_of_a_rank_is_held_to_its_share_of_one_gpus() -> None:
     assert memory_markdown(results(*others)) is None and memory_markdown(results(*SCALING)) is None
 
 
-def test_the_peers_step_is_its_own_in_that_layout_else_its_fastest() -> None:
+def test_the_peers_step_has_the_same_layout_or_is_its_fastest() -> None:
     assert peer_for(131_072, 4, "U1 R4 p2p").step_ms == 6817
     assert peer_for(131_072, 4, "U8 R1").step_ms == 4760
     assert peer_for(131_072, 2, "U2 R1") is None
 
 
-def test_sequences_trained_at_once_are_known_from_the_layout() -> None:
+def test_the_layout_gives_the_number_of_sequences_at_once() -> None:
     assert [result.data_parallel for result in results(*SCALING)] == [1, 1, 1, 1, 2]
 
 
-def test_numbers_are_short() -> None:
+def test_numbers_are_formatted_briefly() -> None:
     assert [short(n) for n in (4096, 131_072, 1 << 20, 1000)] == ["4K", "128K", "1M", "1000"]
-    assert [milliseconds(ms) for ms in (3.14159, 333.3, 1510.0, 10_910.0)] == ["3.1 ms", "333 ms", "1.51 s", "10.91 s"]
+    assert [milliseconds(ms) for ms in (3.14159, 333.3, 1510.0, 10_910.0)] == [
+        "3.1 ms", "333 ms", "1.51 s", "10.91 s"
+    ]
 
 
 @pytest.mark.parametrize("text", ["nonsense", "{}", "[]", '{"model": "llama3_8b", "gpus": 4}', ""])
-def test_what_is_no_result_is_said_in_a_sentence(tmp_path: Path, text: str) -> None:
+def test_a_file_without_results_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "steps.jsonl"
     file.write_text(text and text + "\n")
     with pytest.raises(ValueError, match="give files written by"):
@@ -149,7 +174,9 @@ def test_the_tool_draws_without_a_gpu(tmp_path: Path) -> None:
 
     def plot(*files: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "tools/bench_step.py"), "--plot", *files, "--out", "pictures"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
 
     done = plot("a.jsonl", "b.jsonl")
     assert done.returncode == 0, done.stderr

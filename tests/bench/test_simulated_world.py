@@ -1,4 +1,4 @@
-"""Which GPU a rank takes where ranks share them."""
+"""Ranks that share GPUs take them in turn and divide their memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_ranks_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, gpus: int,
     for local_rank, index in enumerate(expected):
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         assert simulated_world.take_shared_device(local_rank) == torch.device("cuda", index)
-        assert os.environ["LOCAL_RANK"] == str(index)  # DeepSpeed's engine takes its GPU from there
+        assert os.environ["LOCAL_RANK"] == str(index)  # DeepSpeed's engine selects its GPU by it
         accelerator.set_device.assert_called_with(index)
     assert world.take_device(2) == torch.device("cuda", 2)
 

@@ -1,4 +1,4 @@
-"""Ranks that share a GPU talk through host memory: every collective gives what gloo gives. Here the tensors lie on the CPU."""
+"""The staged backend gives what gloo gives, for every collective. Here the tensors are on the CPU."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ def test_every_collective_gives_what_gloo_gives(pool: GlooPool, world: int, dtyp
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_parts_of_a_sum_go_to_their_ranks(pool: GlooPool, world: int) -> None:
+def test_reduce_scatter_gives_each_rank_its_part(pool: GlooPool, world: int) -> None:
     total = sum(work.own(rank, torch.float32, world, 3) for rank in range(world))
     for rank, (by_list, by_tensor, average) in enumerate(pool.run(work.reduce_scatters, world)):
         assert torch.equal(by_list.float(), total[rank]) and torch.equal(by_tensor, by_list)
         assert torch.equal(average, (total[rank] / world).bfloat16())
 
 
-def test_older_torch_finds_its_names(pool: GlooPool) -> None:
+def test_collectives_have_the_names_of_torch_2_11(pool: GlooPool) -> None:
     gathered = torch.cat([work.own(rank, torch.float32, 2) for rank in range(2)])
     for rank, (everyone, part, turned) in enumerate(pool.run(work.older_names, 2)):
-        assert torch.equal(everyone, gathered) and torch.equal(part, 3 * gathered[2 * rank :][:2]) and turned.tolist() == [0, 1]
+        summed = 3 * gathered[2 * rank :][:2]
+        assert torch.equal(everyone, gathered) and torch.equal(part, summed) and turned.tolist() == [0, 1]
 
 
-def test_narrow_types_are_summed_wide(pool: GlooPool) -> None:
+def test_bfloat16_is_summed_in_float32(pool: GlooPool) -> None:
     assert pool.run(work.narrow_sum, 4) == [260.0] * 4  # 259 to the nearest bfloat16
 
 
-def test_control_messages_pass(pool: GlooPool) -> None:
+def test_objects_and_barriers_work(pool: GlooPool) -> None:
     expected = ("staged", [{"rank": rank} for rank in range(4)], [{"from": 0}])
     assert pool.run(work.control_messages, 4) == [expected] * 4
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ring_and_ulysses_arrive_where_gloo_takes_them(pool: GlooPool, world: int) -> None:
+def test_ring_and_ulysses_exchange_as_over_gloo(pool: GlooPool, world: int) -> None:
     for results in pool.run(work.exchanges, world):
         assert all(torch.equal(staged, gloo) for staged, gloo in results.values())
 

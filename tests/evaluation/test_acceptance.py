@@ -1,4 +1,4 @@
-"""What acceptance.json says is what the rounds were; intervals are over prompts; prompts passed over are counted."""
+"""acceptance.json agrees with the rounds; intervals are over prompts; skipped prompts are counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.chat import ChatEncoder
 from eagle_ds.drafts.folder import build_draft, untrained_draft
 from eagle_ds.evaluation import acceptance
-from eagle_ds.evaluation.acceptance import Measurement, Prompt, acceptance_length, bootstrap, by_context, by_position, load_prompts
+from eagle_ds.evaluation.acceptance import (
+    Measurement,
+    Prompt,
+    acceptance_length,
+    bootstrap,
+    by_context,
+    by_position,
+    load_prompts,
+)
 from eagle_ds.evaluation.decoding import Decoded, DecodeSettings, Divergence, Round
 from eagle_ds.evaluation.decoding_pool import DecodingJob, measure_job
 from eagle_ds.target.files import load_target_weights
@@ -34,14 +42,16 @@ def test_acceptance_is_counted_per_pass_position_and_context() -> None:
     assert found["reached_by_position"] == [4, 3, 2]
     assert found["acceptance_by_position"] == [3 / 4, 2 / 3, 1 / 2]
     assert found["cumulative_by_position"] == [3 / 4, 2 / 4, 1 / 4]
-    assert [(b["from"], b["to"], b["passes"], b["acceptance_length"]) for b in by_context(ROUNDS)] == [(0, 256, 2, 2.0), (256, 512, 2, 3.0)]
+    assert [(b["from"], b["to"], b["passes"], b["acceptance_length"]) for b in by_context(ROUNDS)] == [
+        (0, 256, 2, 2.0), (256, 512, 2, 3.0)
+    ]
 
 
-def test_length_is_one_plus_the_cumulative_acceptance() -> None:
+def test_acceptance_length_is_one_plus_the_cumulative_acceptance() -> None:
     assert acceptance_length(ROUNDS) == 1 + sum(by_position(ROUNDS, 3)["cumulative_by_position"])
 
 
-def test_nothing_decoded_is_no_gain() -> None:
+def test_without_a_pass_the_acceptance_length_is_one() -> None:
     assert acceptance_length([]) == 1.0 and by_context([]) == []
     assert bootstrap([Decoded([1]), Decoded([1])]).value == 1.0
 
@@ -50,7 +60,8 @@ def test_the_interval_is_paired_by_prompt() -> None:
     base = [answer([gain] * 4) for gain in (1, 1, 2, 3, 4, 4)]
     better = [answer([gain + 1] * 4) for gain in (1, 1, 2, 3, 4, 4)]
     alone, difference = bootstrap(better), bootstrap(better, base)
-    assert (difference.value, difference.low, difference.high) == pytest.approx((1.0, 1.0, 1.0))  # each prompt gains exactly one
+    # each prompt gains exactly one
+    assert (difference.value, difference.low, difference.high) == pytest.approx((1.0, 1.0, 1.0))
     assert alone.low < alone.value < alone.high
     same = bootstrap(base, base)
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
@@ -59,16 +70,24 @@ def test_the_interval_is_paired_by_prompt() -> None:
 
 def test_a_summary_holds_drafts_differences_prompts_and_divergences() -> None:
     gone = Divergence(3, 5, 6, 0.01, 0.02)
-    drafts = {"untrained": [answer([1, 1]), answer([1])], "trained": [answer([2, 2]), answer([3], divergence=gone)]}
+    drafts = {
+        "untrained": [answer([1, 1]), answer([1])], "trained": [answer([2, 2]), answer([3], divergence=gone)]
+    }
     plain = [Decoded([0] * 5, seconds=1.0), Decoded([0] * 4, seconds=1.0)]
-    found = Measurement(DecodeSettings(8, 3), [Prompt("a", (1, 2)), Prompt("b", (3,))], plain, drafts).summary()
+    found = Measurement(
+        DecodeSettings(8, 3), [Prompt("a", (1, 2)), Prompt("b", (3,))], plain, drafts
+    ).summary()
     assert found == json.loads(json.dumps(found))
     assert [draft["acceptance_length"] for draft in found["drafts"]] == [1.0, 7 / 3]
     assert found["plain"]["tokens_per_s"] == 3.5
     assert found["drafts"][1]["speedup"] == (7 / 1.5) / 3.5
-    assert (found["drafts"][1]["identical_answers"], found["drafts"][1]["divergences"][0]["prompt"]) == (1, "b")
+    assert (
+        found["drafts"][1]["identical_answers"], found["drafts"][1]["divergences"][0]["prompt"]
+    ) == (1, "b")
     (gain,) = found["differences"]
-    assert (gain["draft"], gain["baseline"], round(gain["value"], 6)) == ("trained", "untrained", round(4 / 3, 6))
+    assert (gain["draft"], gain["baseline"], round(gain["value"], 6)) == (
+        "trained", "untrained", round(4 / 3, 6)
+    )
     assert found["prompts"][0] == {
         "id": "a",
         "prompt_tokens": 2,
@@ -78,11 +97,13 @@ def test_a_summary_holds_drafts_differences_prompts_and_divergences() -> None:
     }
 
 
-# -- prompts -----------------------------------------------------------------------------------------------------------
+# -- prompts -------------------------------------------------------------------------------------------------
 
 
 def turns(*roles: str, text: str = "hello") -> dict[str, Any]:
-    return {"messages": [{"role": {"u": "user", "a": "assistant", "s": "system"}[role], "content": text} for role in roles]}
+    return {"messages": [
+        {"role": {"u": "user", "a": "assistant", "s": "system"}[role], "content": text} for role in roles
+    ]}
 
 
 def write_lines(path: Path, *records: dict[str, Any]) -> Path:
@@ -97,14 +118,16 @@ def encoder() -> ChatEncoder:
 
 def test_a_prompt_ends_where_the_target_would_answer(tmp_path: Path, encoder: ChatEncoder) -> None:
     path = write_lines(tmp_path / "chats.jsonl", turns("s", "u", "a", "u", "a"), turns("u"))
-    last, alone = (encoder.tokenizer.decode(prompt.ids) for prompt in load_prompts(path, encoder, 9, 4096).prompts)
+    last, alone = (
+        encoder.tokenizer.decode(prompt.ids) for prompt in load_prompts(path, encoder, 9, 4096).prompts
+    )
     assert last.count("<|im_start|>assistant") == 2 and last.endswith("<|im_start|>assistant\n")
     assert alone.endswith("user\nhello<|im_end|>\n<|im_start|>assistant\n")
     first = encoder.tokenizer.decode(load_prompts(path, encoder, 1, 4096, "first").prompts[0].ids)
     assert first.count("<|im_start|>assistant") == 1
 
 
-def test_prompts_passed_over_are_counted(tmp_path: Path, encoder: ChatEncoder) -> None:
+def test_skipped_prompts_are_counted(tmp_path: Path, encoder: ChatEncoder) -> None:
     chats = (turns("a"), turns("u", "a", text="x" * 500), turns("u", "a"), {"text": "abcdefgh"}, turns("u"))
     path = write_lines(tmp_path / "chats.jsonl", *chats)
     found = load_prompts(path, encoder, 2, 400)
@@ -113,13 +136,15 @@ def test_prompts_passed_over_are_counted(tmp_path: Path, encoder: ChatEncoder) -
     assert encoder.tokenizer.decode(found.prompts[1].ids) == "abcd"
 
 
-def test_no_prompt_left_is_an_error_that_says_why(tmp_path: Path, encoder: ChatEncoder) -> None:
+def test_a_file_without_usable_prompts_is_refused_with_the_reason(
+    tmp_path: Path, encoder: ChatEncoder
+) -> None:
     path = write_lines(tmp_path / "chats.jsonl", turns("a"), turns("u", "a"))
     with pytest.raises(ValueError, match="1 are longer than 5 tokens, 1 have nothing to answer"):
         load_prompts(path, encoder, 2, 5)
 
 
-# -- drafts beside a target --------------------------------------------------------------------------------------------
+# -- drafts and their target ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +160,15 @@ def training_recipe(root: Path, target: Path) -> Recipe:
     return Recipe.model_validate(tree)
 
 
-def test_acceptance_during_training_is_that_of_the_draft_as_it_stands(tmp_path: Path, target_folder: Path) -> None:
+def test_acceptance_during_training_is_that_of_the_current_draft(tmp_path: Path, target_folder: Path) -> None:
     recipe = training_recipe(tmp_path, target_folder)
     found = acceptance.measure_during_training(recipe, random_draft(), torch.device("cpu"), max_new_tokens=6)
     assert set(found) == {"accept_length", "accept_by_position", "accept_passes"}
     assert 1.0 <= found["accept_length"] <= 4.0 and len(found["accept_by_position"]) == 3
     assert found["accept_passes"] <= 2 * 5
-    assert found == acceptance.measure_during_training(recipe, random_draft(), torch.device("cpu"), max_new_tokens=6)
+    assert found == acceptance.measure_during_training(
+        recipe, random_draft(), torch.device("cpu"), max_new_tokens=6
+    )
 
 
 def test_a_draft_for_another_target_is_refused(target_folder: Path) -> None:
@@ -152,30 +179,36 @@ def test_a_draft_for_another_target_is_refused(target_folder: Path) -> None:
 
 def decoding_job(target_folder: Path, **change: object) -> DecodingJob:
     files = acceptance.TargetFiles.open(str(target_folder))
-    settings = {"drafts": {"a": random_draft(), "b": untrained_draft(PLAIN, random_draft().vocab)}, "device": "cpu"} | change
+    settings = {
+        "drafts": {"a": random_draft(), "b": untrained_draft(PLAIN, random_draft().vocab)}, "device": "cpu"
+    } | change
     return DecodingJob(files, (1, 2, 5), "float32", settings=DecodeSettings(8, 3, files.stop_ids), **settings)
 
 
-def test_processes_give_what_one_gives_in_the_order_of_the_prompts(target_folder: Path) -> None:
+def test_several_processes_give_the_answers_of_one_in_the_same_order(target_folder: Path) -> None:
     job, told = decoding_job(target_folder), []
     prompts = [Prompt(str(n), tuple(range(3, 9 + 5 * n))) for n in range(5)]
     alone = measure_job(job, prompts, 1, lambda tokens: None)
     shared = measure_job(job, prompts, 2, told.append)
     assert [answer.tokens for answer in shared.plain] == [answer.tokens for answer in alone.plain]
     for name in ("a", "b"):
-        assert [answer.tokens for answer in shared.drafts[name]] == [answer.tokens for answer in alone.drafts[name]]
-        assert [answer.rounds for answer in shared.drafts[name]] == [answer.rounds for answer in alone.drafts[name]]
+        assert [answer.tokens for answer in shared.drafts[name]] == [
+            answer.tokens for answer in alone.drafts[name]
+        ]
+        assert [answer.rounds for answer in shared.drafts[name]] == [
+            answer.rounds for answer in alone.drafts[name]
+        ]
     assert shared.summary()["prompts"] == alone.summary()["prompts"]
     assert sum(told) == sum(len(a.tokens) for a in (*shared.plain, *shared.drafts["a"], *shared.drafts["b"]))
 
 
-def test_what_fails_in_a_process_is_told_here(target_folder: Path) -> None:
+def test_an_error_in_a_process_is_raised_here(target_folder: Path) -> None:
     job = decoding_job(target_folder, device="cuda:99")
     with pytest.raises(ValueError, match="cannot be loaded by transformers"):
         measure_job(job, [Prompt("0", (3, 4)), Prompt("1", (3, 4))], 2, lambda tokens: None)
 
 
-def test_the_untrained_draft_is_the_same_every_time(target_folder: Path) -> None:
+def test_the_untrained_draft_is_reproducible(target_folder: Path) -> None:
     weights = load_target_weights(target_folder, ("lm_head",))
     vocab = random_draft().vocab
     state = torch.random.get_rng_state()

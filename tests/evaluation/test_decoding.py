@@ -1,4 +1,6 @@
-"""Speculative decoding is lossless, drafts as training simulates it, and leaves caches that hold true states only."""
+"""Speculative decoding is lossless, drafts as training simulates it, and leaves only true states in the
+caches.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> CachedTarget:
 
 
 class Scripted:
-    """A draft that knows the plain answer and gets it wrong where it is told to: every count of accepted tokens comes up."""
+    """A draft that knows the plain answer and is wrong at chosen positions, so that every count of accepted
+    tokens occurs.
+    """
 
     def __init__(self, answer: list[int], prompt_length: int, wrong: set[int]) -> None:
         self.answer, self.offset, self.wrong = answer, prompt_length, wrong
@@ -58,12 +62,16 @@ class Scripted:
     def propose(self, steps: int) -> Tensor:
         known = self.rows - self.offset + 1  # answer tokens that the draft has been given
         tokens = [self.answer[i] if i < len(self.answer) else 0 for i in range(known, known + steps)]
-        return torch.tensor([(token + 1) % 280 if known + i in self.wrong else token for i, token in enumerate(tokens)])
+        return torch.tensor(
+            [(token + 1) % 280 if known + i in self.wrong else token for i, token in enumerate(tokens)]
+        )
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
 @pytest.mark.parametrize("steps", [1, 3, 6])
-def test_whatever_is_accepted_the_answer_is_plain_greedy_decoding(tiny_target: CachedTarget, prompt: list[int], steps: int) -> None:
+def test_the_answer_is_that_of_plain_greedy_decoding(
+    tiny_target: CachedTarget, prompt: list[int], steps: int
+) -> None:
     settings = DecodeSettings(40, steps)
     start = prefill(tiny_target, prompt)
     plain = decode_plain(tiny_target, start, settings)
@@ -76,11 +84,15 @@ def test_whatever_is_accepted_the_answer_is_plain_greedy_decoding(tiny_target: C
 
 
 @pytest.mark.parametrize("name", ["plain", "sliding window", "norm_output", "own embedding"])
-def test_a_real_draft_loses_nothing(tiny_target: CachedTarget, name: str) -> None:
+def test_a_real_draft_gives_the_plain_answer(tiny_target: CachedTarget, name: str) -> None:
     draft = random_draft(variant(name))
-    if name == "own embedding":  # of a target as wide as the tiny one
-        draft = random_draft(DraftArch(**{**variant("plain").__dict__, "hidden_size": 16, "target_hidden_size": 32}))
-    cached = CachedDraft(draft.build(tiny_target.model.get_input_embeddings().weight, torch.float32), draft.vocab)
+    if name == "own embedding":   # for a target as wide as the tiny one
+        draft = random_draft(
+            DraftArch(**{**variant("plain").__dict__, "hidden_size": 16, "target_hidden_size": 32})
+        )
+    cached = CachedDraft(
+        draft.build(tiny_target.model.get_input_embeddings().weight, torch.float32), draft.vocab
+    )
     for prompt in PROMPTS:
         start = prefill(tiny_target, prompt)
         plain = decode_plain(tiny_target, start, DecodeSettings(24))
@@ -88,32 +100,47 @@ def test_a_real_draft_loses_nothing(tiny_target: CachedTarget, name: str) -> Non
         assert answer.tokens == plain.tokens
 
 
-def test_the_embedded_target_answers_as_alone(embedded_target: Path) -> None:
+def test_the_embedded_target_gives_its_plain_answer(embedded_target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(embedded_target, dtype=torch.float32).eval()
     target, settings = CachedTarget(model, (1, 14, 26)), DecodeSettings(10, 4)
     start = prefill(target, [1, 9690, 198, 2683, 359, 253, 5356])
     plain = decode_plain(target, start, settings)
-    expected = model.generate(start.ids[None], max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=2)
+    expected = model.generate(
+        start.ids[None], max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=2
+    )
     assert plain.tokens == expected[0, len(start.ids) :].tolist()
-    answer = decode_speculative(target, Scripted(plain.tokens, len(start.ids), {2, 6}), start, settings, plain)
+    answer = decode_speculative(
+        target, Scripted(plain.tokens, len(start.ids), {2, 6}), start, settings, plain
+    )
     assert answer.tokens == plain.tokens and len(answer.rounds) < 9
 
 
-def test_a_sliding_window_target_is_cut_back_beyond_its_window(tmp_path: Path) -> None:
+def test_a_sliding_window_target_can_be_cropped_beyond_its_window(tmp_path: Path) -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = MistralForCausalLM(MistralConfig(vocab_size=280, sliding_window=6, initializer_range=0.3, **sizes)).eval()
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2
+    }
+    model = MistralForCausalLM(
+        MistralConfig(vocab_size=280, sliding_window=6, initializer_range=0.3, **sizes)
+    ).eval()
     target, settings = CachedTarget(model, LAYERS), DecodeSettings(30, 5)
     start = prefill(target, list(range(30, 50)))
     plain = decode_plain(target, start, settings)
-    expected = model.generate(start.ids[None], max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=2)
+    expected = model.generate(
+        start.ids[None], max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=2
+    )
     assert plain.tokens == expected[0, 20:].tolist()
-    assert decode_speculative(target, Scripted(plain.tokens, 20, {3, 4, 9, 15, 22}), start, settings, plain).tokens == plain.tokens
+    assert decode_speculative(
+        target, Scripted(plain.tokens, 20, {3, 4, 9, 15, 22}), start, settings, plain
+    ).tokens == plain.tokens
 
 
-def test_a_long_prompt_in_pieces_is_the_prompt(tiny_target: CachedTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_prompt_in_pieces_gives_the_same_states(
+    tiny_target: CachedTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = prefill(tiny_target, list(range(100)))
     monkeypatch.setattr("eagle_ds.evaluation.decoding.PREFILL_TOKENS", 7)
     pieces = prefill(tiny_target, list(range(100)))
@@ -128,20 +155,25 @@ def test_the_draft_reads_the_states_that_capture_stores(tiny_target: CachedTarge
     assert start.first == int(captured.target_token_id[-1])
 
 
-# -- drafting is what training simulates -------------------------------------------------------------------------------
+# -- drafting is what training simulates ---------------------------------------------------------------------
 
 
-def unrolled(draft: DraftOnDisk, embedding: Tensor, ids: Tensor, aux: Tensor, row: int, steps: int) -> list[Tensor]:
+def unrolled(
+    draft: DraftOnDisk, embedding: Tensor, ids: Tensor, aux: Tensor, row: int, steps: int
+) -> list[Tensor]:
     """Logits of every TTT step at ``row``, by the training code."""
     model = draft.build(embedding, torch.float64)
     length = len(ids)
     document = Document(length, ((row, row + 2),))
     plan = shard_sequence(
-        [document], ulysses=1, ring=1, ring_mode="gather", ttt_steps=steps, alignment="feature", trained_rows_only=True
+        [document], ulysses=1, ring=1, ring_mode="gather",
+        ttt_steps=steps, alignment="feature", trained_rows_only=True,
     )
     mask = np.zeros(length, np.uint8)
     mask[row : row + 2] = 1
-    whole = WholeSequence([TokenLabels(ids.numpy().astype(np.int32), mask)], aux, aux[:, : draft.arch.target_hidden_size])
+    whole = WholeSequence(
+        [TokenLabels(ids.numpy().astype(np.int32), mask)], aux, aux[:, : draft.arch.target_hidden_size]
+    )
     batch = rank_batch(plan, 0, whole, "feature")
     states = model.unroll(batch, prefix_for(model, plan))
     at = int((batch.query_positions == row).nonzero())
@@ -152,11 +184,13 @@ def unrolled(draft: DraftOnDisk, embedding: Tensor, ids: Tensor, aux: Tensor, ro
 def test_a_drafted_chain_has_the_logits_of_the_training_unroll(name: str) -> None:
     draft, length, row, steps = random_draft(variant(name)), 20, 11, 5
     torch.manual_seed(1)
-    ids, aux = torch.randint(0, 280, (length,)), torch.randn(length, 3 * draft.arch.target_hidden_size, dtype=torch.float64)
+    ids, aux = torch.randint(0, 280, (length,)), torch.randn(
+        length, 3 * draft.arch.target_hidden_size, dtype=torch.float64
+    )
     embedding = torch.randn(280, 32, dtype=torch.float64)
     cached = CachedDraft(draft.build(embedding, torch.float64), draft.vocab)
     cached.extend(aux[:4], ids[1:5])
-    cached.propose(3)  # drafting keys that verification overwrites
+    cached.propose(3)  # draft keys, which verification overwrites
     cached.extend(aux[4 : row + 1], ids[5 : row + 2])
     state, embedded, found = cached.state, None, []
     for step in range(steps):
@@ -168,9 +202,11 @@ def test_a_drafted_chain_has_the_logits_of_the_training_unroll(name: str) -> Non
 
 
 @torch.inference_mode()
-def test_after_verification_the_cache_holds_true_keys_only(tiny_target: CachedTarget) -> None:
+def test_after_verification_the_cache_holds_only_true_keys(tiny_target: CachedTarget) -> None:
     draft = random_draft()
-    cached = CachedDraft(draft.build(tiny_target.model.get_input_embeddings().weight, torch.float32), draft.vocab)
+    cached = CachedDraft(
+        draft.build(tiny_target.model.get_input_embeddings().weight, torch.float32), draft.vocab
+    )
     start = prefill(tiny_target, PROMPTS[0])
     answer = decode_speculative(tiny_target, cached, start, DecodeSettings(20, 4))
     rows, keys = cached.rows, cached.keys[: cached.rows].clone()
@@ -181,15 +217,18 @@ def test_after_verification_the_cache_holds_true_keys_only(tiny_target: CachedTa
     torch.testing.assert_close(keys, cached.keys[:rows], rtol=1e-4, atol=1e-4)
 
 
-# -- known answers -----------------------------------------------------------------------------------------------------
+# -- known answers -------------------------------------------------------------------------------------------
 
 
 def known_models(vocab_size: int = 64) -> tuple[CachedTarget, CachedDraft]:
-    """A target whose next token is t + 1, and a draft that is right once and then repeats itself: always 2 tokens a pass."""
+    """A target that answers t + 1, and a draft that is right once per pass: always 2 tokens per pass."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": vocab_size, "intermediate_size": 8, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": vocab_size, "intermediate_size": 8, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 2
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -199,14 +238,18 @@ def known_models(vocab_size: int = 64) -> tuple[CachedTarget, CachedDraft]:
         model.lm_head.weight.copy_(torch.eye(vocab_size).roll(1, 0))
     arch = DraftArch(vocab_size, 8, 4, 2, 16, vocab_size, vocab_size, vocab_size, 128, 10000.0)
     draft = random_draft(arch, layers=None)
-    state = {name: torch.zeros_like(tensor) if "proj" in name else tensor for name, tensor in draft.state.items()}
+    state = {
+        name: torch.zeros_like(tensor) if "proj" in name else tensor for name, tensor in draft.state.items()
+    }
     state["fc.weight"] = torch.cat([torch.eye(vocab_size), torch.zeros(vocab_size, 2 * vocab_size)], dim=1)
     state["head.weight"], state["head.norm_weight"] = torch.eye(vocab_size).roll(2, 0), torch.ones(vocab_size)
-    built = DraftOnDisk(state, arch, VocabMap.identity(vocab_size), Path("known")).build(torch.eye(vocab_size), torch.float32)
+    built = DraftOnDisk(state, arch, VocabMap.identity(vocab_size), Path("known")).build(
+        torch.eye(vocab_size), torch.float32
+    )
     return CachedTarget(model, (1, 2, 3)), CachedDraft(built, VocabMap.identity(vocab_size))
 
 
-def test_a_draft_that_is_right_once_a_pass_gains_two_tokens() -> None:
+def test_a_draft_that_is_right_once_per_pass_gains_two_tokens() -> None:
     target, draft = known_models()
     answer = decode_speculative(target, draft, prefill(target, [3, 4, 5]), DecodeSettings(21, 4))
     assert answer.tokens == list(range(6, 27))
@@ -214,7 +257,9 @@ def test_a_draft_that_is_right_once_a_pass_gains_two_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stop", "last"), [(9, Round(6, 1, 1, 1)), (10, Round(6, 2, 1, 2))], ids=["the stop token was drafted", "the stop token came free"]
+    ("stop", "last"), [(9, Round(6, 1, 1, 1)), (10, Round(6, 2, 1, 2))], ids=[
+        "the stop token was drafted", "the stop token came free"
+    ]
 )
 def test_an_answer_ends_at_its_stop_token(stop: int, last: Round) -> None:
     target, draft = known_models()

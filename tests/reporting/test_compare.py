@@ -1,4 +1,4 @@
-"""Comparing runs: differences are found where they are largest, and runs over other data are refused."""
+"""compare_runs.py finds the largest differences, and refuses runs over other data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ STEPS = 20
 def run_folder(root: Path, name: str, losses: list[float], **fields: Any) -> Path:
     folder = root / name
     folder.mkdir()
-    lines = [{"step": n, "loss": loss, "epoch": 0, "tokens": 900 + n, "trained_rows": 70 + n} | fields for n, loss in enumerate(losses, 1)]
+    lines = [
+        {"step": n, "loss": loss, "epoch": 0, "tokens": 900 + n, "trained_rows": 70 + n} | fields for n,
+        loss in enumerate(losses, 1)
+    ]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -33,10 +36,14 @@ def test_the_largest_differences_and_their_steps_are_found(tmp_path: Path, falli
     other = list(falling)
     other[3] += 0.02
     other[19] -= 0.019  # smaller, but relative to a smaller loss
-    paths = [run_folder(tmp_path, "a", falling), run_folder(tmp_path, "b", other), run_folder(tmp_path, "c", falling)]
+    paths = [
+        run_folder(tmp_path, "a", falling), run_folder(tmp_path, "b", other),
+        run_folder(tmp_path, "c", falling)
+    ]
     a, b, c = compare(read_all(paths))
     assert (b.largest_absolute.step, b.largest_relative.step) == (4, 20)
-    assert b.largest_absolute.value == pytest.approx(0.02) and b.largest_relative.value == pytest.approx(0.019 / falling[19])
+    assert b.largest_absolute.value == pytest.approx(0.02)
+    assert b.largest_relative.value == pytest.approx(0.019 / falling[19])
     assert a.largest_relative.value == c.largest_absolute.value == 0
     written = write([a, b, c], tmp_path / "out")
     document = json.loads(written[0].read_text())
@@ -45,7 +52,7 @@ def test_the_largest_differences_and_their_steps_are_found(tmp_path: Path, falli
     assert written[1].read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_without_any_difference_have_a_picture_too(tmp_path: Path, falling: list[float]) -> None:
+def test_equal_runs_can_be_drawn(tmp_path: Path, falling: list[float]) -> None:
     paths = [run_folder(tmp_path, name, falling) for name in "ab"]
     assert write(compare(read_all(paths)), tmp_path)[1].read_bytes().startswith(b"\x89PNG")
     assert len(write(compare(read_all(paths[:1])), tmp_path)) == 2
@@ -60,19 +67,24 @@ def test_runs_without_any_difference_have_a_picture_too(tmp_path: Path, falling:
         ({"data_hash": "y"}, "data_hash is y instead of x"),
     ],
 )
-def test_runs_over_other_data_are_refused(tmp_path: Path, falling: list[float], fields: dict[str, Any], message: str) -> None:
+def test_runs_over_other_data_are_refused(
+    tmp_path: Path, falling: list[float], fields: dict[str, Any], message: str
+) -> None:
     paths = [run_folder(tmp_path, "a", falling, data_hash="x"), run_folder(tmp_path, "b", falling, **fields)]
     with pytest.raises(ValueError, match=message):
         compare(read_all(paths))
 
 
-def test_runs_of_other_length_are_refused(tmp_path: Path, falling: list[float]) -> None:
+def test_runs_of_different_length_are_refused(tmp_path: Path, falling: list[float]) -> None:
     paths = [run_folder(tmp_path, "a", falling), run_folder(tmp_path, "b", falling[:-3])]
-    with pytest.raises(ValueError, match=r"b has 17 logged steps up to 17, a has 20 up to 20 \(step 18 is in only one of them\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"b has 17 logged steps up to 17, a has 20 up to 20 \(step 18 is in only one of them\)"
+    ):
         compare(read_all(paths))
 
 
-def test_what_cannot_be_compared_is_said_in_a_sentence(tmp_path: Path, falling: list[float]) -> None:
+def test_runs_that_cannot_be_read_are_refused(tmp_path: Path, falling: list[float]) -> None:
     good = run_folder(tmp_path, "good", falling)
     (tmp_path / "empty").mkdir()
     for name, said in (("absent", "does not exist"), ("empty", "holds no steps")):
@@ -86,10 +98,12 @@ def test_what_cannot_be_compared_is_said_in_a_sentence(tmp_path: Path, falling: 
         read_all([good], ["x", "y"])
 
 
-def test_the_tools_exit_code_says_whether_runs_track_each_other(
+def test_the_tools_exit_code_says_whether_the_runs_agree(
     tmp_path: Path, falling: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = [run_folder(tmp_path, "a", falling), run_folder(tmp_path, "b", [loss * 1.001 for loss in falling])]
+    paths = [
+        run_folder(tmp_path, "a", falling), run_folder(tmp_path, "b", [loss * 1.001 for loss in falling])
+    ]
     short = run_folder(tmp_path, "short", falling[:5])
     main = runpy.run_path(str(ROOT / "tools/compare_runs.py"))["main"]
 
@@ -99,7 +113,9 @@ def test_the_tools_exit_code_says_whether_runs_track_each_other(
         said = capsys.readouterr()
         return code, said.out, said.err
 
-    code, out, err = tool(*paths, "--out", tmp_path / "out", "--labels", "float32", "bf16", "--max-relative", "0.002")
+    code, out, err = tool(
+        *paths, "--out", tmp_path / "out", "--labels", "float32", "bf16", "--max-relative", "0.002"
+    )
     assert code == 0, err
     assert "bf16" in out and "1.00e-03" in out and (tmp_path / "out/compare.png").is_file()
     code, _, err = tool(*paths, "--max-relative", "0.0005")

@@ -1,4 +1,4 @@
-"""A report stands alone, says what the run's files say, and is made from whatever there is."""
+"""A report needs no other file, shows what the run's files say, and is made from the files that exist."""
 
 from __future__ import annotations
 
@@ -36,8 +36,12 @@ def decoded(gains: list[int], divergence: Divergence | None = None) -> Decoded:
 
 def acceptance() -> dict[str, Any]:
     gone = Divergence(1, 2, 3, gap=0.0625, plain_margin=0.1)
-    drafts = {"untrained": [decoded([1, 1]), decoded([1, 1])], "trained": [decoded([3, 2]), decoded([2, 2], gone)]}
-    measured = Measurement(DecodeSettings(8, 3), [Prompt("a", (1,)), Prompt("b", (2,))], [Decoded([0] * 5, 1.0)] * 2, drafts)
+    drafts = {
+        "untrained": [decoded([1, 1]), decoded([1, 1])], "trained": [decoded([3, 2]), decoded([2, 2], gone)]
+    }
+    measured = Measurement(
+        DecodeSettings(8, 3), [Prompt("a", (1,)), Prompt("b", (2,))], [Decoded([0] * 5, 1.0)] * 2, drafts
+    )
     where = {"target": "org/<target>", "dtype": "bfloat16", "device": "cpu", "prompts_file": "chats.jsonl"}
     return where | measured.summary()
 
@@ -65,7 +69,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_report_stands_alone(reported: Path) -> None:
+def test_a_report_needs_no_other_file(reported: Path) -> None:
     page = (reported / "report.html").read_text()
     assert page.count("data:image/png;base64,iVBOR") == 3
     assert not re.search(r"(src|href)=.?https?:|<script", page)
@@ -73,7 +77,7 @@ def test_a_report_stands_alone(reported: Path) -> None:
     assert not list(reported.glob(".report*"))
 
 
-def test_a_report_says_what_was_measured(reported: Path) -> None:
+def test_a_report_shows_the_measured_figures(reported: Path) -> None:
     page = (reported / "report.html").read_text()
     assert "1.00 → 2.25" in page and "+1.25" in page  # acceptance length and its gain
     assert "1.00 → 1.40" in page and "3.00 → 1.00" in page  # simulated length and KL, held out
@@ -82,29 +86,35 @@ def test_a_report_says_what_was_measured(reported: Path) -> None:
     assert "&quot;rope_theta&quot;: 10000.0" in page
 
 
-def test_a_report_tells_how_to_serve(reported: Path) -> None:
+def test_a_report_shows_how_to_serve(reported: Path) -> None:
     page = (reported / "report.html").read_text()
-    for words in ("--speculative-algorithm EAGLE3", f"--speculative-draft-model-path {reported}/draft", "--speculative-num-draft-tokens 3"):
+    for words in (
+        "--speculative-algorithm EAGLE3", f"--speculative-draft-model-path {reported}/draft",
+        "--speculative-num-draft-tokens 3"
+    ):
         assert words in page
     assert "--speculative-draft-window-size 63" in page
     assert "vllm serve" in page and f"{reported}/draft-vllm" in page and "tools/export_draft.py" in page
 
 
-def test_draft_positions_that_seldom_stand_are_not_served(run: Path) -> None:
+def test_draft_positions_that_are_seldom_accepted_are_not_served(run: Path) -> None:
     assert Run.read(run).num_steps == 2
     (run / "acceptance.json").unlink()
     assert Run.read(run).num_steps == 3
 
 
-@pytest.mark.parametrize("absent", [("acceptance.json",), ("eval.jsonl", "acceptance.json"), ("log.jsonl",), ("log.jsonl", "eval.jsonl")])
-def test_a_report_is_made_from_whatever_there_is(run: Path, absent: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "absent",
+    [("acceptance.json",), ("eval.jsonl", "acceptance.json"), ("log.jsonl",), ("log.jsonl", "eval.jsonl")]
+)
+def test_a_report_is_made_from_the_files_that_exist(run: Path, absent: tuple[str, ...]) -> None:
     for name in absent:
         (run / name).unlink()
     page = write_report(run).read_text()
     assert ("--baseline untrained" in page) == ("acceptance.json" in absent)
 
 
-def test_a_torn_line_is_left_out_and_a_repeated_step_counts_once(run: Path) -> None:
+def test_an_incomplete_line_is_skipped_and_a_repeated_step_counts_once(run: Path) -> None:
     with (run / "log.jsonl").open("a") as stream:
         stream.write(json.dumps(train_line(20) | {"loss": 5.0}) + "\n" + '{"step": 21, "lo')
     lines = Run.read(run).train
@@ -120,23 +130,23 @@ def test_a_torn_line_is_left_out_and_a_repeated_step_counts_once(run: Path) -> N
         (lambda run: (run / "acceptance.json").write_text("{"), "not valid JSON"),
     ],
 )
-def test_what_is_no_run_is_said_in_a_sentence(run: Path, break_it: Any, message: str) -> None:
+def test_a_folder_that_cannot_be_reported_is_refused(run: Path, break_it: Any, message: str) -> None:
     break_it(run)
     with pytest.raises(ValueError, match=message):
         write_report(run)
     assert not (run / "report.html").exists()
 
 
-def test_seconds_are_those_of_every_step_between_two_lines() -> None:
+def test_training_seconds_count_every_step_between_two_lines() -> None:
     assert training_seconds([train_line(10), train_line(20), train_line(25)]) == 50.0
 
 
-def test_one_draft_alone_has_a_picture_too() -> None:
+def test_a_single_draft_can_be_drawn() -> None:
     found = acceptance()
     alone = found | {"drafts": found["drafts"][1:], "differences": [], "plain": None}
     assert acceptance_figure(found).startswith(PNG) and acceptance_figure(alone).startswith(PNG)
 
 
-def test_smoothing_keeps_length_and_a_constant() -> None:
+def test_smoothing_keeps_the_length_and_constants() -> None:
     assert np.allclose(smooth(np.full(137, 2.5)), 2.5)
     assert smooth(np.array([1.0, 3.0])).tolist() == [1.0, 3.0]
