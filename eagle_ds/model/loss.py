@@ -292,9 +292,9 @@ class _Pass:
         return _Labels(first, logits, lse_draft, lse_full, entropy, self.targets.token[first:stop])
 
     def _losses_of(self, pairs: Tensor, normed: Tensor, labels: _Labels, d_logits: Tensor | None) -> None:
-        """Store the results of ``pairs``; write their weighted dloss/dz into ``d_logits`` [n, Vd] if given."""
+        """Store the results of ``pairs``; write weighted dloss/dz into ``d_logits`` [n, Vd] if given."""
         step = pairs % len(self.states)
-        label_row = self.targets.index.reshape(-1)[pairs] - labels.first  # the row of ``labels`` for each pair
+        label_row = self.targets.index.reshape(-1)[pairs] - labels.first  # each pair's row of ``labels``
         mix = None if self.mix is None else self.mix[step]
         cross_entropy, alpha, best = self.kernels.row_losses(
             head_logits(normed, self.weight, widen=False), labels.logits, label_row,
