@@ -172,8 +172,7 @@ def read_layout(text: str) -> Layout:
 
 
 def choose_layouts(texts: Sequence[str] | None, processes: int) -> list[Layout]:
-    """Return the layouts named, or all that fit ``processes``. Raises ValueError if one does not fit or only
-    one is left.
+    """Return the layouts named, or all that fit. Raises ValueError for one that does not, or fewer than two.
     """
     layouts = [read_layout(text) for text in texts or LAYOUTS]
     if texts is None:

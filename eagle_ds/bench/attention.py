@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds.kernels.attention import BlockAttention, KeyBounds, ReferenceAttention
-from eagle_ds.kernels.attention_cuda import TritonBackend, choose_attention
+from eagle_ds.kernels.attention import AttentionBackend, KeyBounds, ReferenceAttention
+from eagle_ds.kernels.backend import choose_attention
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import Document
 
@@ -78,11 +78,13 @@ def intervals(documents: Iterable[Document], ttt_steps: int) -> tuple[np.ndarray
     return np.concatenate(lo), np.concatenate(hi), start
 
 
-def _backends(width: int) -> list[BlockAttention]:
+def _backends(width: int) -> list[AttentionBackend]:
     """Return the backend that training chooses on this GPU and, if that is another one, Triton alone."""
     chosen = choose_attention("cuda", torch.bfloat16, width)
     if isinstance(chosen, ReferenceAttention):
         raise ValueError(f"no GPU kernel supports head width {width}; use a power of two from 16 to 256")
+    from eagle_ds.kernels.attention_triton import TritonBackend  # optional: CPU machines may have no Triton
+
     if type(chosen) is TritonBackend:
         return [chosen]
     return [chosen, TritonBackend(width, chosen.programs)]

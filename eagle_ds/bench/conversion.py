@@ -1,6 +1,4 @@
-"""Time tools/convert_ckpt_to_hdf5.py: the whole command as a user runs it, over files as SpecForge writes
-them.
-"""
+"""Time tools/convert_ckpt_to_hdf5.py: the whole command, over files as SpecForge writes them."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ BLOCK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Conversion:
-    """One run of the tool. ``seconds`` is the wall time of the command, including the start of Python and
-    imports.
-    """
+    """One run of the tool. ``seconds`` is the command's wall time, with the start of Python and imports."""
 
     title: str
     gzipped: bool
@@ -78,9 +74,7 @@ class Tree:
 def measure_conversions(
     states: States, info: StoreInfo, files: int, num_tokens: int, workers: int, folder: Path
 ) -> Iterator[Conversion]:
-    """Measure plain files (cached, from the disk, and with ``--verify``), then a quarter as many gzipped
-    ones.
-    """
+    """Measure plain files (cached, from the disk, with ``--verify``), then a quarter as many gzipped ones."""
     small = _write_tree(folder / "small", MappedTorch(), make_sample(states, CHUNK_ROWS), info, workers, 1)
     start_s = _run("an almost empty tree", small, info, workers)
     sample = make_sample(states, num_tokens)
@@ -146,9 +140,7 @@ def _convert(
 
 
 def _disk_alone(tree: Tree, written_bytes: int, threads: int) -> float:
-    """Measure what the disk allows: MB/s of source bytes that are only read, while a store's bytes are
-    written.
-    """
+    """Return the disk's limit: MB/s of source bytes that are only read, while a store's bytes are written."""
     read_mb, written_mb = tree.source_bytes // 1_000_000, written_bytes // 1_000_000
     logger.info("measuring the disk alone: %d MB read, %d MB written", read_mb, written_mb)
     copies, share = tree.root.with_name("copies"), written_bytes / tree.source_bytes

@@ -19,7 +19,6 @@ from eagle_ds.estimate.devices import GIB, Device
 from eagle_ds.estimate.step_time import projection_macs
 from eagle_ds.estimate.tensor_sizes import draft_parameters
 from eagle_ds.kernels.attention import KeyBounds
-from eagle_ds.kernels.attention_cuda import CudnnBackend
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import SequenceSharding
 
@@ -80,6 +79,8 @@ def measure_ceilings(device: torch.device) -> Device:
     shapes = [(rows, count, width) for count in (heads, 8, 8, heads)]
     q, k, v, dout = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
     bounds = KeyBounds.make(np.zeros(rows, dtype=np.int64), np.arange(1, rows + 1), device)
+    from eagle_ds.kernels.attention_cudnn import CudnnBackend  # optional: CPU machines may have no Triton
+
     kernel, scale = CudnnBackend(), width**-0.5
     out, lse = kernel.forward(q, k, v, bounds, scale)
     dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)

@@ -23,9 +23,7 @@ Series = dict[str, list[Result]]
 
 
 def write_results(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Write ``steps.md``, and ``memory.md`` and each picture for which there are enough results. Return the
-    files.
-    """
+    """Write ``steps.md``, and ``memory.md`` and pictures if there are enough results. Return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, table in (("steps", markdown(results)), ("memory", memory_markdown(results))):
@@ -89,10 +87,9 @@ def fraction_figure(results: Sequence[Result]) -> bytes | None:
 
 
 def scaling_figure(results: Sequence[Result]) -> bytes | None:
-    """Draw strong scaling by number of GPUs: time, efficiency, memory; None unless some curve has two
-    numbers.
+    """Draw time, efficiency and memory by number of GPUs; None unless some curve has two numbers.
 
-    Each point is the fastest layout of its shape, settings and number of GPUs.
+    Each point is the fastest layout of its shape, settings and number of GPUs (strong scaling).
     """
     fastest: dict[Hashable, Result] = {}
     # From slow to fast, so that the fastest step of each key is the last one stored.

@@ -91,9 +91,7 @@ class PythonGroup(dist.ProcessGroup):
         raise NotImplementedError
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Pending:
-        """Fill ``outputs[0]`` of rank r with the reduction of all ranks' ``inputs[0][r]`` by
-        ``opts.reduceOp``.
-        """
+        """Fill ``outputs[0]`` of rank r with the reduction of all ``inputs[0][r]`` by ``opts.reduceOp``."""
         raise NotImplementedError
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Pending:
@@ -252,8 +250,7 @@ class StagedGroup(PythonGroup):
         return Pending([self._gloo.barrier()])
 
     def _reduce(self, host: Tensor, opts: Any) -> tuple[Any, float]:
-        """Start gloo's reduction of ``host``; return its work and a factor for the result (gloo has no
-        average).
+        """Start gloo's reduction of ``host``; return its work, and a factor for averages, which gloo lacks.
         """
         ours, wanted = dist.AllreduceOptions(), dist.ReduceOp.SUM if opts is None else opts.reduceOp
         average = wanted == dist.ReduceOp.AVG

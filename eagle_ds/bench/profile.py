@@ -24,7 +24,7 @@ CATEGORIES = (
     ("attention diagonals", r"diagonal"),
     (
         "attention prefix",
-        r"sdpa|flash|fmha|cudnn|flex_attention|attention|^_(forward|row_facts|dq|dkv)_kernel"
+        r"sdpa|flash|fmha|cudnn|flex_attention|attention|^_(forward|row_sums|dq|dkv)_kernel"
     ),
     (LOSS, r"^_(label|row)_kernel|[Ss]oft[Mm]ax|logsumexp|nll_loss"),
     ("matmul", r"gemm|nvjet|cutlass|cublas|splitK|gemv|matmul|triton_tem_fused_.*mm"),
@@ -128,9 +128,7 @@ def summarize(kernels: Sequence[Kernel]) -> Profile:
 
 
 def table(profile: Profile, phases: Sequence[str]) -> str:
-    """Return a Markdown table with one row per category (total, and per phase), and a sentence about the
-    whole GPU.
-    """
+    """Return a Markdown table with one row per category, and a sentence about the whole GPU."""
     lines = [
         f"| category | ms | share | kernels | {' | '.join(phases)} |",
         f"| --- | --- | --- | --- | {' | '.join('---' for _ in phases)} |",

@@ -38,7 +38,7 @@ OUT_OF_MEMORY_FROM = 52_000  # tokens beyond which the peer runs out of memory o
 
 
 def peer_for(tokens: int, gpus: int, layout: str) -> PeerStep | None:
-    """Return the peer's step of this length on this many GPUs: in the same layout if measured, else the
+    """Return the peer's step of this length on this many GPUs, in the same layout if measured, or its
     fastest.
     """
     found = [step for step in PEER if (step.tokens, step.gpus) == (tokens, gpus)]
@@ -229,15 +229,13 @@ GiB of the fullest of P ranks.
 
 - Between steps: weights, float32 gradients and the optimizer's state. ZeRO shards the optimizer's state.
 - Kept for the backward: hidden states, K_0/V_0 and the activations of the T TTT steps. Sequence parallelism
-  divides all of it: it should be 1/P of the figure for one GPU. The ratio says how close it is (1.00: exactly).
+  divides all of it: it should be 1/P of the figure for one GPU. The ratio says how close it is (1.00: equal).
 - The rest: work space of a fixed size (a chunk of the loss, a tile of the MLP), and gradients.
 """
 
 
 def memory_markdown(results: Sequence[Result]) -> str | None:
-    """Return a Markdown table of memory for shapes measured on one GPU and on several; None if there are
-    none.
-    """
+    """Return a Markdown table of memory for shapes measured on one GPU and on several, if there are any."""
     groups: dict[tuple[object, ...], dict[str, Result]] = {}
     for result in results:
         if result.kept_gib and result.resident_gib and result.data_parallel == 1:

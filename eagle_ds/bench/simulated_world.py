@@ -52,9 +52,7 @@ def join_shared_gpu(parallel: ParallelConfig, local_rank: int) -> World:
 
 
 def take_shared_device(local_rank: int) -> torch.device:
-    """Make GPU ``local_rank`` modulo the number of GPUs the current one; return the CPU where there is no
-    GPU.
-    """
+    """Select GPU ``local_rank`` modulo the number of GPUs; return the CPU where there is no GPU."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
         local_rank %= torch.cuda.device_count()
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed's engine selects its GPU by this variable

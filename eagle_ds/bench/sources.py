@@ -32,9 +32,7 @@ class Source(Protocol):
     name: str
 
     def take(self) -> tuple[Batch, Tensor]:
-        """Return the next batch on the device and the counted rows of all ranks, int64 [T]. May be
-        collective.
-        """
+        """Return the next batch on the device and all ranks' counted rows, int64 [T]. May be collective."""
         ...
 
     def advance(self) -> None:

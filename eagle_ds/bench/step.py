@@ -29,7 +29,7 @@ from eagle_ds.estimate.devices import GIB, Device
 from eagle_ds.estimate.fit import choose_ring_mode
 from eagle_ds.estimate.sequences import sharding_for
 from eagle_ds.estimate.step_time import floor_seconds
-from eagle_ds.kernels.attention_cuda import choose_attention
+from eagle_ds.kernels.backend import choose_attention
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.model.loss import uniform_decay
@@ -248,8 +248,8 @@ def forget_benches(device: torch.device) -> None:
 def summary(
     recipe: Recipe, sharding: SequenceSharding, times: StepTimes, device: Device | None
 ) -> dict[str, Any]:
-    """Return the values of one JSON line: times, rates and, if ``device`` gives ceilings, the floor and the
-    ratio to it.
+    """Return the values of one JSON line: times and rates; with ``device`` also the floor and the ratio to
+    it.
     """
     seconds, world = times.step_ms / 1e3, sharding.world
     mode = f" {sharding.ring_mode}" if sharding.ring > 1 else ""

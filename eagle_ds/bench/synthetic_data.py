@@ -54,9 +54,7 @@ FEW_TOKENS = 65_536
 
 
 def default_samples(num_tokens: int, per_step: int) -> int:
-    """Return how many samples a random store needs: at least two steps' worth, so no step rereads the last
-    files.
-    """
+    """Return how many samples a random store needs, so that two steps in a row read different files."""
     least = 4 if num_tokens <= FEW_TOKENS else 2
     return per_step * max(-(-least // per_step), 2)
 

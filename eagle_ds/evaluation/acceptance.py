@@ -83,6 +83,7 @@ def _prompt_ids(record: Mapping[str, Any], encoder: ChatEncoder, turn: Turn) -> 
         ids = encoder.tokenizer(str(record["text"]))["input_ids"]
         return ids[: len(ids) // 2]
     messages = messages_of(record)
+    # The prompt ends before the answer to be decoded; without an answer, all messages are the prompt.
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if answers:
         messages = messages[: answers[0 if turn == "first" else -1]]
@@ -128,6 +129,7 @@ class Measurement:
             **speed(answers),
         }
         if self.plain:
+            # In float32 every answer should equal plain decoding; in bfloat16 near ties may differ.
             diverged = [(i, answer.divergence) for i, answer in enumerate(answers) if answer.divergence]
             found["speedup"] = found["tokens_per_s"] / max(speed(self.plain)["tokens_per_s"], 1e-9)
             found["identical_answers"] = len(answers) - len(diverged)
@@ -178,7 +180,7 @@ def acceptance_length(rounds: Sequence[Round]) -> float:
 
 
 def by_position(rounds: Sequence[Round], num_draft_tokens: int) -> dict[str, list[float]]:
-    """Return for each draft position its acceptance if reached, how often it was reached, and over all
+    """Return by draft position: acceptance if reached, passes that reached it, and acceptance over all
     passes.
     """
     reached = [sum(one.reached > k for one in rounds) for k in range(num_draft_tokens)]
@@ -232,6 +234,7 @@ def bootstrap(
         return _lengths(answers, prompts) - (0.0 if baseline is None else _lengths(baseline, prompts))
 
     count = len(answers)
+    # Each row of draws is one resample: indices of prompts, drawn with replacement.
     draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
     low, high = np.quantile(lengths(draws), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(lengths(np.arange(count)[None])[0]), float(low), float(high))

@@ -243,8 +243,8 @@ def decode_speculative(
 
 
 def leading_matches(proposed: Tensor, chosen: Tensor) -> int:
-    """Return how many of the proposed tokens [K] are accepted: those before the first difference from the
-    target's choice [K + 1].
+    """Return how many of the proposed tokens [K] equal the target's choices [K + 1] before the first
+    difference.
     """
     return int((proposed == chosen[: proposed.numel()]).long().cumprod(0).sum())
 

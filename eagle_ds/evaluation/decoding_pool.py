@@ -37,8 +37,7 @@ class DecodingJob:
     settings: DecodeSettings
 
     def load(self) -> tuple[LoadedTarget, dict[str, CachedDraft]]:
-        """Load target and drafts. Raises ValueError if the target cannot be loaded, or a draft is for another
-        one.
+        """Load target and drafts. Raises ValueError if the target cannot be loaded or does not fit a draft.
         """
         target = LoadedTarget.load(self.target, self.layers, self.dtype, self.device)
         return target, {name: target.cache(draft) for name, draft in self.drafts.items()}
@@ -86,9 +85,7 @@ def _gather(job: DecodingJob, prompts: Sequence[Prompt], processes: int, progres
 
 
 def _work(connection: Connection, packed: bytes, threads: int, tasks: Any) -> None:
-    """Body of a process: send (index, answers) for each prompt until none is left, or the error that ended
-    it.
-    """
+    """Send (index, answers) for each prompt until none is left, or the error that ended this process."""
     torch.set_num_threads(threads)
     try:
         job: DecodingJob = pickle.loads(packed)

@@ -33,9 +33,7 @@ class Curve:
 
     @classmethod
     def read(cls, path: Path, label: str | None = None) -> Curve:
-        """Read a run folder or a JSONL file. Raises ValueError if it has no losses, or one that is not
-        finite.
-        """
+        """Read a run folder or a JSONL file. Raises ValueError unless it has losses and all are finite."""
         if not path.exists():
             raise ValueError(f"{path} does not exist; give run folders (runs/NAME) or their {STEP_LOG}")
         file = path / STEP_LOG if path.is_dir() else path

@@ -1,6 +1,4 @@
-"""Pictures of runs, each as the bytes of a PNG: acceptance, learning curves, speed and memory, comparison of
-runs.
-"""
+"""Pictures of runs, each as the bytes of a PNG: acceptance, learning, speed and memory, comparison."""
 
 from __future__ import annotations
 

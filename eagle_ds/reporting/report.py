@@ -26,7 +26,6 @@ from eagle_ds.reporting.figures import acceptance_figure, learning_figure, smoot
 
 log = logging.getLogger(__name__)
 
-# a draft position that stands in fewer than a fifth of the passes seldom pays for itself
 WORTH_DRAFTING = 0.2
 """A draft position is worth its pass of the draft if its token is accepted in at least this share of the
 passes.
@@ -107,7 +106,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` into the run folder; return its path. Raises ValueError if there is nothing to
+    """Write ``report.html`` into the run folder; return its path. Raises ValueError without anything to
     report.
     """
     run = Run.read(folder)

@@ -1,6 +1,4 @@
-"""Functions that each process of the staged backend's tests runs: the same calls over it (the default group)
-and over gloo.
-"""
+"""Functions that each process of the staged backend's tests runs, over that backend and over gloo."""
 
 from __future__ import annotations
 
@@ -128,9 +126,7 @@ CALLS = {
 
 
 def reduce_scatters(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return bfloat16 sums from a list and from one tensor, and an average. Not every torch has all of them
-    for gloo.
-    """
+    """Return bfloat16 sums from a list and from one tensor, and an average (not in every torch's gloo)."""
     whole, outputs = own(rank, torch.bfloat16, world, 3), [
         torch.empty(3, dtype=torch.bfloat16) for _ in range(3)
     ]
@@ -168,9 +164,7 @@ def control_messages(rank: int, world: int) -> tuple[str, list[Any], list[Any]]:
 
 
 def exchanges(rank: int, world: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Exchange as ring and Ulysses do, over the default group and over gloo; with four ranks, in groups of
-    two.
-    """
+    """Exchange as ring and Ulysses do, over both backends; with four ranks, in groups of two."""
     results: dict[str, list[Tensor]] = {}
     for backend in (None, "gloo"):
         members = [m for m in ([0, 1], [2, 3]) if m[-1] < world]
@@ -210,9 +204,7 @@ def _heads(group: Group) -> Tensor:
 
 
 def zero1_steps(rank: int, world: int, backend: str) -> list[Tensor]:
-    """Return the weights after two steps of DeepSpeed's ZeRO-1 in bfloat16 over a default group of
-    ``backend``.
-    """
+    """Return the weights after two steps of ZeRO-1 in bfloat16 over a default group of ``backend``."""
     assert dist.get_backend() == backend
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))

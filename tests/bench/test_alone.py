@@ -70,9 +70,7 @@ def test_a_dropped_bench_frees_its_memory(pool: GlooPool, tiny: Tiny) -> None:
 
 
 def test_the_busiest_rank_is_chosen(tiny: Tiny) -> None:
-    """Two trained rows after a long prompt: rank 0 of four owns the extra ones, and all ranks have equally
-    many keys.
-    """
+    """With two trained rows after a long prompt, rank 0 of four owns the extra ones; keys are equal."""
     assert busiest_rank(tiny.recipe(parallel__ulysses=4), [Document(1024, ((1019, 1024),))]) == 0
 
 

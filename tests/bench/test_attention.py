@@ -1,6 +1,4 @@
-"""bench_attention.py times the attention of a training step, and reports wrong options before it looks for a
-GPU.
-"""
+"""bench_attention.py times the attention of training, and checks its options before it needs a GPU."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ NAMES = {
         "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<128, "
         "64, 128> >",
         "_dkv_kernel",
-        "_row_facts_kernel",
+        "_row_sums_kernel",
         "triton_tem_fused_flex_attention_0",
     ],
     "attention diagonals": [

@@ -105,8 +105,7 @@ def test_the_models_flops_depend_on_the_shape_and_not_on_the_layout(tiny: Tiny) 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_models_flops_equal_a_count_by_hand(tiny: Tiny, steps: int) -> None:
-    """98 query rows read tokens 1 to 98 at step 0. Each further step reads one more; token 99 is the last
-    one.
+    """98 query rows read tokens 1 to 98 at step 0, and one more at each further step, up to the last one, 99.
     """
     recipe = tiny.recipe(training__ttt_steps=steps)
     sharding = sharding_for(recipe, [Document(100, ((0, 100),))])

@@ -1,6 +1,4 @@
-"""The I/O benchmark measures what it claims: every format returns the right rows, and each rank reads its
-own.
-"""
+"""In the I/O benchmark every format returns the right rows, and each rank reads its own."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Speculative decoding is lossless, drafts as training simulates it, and leaves only true states in the
-caches.
-"""
+"""Speculative decoding is lossless, drafts as training simulates it, and caches only true states."""
 
 from __future__ import annotations
 
@@ -42,8 +40,8 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> CachedTarget:
 
 
 class Scripted:
-    """A draft that knows the plain answer and is wrong at chosen positions, so that every count of accepted
-    tokens occurs.
+    """A draft that gives the plain answer except at chosen positions, so every count of accepted tokens
+    occurs.
     """
 
     def __init__(self, answer: list[int], prompt_length: int, wrong: set[int]) -> None:
