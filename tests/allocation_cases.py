@@ -31,7 +31,7 @@ from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding import tiles
 from eagle_ds.target.head import TargetHead
-from tests.step_harness import WholeSequence, prefix_for, rank_batch
+from tests.micro_batch import WholeSequence, kept_bytes, prefix_for, rank_batch
 
 ROWS, TILE, TURN = 1024, 64, 32
 D = 256
@@ -136,7 +136,7 @@ def _traced(step: _Step) -> tuple[int, int, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         loss = step.forward()
         with record_function("backward begins"):
-            host = step.offload.kept_bytes if step.offload else 0
+            host = kept_bytes(step.offload) if step.offload else 0
         loss.backward()
     events = sorted((e.start_ns(), e.name(), e.nbytes()) for e in recorded.profiler.kineto_results.events())
     held = peak = forward = 0

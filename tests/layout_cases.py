@@ -13,8 +13,8 @@ from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.model.loss import uniform_decay
 from eagle_ds.sharding.sequence import Document, SequenceSharding, shard_sequence
+from tests.micro_batch import WholeHead, WholeSequence
 from tests.plain_reference import ReferenceSums, document_sums
-from tests.step_harness import WholeHead, WholeSequence
 
 TINY = DraftArch(
     hidden_size=24,

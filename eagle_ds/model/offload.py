@@ -1,15 +1,23 @@
-"""What autograd keeps for the backward, moved to pinned host memory while the forward goes on, and back ahead of its use.
+"""Activation offload: move what autograd saves to pinned host memory during the forward, and back before it
+is used.
 
-``torch.autograd.graph.saved_tensors_hooks`` shows every tensor that is saved: by PyTorch's own nodes, by the joint attention,
-and the inputs of checkpointed functions. What is saved inside a checkpointed function is the checkpoint's own affair. A
-storage is moved once however many views of it are saved (tiles of a state, say), into slabs of host memory that are kept
-from step to step. Copies run on a stream of their own. In the forward a storage stays referenced until the main stream has
-been told to wait for its copy, at most ``IN_FLIGHT`` copies later; in the backward the ``AHEAD`` storages that come next are
-fetched while the current one is worked on. The order of the backward is the forward's reversed, by the last time that a
-storage was saved.
+``torch.autograd.graph.saved_tensors_hooks`` shows every tensor that is saved for the backward: by PyTorch's
+own nodes, by the joint attention, and as inputs of checkpointed functions. (What is saved inside a
+checkpointed function is recomputed, so it is not seen here.) A storage is moved once, however many of its
+views are saved, into slabs of host memory that are reused from step to step.
 
-A row of an 8B draft leaves 24 KiB a step where all is recomputed: half a microsecond of a 50 GB/s link each way, beside
-the four microseconds that its attention to 128K keys takes.
+Copies run on their own stream, while the main stream computes:
+
+    main stream   | layer work ...       | more work       | wait for copy A |  A's memory may be reused
+    copy stream        | copy A to host -------| copy B ...
+
+Forward: the storage of A stays referenced, so that its memory is not given to another tensor, until the main
+stream has been told to wait for A's copy. At most IN_FLIGHT copies are in that state.
+Backward: while one storage is used, the next AHEAD storages are fetched. The backward reads storages in the
+reverse order of the forward, by the last time that each was saved.
+
+A row of an 8B draft leaves 24 KiB for each TTT step where everything is recomputed. That takes half a
+microsecond of a 50 GB/s link in each direction; the row's attention to 128K keys takes four microseconds.
 """
 
 from __future__ import annotations
@@ -25,17 +33,18 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-MIN_BYTES = 1 << 20  # smaller storages stay: they are not worth a copy's launch
-SLAB_BYTES = 64 << 20  # pinned memory is handed out in powers of two, so a whole tensor could waste as much as it takes
-IN_FLIGHT = 2
-AHEAD = 2
+MIN_BYTES = 1 << 20  # smaller storages stay on the device: launching a copy would cost more than it saves
+# Pinned memory is allocated in powers of two: whole tensors would waste up to half of it, slabs almost none.
+SLAB_BYTES = 64 << 20
+IN_FLIGHT = 2  # storages on their way to the host
+AHEAD = 2  # storages fetched before the backward asks for them
 
 Key = tuple[int, int]
-"""A storage and its version: what was saved before an in-place change is not what is saved after it."""
+"""Identifies saved data: a storage's address and its version, which every in-place operation changes."""
 
 
 class Slabs:
-    """Host memory in equal pieces, pinned where there is a GPU. Pieces that are given back are used again, never freed."""
+    """Host memory in equal slabs, pinned if there is a GPU; returned slabs are reused and never freed."""
 
     def __init__(self, slab_bytes: int, *, pin: bool) -> None:
         self.slab_bytes, self.pin = slab_bytes, pin
@@ -43,7 +52,7 @@ class Slabs:
         self._free: list[Tensor] = []
 
     def take(self, num_bytes: int) -> list[Tensor]:
-        """uint8 slabs that together hold ``num_bytes``. Raises RuntimeError where the host has no more memory to pin."""
+        """Return uint8 slabs for ``num_bytes``. Raises RuntimeError if the host has no more memory to pin."""
         wanted = -(-num_bytes // self.slab_bytes)
         while len(self._free) < wanted:
             self._free.append(torch.empty(self.slab_bytes, dtype=torch.uint8, pin_memory=self.pin))
@@ -51,27 +60,27 @@ class Slabs:
         return [self._free.pop() for _ in range(wanted)]
 
     def give_back(self, slabs: list[Tensor]) -> None:
-        """``slabs`` may be overwritten by copies that are started from now on."""
+        """Let copies that are started from now on overwrite ``slabs``."""
         self._free += slabs
 
 
 class Copies:
-    """Copies between device and slabs on a stream of their own; on a CPU they are plain and at once."""
+    """Copies between device and slabs, on a stream of their own. On a CPU they are done at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def out(self, data: Tensor, slabs: list[Tensor]) -> torch.cuda.Event | None:
-        """Start copying ``data`` (uint8 [n], complete once the current stream is) to ``slabs``; done when the event is."""
+        """Start copying ``data`` (uint8 [n]) to ``slabs``; the returned event marks the copy's end."""
         return self._copy([(slab[: len(piece)], piece) for piece, slab in self._pieces(data, slabs)])
 
     def back(self, data: Tensor, slabs: list[Tensor]) -> torch.cuda.Event | None:
-        """The other way."""
+        """Start copying ``slabs`` to ``data``; the returned event marks the copy's end."""
         return self._copy([(piece, slab[: len(piece)]) for piece, slab in self._pieces(data, slabs)])
 
     def wait(self, event: torch.cuda.Event | None) -> None:
-        """Let the current stream wait for ``event``; the host does not."""
+        """Make the current stream, not the host, wait for ``event``."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
@@ -80,6 +89,8 @@ class Copies:
             for to, source in pairs:
                 to.copy_(source)
             return None
+        # Earlier work on the main stream writes the source, or still reads the memory that is the
+        # destination.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             for to, source in pairs:
@@ -92,11 +103,14 @@ class Copies:
 
 
 class Stored:
-    """One storage in host memory, and on the device again once it has been asked for or fetched ahead."""
+    """One storage in host memory; ``data`` is its copy on the device, once it has been fetched."""
 
-    def __init__(self, key: Key, storage: torch.UntypedStorage, slabs: list[Tensor], forget: Callable[[Stored], None]) -> None:
-        self.key, self.num_bytes, self.slabs, self._forget = key, storage.nbytes(), slabs, forget
-        self._source = StorageWeakRef(storage)  # while this lives no other storage gets the same key
+    def __init__(
+        self, key: Key, storage: torch.UntypedStorage, slabs: list[Tensor], forget: Callable[[Stored], None]
+    ) -> None:
+        self.key, self.num_bytes = key, storage.nbytes()
+        self.slabs, self._forget = slabs, forget
+        self._source = StorageWeakRef(storage)  # while it lives, no other storage gets the same address
         self.data: Tensor | None = None
         self.arrival: torch.cuda.Event | None = None
         self.asked_for = False
@@ -107,7 +121,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class View:
-    """What autograd holds in place of a tensor: where it lay in its storage."""
+    """What autograd keeps instead of a tensor: the stored storage, and the tensor's view of it."""
 
     stored: Stored
     dtype: torch.dtype
@@ -117,27 +131,29 @@ class View:
 
 
 class ActivationOffload:
-    """Moves what a forward keeps to the host. One instance serves all micro-batches of a rank, one at a time.
+    """Moves what a forward saves to the host. One instance serves all micro-batches of a rank, one at a time.
 
-    ``min_bytes``: storages smaller than this stay where they are. Integers stay too, since batches hold them anyway, and so do
-    parameters.
+    Parameters stay on the device, and so do integers, which the batch holds anyway, and storages below
+    ``min_bytes``.
     """
 
-    def __init__(self, device: torch.device, *, min_bytes: int = MIN_BYTES, slab_bytes: int = SLAB_BYTES) -> None:
+    def __init__(
+        self, device: torch.device, *, min_bytes: int = MIN_BYTES, slab_bytes: int = SLAB_BYTES
+    ) -> None:
         self.device, self.min_bytes = device, min_bytes
         self.slabs = Slabs(slab_bytes, pin=device.type == "cuda")
         self._copies = Copies(device)
-        self._stored: dict[Key, weakref.ref[Stored]] = {}  # the last saved last
+        self._stored: dict[Key, weakref.ref[Stored]] = {}  # in the order of their last saving
         self._leaving: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._staying: dict[int, torch.UntypedStorage] = {}
 
     def stay(self, *tensors: Tensor) -> None:
-        """Leave these where they are, in this forward: what the first moment of the backward reads again gains nothing."""
+        """Keep these on the device in this forward: the backward reads them first."""
         self._staying |= {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """What is saved for a backward in here goes to the host."""
+        """Move what is saved for the backward in this context to the host."""
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
                 yield
@@ -145,12 +161,8 @@ class ActivationOffload:
             self._let_go(0)
             self._staying.clear()
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of all storages that are in host memory now."""
-        return sum(stored.num_bytes for ref in self._stored.values() if (stored := ref()) is not None)
-
     def _pack(self, tensor: Tensor) -> Tensor | View:
+        """Called by autograd when it saves ``tensor``; what it returns is kept instead."""
         if not self._moves(tensor):
             return tensor
         storage = tensor.untyped_storage()
@@ -159,7 +171,7 @@ class ActivationOffload:
         stored = ref() if ref is not None else None
         if stored is None:
             stored = self._send(key, storage)
-        self._stored[key] = weakref.ref(stored)
+        self._stored[key] = weakref.ref(stored)  # popped and inserted again: now the last one
         return View(stored, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def _moves(self, tensor: Tensor) -> bool:
@@ -178,13 +190,14 @@ class ActivationOffload:
         return stored
 
     def _let_go(self, still: int) -> None:
-        """Drop the oldest references to what is being copied, until ``still`` are left."""
+        """Drop the references to the oldest storages being copied, until ``still`` of them are left."""
         while len(self._leaving) > still:
             data, event = self._leaving.popleft()
-            self._copies.wait(event)  # so that whoever gets this memory next, in stream order, comes after the copy
+            self._copies.wait(event)  # what the main stream writes to this memory next comes after the copy
             del data
 
     def _unpack(self, packed: Tensor | View) -> Tensor:
+        """Called by autograd when the backward reads what ``_pack`` returned."""
         if isinstance(packed, Tensor):
             return packed
         stored = packed.stored
@@ -203,13 +216,16 @@ class ActivationOffload:
             stored.arrival = self._copies.back(stored.data, stored.slabs)
 
     def _fetch_ahead(self) -> None:
-        """Start on the next of the backward, which are the last saved of those not asked for yet."""
-        waiting = (stored for ref in reversed(list(self._stored.values())) if (stored := ref()) is not None and not stored.asked_for)
+        """Fetch what the backward needs next: the last saved of the storages not asked for yet."""
+        latest_first = (ref() for ref in reversed(list(self._stored.values())))
+        waiting = (stored for stored in latest_first if stored is not None and not stored.asked_for)
         for stored in islice(waiting, AHEAD):
             self._fetch(stored)
 
     def _forget(self, stored: Stored) -> None:
-        """Nothing refers to it any more. Later copies to its slabs come after earlier ones from them: one stream."""
+        """Give the slabs of a storage that nothing refers to any more back for reuse."""
         self._stored.pop(stored.key, None)
+        # The slabs need no wait: later copies into them run after this one, on the same stream. The device
+        # memory does, in case it was fetched and never read: the main stream may get it next.
         self._copies.wait(stored.arrival)
         self.slabs.give_back(stored.slabs)

@@ -37,7 +37,8 @@ class Topology:
         if self.world_size % self.sp:
             raise ValueError(
                 f"world_size={self.world_size} is not a multiple of ulysses * ring = {self.ulysses} * "
-                f"{self.ring} = {self.sp}; start that many processes, or change parallel.ulysses and parallel.ring"
+                f"{self.ring} = {self.sp}; start that many processes, or change parallel.ulysses and "
+                "parallel.ring"
             )
 
     @property

@@ -115,7 +115,7 @@ class SequenceSharding:
         return rg.normalize((*self.context[rank], *self.queries[rank]))
 
     def target_rows(self, rank: int) -> Ranges:
-        """Return the rows whose final hidden state ``rank`` reads: p + 1 + k, in the document of query row p."""
+        """Return the rows whose final hidden state ``rank`` reads: p + 1 + k of its query rows p."""
         wanted = []
         for start, stop in self.document_bounds():
             for a, b in rg.clip(self.queries[rank], start, stop):
@@ -231,7 +231,7 @@ def _split_evenly(own: Ranges, parts: int, align: int = 1) -> list[Ranges]:
 
 
 def _split_queries(trained: Ranges, bounds: Sequence[Range], ulysses: int, ring: int) -> tuple[Ranges, ...]:
-    """Deal pieces of the trained rows to ring ranks, in smaller pieces until their attention work balances."""
+    """Deal pieces of the trained rows to ring ranks, smaller ones until their attention work balances."""
     per_rank = 2 if ring > 1 else 1
     while True:
         dealt = _deal(trained, bounds, ring, per_rank)

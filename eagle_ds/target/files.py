@@ -111,8 +111,8 @@ def open_weights(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        reason = error.strerror
-        raise ValueError(f"target weights {path} cannot be read ({reason}); fetch the target again") from error
+        problem = f"target weights {path} cannot be read ({error.strerror})"
+        raise ValueError(f"{problem}; fetch the target again") from error
 
 
 def read_header(stream: BinaryIO) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import shard_sequence
 from eagle_ds.store.store import Store, StoreError
 from eagle_ds.target.head import argmax_and_logsumexp
-from tests.step_harness import WholeSequence, rank_batch
+from tests.micro_batch import WholeSequence, rank_batch
 from tests.training.tiny_run import V, make_tiny, target_head, write_store
 
 T = 3

@@ -27,7 +27,7 @@ from eagle_ds.evaluation.decoding import (
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.sharding.sequence import Document, shard_sequence
 from tests.draft_cases import LAYERS, VARIANTS, random_draft, variant
-from tests.step_harness import WholeSequence, prefix_for, rank_batch
+from tests.micro_batch import WholeSequence, prefix_for, rank_batch
 from tests.tiny_targets import save_tiny_llama
 
 PROMPTS = ([5, 6, 7], list(range(10, 50)), [99] * 17)

@@ -27,14 +27,14 @@ from eagle_ds.kernels import (
     rows_triton,
     sums_triton,
 )
-from eagle_ds.kernels.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
+from eagle_ds.kernels.attention import AttentionBackend, KeyBounds, ReferenceAttention, merge
 from eagle_ds.kernels.attention_cuda import CudnnBackend, TritonBackend
 from eagle_ds.kernels.attention_parts import Cut
 from eagle_ds.kernels.attention_triton import TILES, TritonAttention
 from eagle_ds.kernels.elementwise import rotate_plain
 from eagle_ds.kernels.loss import LossKernels, PlainKernels
 from eagle_ds.kernels.loss_triton import TritonKernels
-from tests.step_harness import relative_error
+from tests.micro_batch import relative_error
 
 CPU, HEADS, KV_HEADS, WIDTH = torch.device("cpu"), 4, 2, 16
 SCALE = WIDTH**-0.5
@@ -74,7 +74,7 @@ def attention(lo: np.ndarray, hi: np.ndarray, keys: int, heads_first: bool = Fal
     q, kv, dout = random(len(lo), HEADS, WIDTH), random(keys, KV_HEADS, 2 * WIDTH), random(len(lo), HEADS, WIDTH)
     diagonals, bounds = [random(len(lo), KV_HEADS, WIDTH) for _ in range(4)], KeyBounds.make(lo, hi, CPU)
 
-    def run(kernel: BlockAttention, dtype: torch.dtype) -> list[torch.Tensor]:
+    def run(kernel: AttentionBackend, dtype: torch.dtype) -> list[torch.Tensor]:
         q_, kv_, dout_, *diagonals_ = (x.to(dtype) for x in (q, kv, dout, *diagonals))
         prefix, prefix_lse = kernel.forward(q_, *kv_.chunk(2, -1), bounds, SCALE)
         out, lse = kernel.diagonal_forward(q_, prefix, prefix_lse, diagonals_, SCALE)

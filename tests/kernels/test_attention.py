@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eagle_ds.kernels.attention import BlockAttention, KeyBounds, ReferenceAttention, merge
+from eagle_ds.kernels.attention import AttentionBackend, KeyBounds, ReferenceAttention, merge
 from eagle_ds.kernels.attention_cuda import _behind_blocks, _parts
 from eagle_ds.kernels.attention_parts import BACKWARD, FORWARD, Block, Cut, Part, keys_behind
 from eagle_ds.kernels.attention_split import Split, pieces_for
-from tests.step_harness import relative_error
+from tests.micro_batch import relative_error
 
 # Relative L2 error in bf16 against float64, measured on an H200 over all cases below: see docs/benchmarks/h200.md.
 BF16_BOUND = 6e-3
@@ -40,7 +40,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, lo: np.ndarray, hi: np.ndarray, scale
     return out
 
 
-def compare(kernel: BlockAttention, lo: np.ndarray, hi: np.ndarray, keys: int, *, heads: int = 4, kv_heads: int = 2, d: int = 16,
+def compare(kernel: AttentionBackend, lo: np.ndarray, hi: np.ndarray, keys: int, *, heads: int = 4, kv_heads: int = 2, d: int = 16,
             count: int = 2, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, float]:  # fmt: skip
     """Relative error of out and of every gradient against the dense softmax in float64."""
     generator = torch.Generator().manual_seed(len(lo))
@@ -299,7 +299,7 @@ def test_gpu_backends_agree_with_the_dense_softmax(problem: str, heads: int, kv_
         forward = Cut(64, call=0, triton=2, keys=128, square=64, long_run=512, long_block=512)
         backward = Cut(32, beside=8, call=0, triton=2, keys=256, square=128, long_run=256, long_block=256)
         cuts = (forward, backward)
-        kernel: BlockAttention = attention_cuda.CudnnBackend(d, 132, *cuts)
+        kernel: AttentionBackend = attention_cuda.CudnnBackend(d, 132, *cuts)
     else:
         kernel = attention_cuda.TritonBackend(d)
     lo, hi, keys = gpu_problems()[problem]

@@ -7,7 +7,7 @@ import torch
 
 from eagle_ds.kernels.elementwise import rope, rotate_plain, swiglu, swiglu_plain
 from eagle_ds.kernels.rope import inverse_frequencies, rotation
-from tests.step_harness import relative_error
+from tests.micro_batch import relative_error
 
 BF16_BOUND = 4e-3  # one rounding to bfloat16 is 2e-3 in the mean
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eagle_ds.kernels.norm import norm_into, norm_into_plain, rms_norm
-from tests.step_harness import relative_error
+from tests.micro_batch import relative_error
 
 BF16_BOUND = 4e-3  # one rounding to bfloat16 is 2e-3 in the mean
 EPS = 1e-5

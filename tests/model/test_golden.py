@@ -8,7 +8,7 @@ import torch
 from eagle_ds.model.loss import uniform_decay
 from eagle_ds.sharding.sequence import shard_sequence
 from tests.golden_cases import SERVED_NAMES, GoldenCase, case_names
-from tests.step_harness import (
+from tests.micro_batch import (
     WholeHead,
     WholeSequence,
     gradients,

@@ -10,7 +10,7 @@ import torch
 from eagle_ds.kernels.loss import PlainKernels
 from eagle_ds.model.loss import LossSettings, head_loss
 from tests.layout_cases import TINY, Case
-from tests.step_harness import make_targets, rank_batch, relative_error
+from tests.micro_batch import make_targets, rank_batch, relative_error
 
 CASE = Case((("0" * 9 + "1" * 30 + "000" + "1" * 11,),))
 

@@ -13,7 +13,7 @@ from eagle_ds.model.loss import LossSettings, head_loss
 from eagle_ds.model.offload import ActivationOffload, Stored, View
 from eagle_ds.sharding import tiles
 from tests.layout_cases import TINY, Case
-from tests.step_harness import gradients, make_targets, prefix_for, rank_batch
+from tests.micro_batch import gradients, kept_bytes, make_targets, prefix_for, rank_batch
 
 CPU = torch.device("cpu")
 CASE = Case((("0" * 9 + "1" * 30 + "000" + "1" * 11,),))
@@ -44,7 +44,7 @@ def test_loss_and_gradients_are_the_same_bit_for_bit(recompute: str, variant: st
     offload = ActivationOffload(CPU, min_bytes=0, slab_bytes=slab_bytes)
     for _ in range(2):  # the second time in slabs that hold the first's
         other, same = forward(case, recompute, offload)
-        assert offload.kept_bytes > 0
+        assert kept_bytes(offload) > 0
         same.backward()
         assert torch.equal(same, loss)
         expected, found = gradients(model), gradients(other)
@@ -60,7 +60,7 @@ def test_a_full_recomputation_moves_states_queries_and_outputs_each_once() -> No
     n, s, d, heads = sharding.num_queries, sharding.num_tokens, arch.hidden_size, arch.num_attention_heads
     states = (s + n + (steps - 1) * n) * d  # fused states, g_0, and g_k up to the one that the last step starts from
     attention = steps * n * (2 * heads * arch.head_dim + heads)
-    assert offload.kept_bytes == 8 * (states + attention)
+    assert kept_bytes(offload) == 8 * (states + attention)
     loss.backward()
 
 
@@ -73,7 +73,7 @@ def test_nothing_is_kept_and_all_slabs_are_free_afterwards(by: str) -> None:
             loss.backward()
         made = offload.slabs.made
         del loss
-        assert offload.kept_bytes == 0 and len(offload.slabs._free) == made
+        assert kept_bytes(offload) == 0 and len(offload.slabs._free) == made
     assert made == offload.slabs.made  # the third forward needed no memory that the first had not
 
 
@@ -83,7 +83,7 @@ def test_small_storages_integers_and_parameters_stay() -> None:
     small = torch.ones(8, requires_grad=True) * 1
     with offload.saving():
         y = (x @ w.t())[index % 64].sum() + small.exp().sum()
-    assert offload.kept_bytes == 64 * 64 * 4  # x alone
+    assert kept_bytes(offload) == 64 * 64 * 4  # x alone
     y.backward()
     assert torch.equal(w.grad, torch.full_like(w, w.grad[0, 0]))
 
@@ -128,7 +128,7 @@ def test_a_storage_that_is_fetched_ahead_and_never_read_is_let_go() -> None:
     del first
     second.backward()
     del second
-    assert offload.kept_bytes == 0 and len(offload.slabs._free) == taken
+    assert kept_bytes(offload) == 0 and len(offload.slabs._free) == taken
 
 
 def test_a_stored_tensor_knows_its_storage_from_the_next_at_the_same_address() -> None:
@@ -136,7 +136,7 @@ def test_a_stored_tensor_knows_its_storage_from_the_next_at_the_same_address() -
     offload, w = ActivationOffload(CPU, min_bytes=0), torch.ones(1, requires_grad=True)
     with offload.saving():
         total = sum((torch.full((1000,), float(n)) * w).sum() for n in range(20))
-    assert offload.kept_bytes == 20 * 4000
+    assert kept_bytes(offload) == 20 * 4000
     total.backward()
     assert float(w.grad) == 1000 * sum(range(20))
 

@@ -14,7 +14,7 @@ from eagle_ds.model.loss import LossSettings, head_loss
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.sharding import tiles
 from tests.layout_cases import TINY, Case
-from tests.step_harness import gradients, make_targets, prefix_for, rank_batch
+from tests.micro_batch import gradients, make_targets, prefix_for, rank_batch
 
 CASE = Case((("0" * 9 + "1" * 30 + "000" + "1" * 11,),))
 

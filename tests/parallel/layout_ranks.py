@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from eagle_ds.kernels.attention import wide
-from eagle_ds.kernels.attention_cuda import choose_attention
+from eagle_ds.kernels.backend import choose_attention
 from eagle_ds.model.loss import LossSums, uniform_decay
 from eagle_ds.parallel.topology import SOLO, Topology, make_groups
 from tests.layout_cases import DECAY, Case
-from tests.step_harness import WholeHead, gradients, make_targets, rank_batch, run_step
+from tests.micro_batch import WholeHead, gradients, make_targets, rank_batch, run_step
 
 
 def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, LossSums, dict[str, Tensor]]:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.gloo_pool import GlooPool
 from tests.layout_cases import TINY, Case, reference_step
+from tests.micro_batch import relative_error
 from tests.parallel.layout_ranks import layout_step
-from tests.step_harness import relative_error
 
 BOUNDS = {"float64": 1e-10, "float32": 2e-5}
 

@@ -16,8 +16,8 @@ import torch
 
 from tests.gloo_pool import GlooPool
 from tests.layout_cases import TINY, Case, reference_step
+from tests.micro_batch import relative_error
 from tests.parallel.layout_ranks import layout_step
-from tests.step_harness import relative_error
 
 pytestmark = pytest.mark.gpu
 

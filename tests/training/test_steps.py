@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.gloo_pool import GlooPool
-from tests.step_harness import relative_error
+from tests.micro_batch import relative_error
 from tests.training.dense_reference import Dense, dense_step
 from tests.training.tiny_run import Tiny, make_tiny
 from tests.training.training_ranks import Steps, take_offloading_steps, take_steps

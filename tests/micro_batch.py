@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from eagle_ds.data.batch import Batch, TokenLabels, assemble, counted_rows
-from eagle_ds.kernels.attention import BlockAttention, ReferenceAttention
+from eagle_ds.kernels.attention import AttentionBackend, ReferenceAttention
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, head_loss
+from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.parallel.exchange import SequenceExchange
 from eagle_ds.parallel.topology import SOLO, ProcessGroups
@@ -44,7 +45,7 @@ def rank_batch(sharding: SequenceSharding, rank: int, whole: WholeSequence, alig
 
 
 def prefix_for(
-    model: Eagle3Draft, sharding: SequenceSharding, groups: ProcessGroups = SOLO, kernel: BlockAttention | None = None, recompute: str = "none"
+    model: Eagle3Draft, sharding: SequenceSharding, groups: ProcessGroups = SOLO, kernel: AttentionBackend | None = None, recompute: str = "none"
 ) -> PrefixAttention:
     arch = model.arch
     exchange = SequenceExchange(sharding, groups, arch.num_attention_heads, arch.num_key_value_heads)
@@ -67,7 +68,7 @@ def run_step(
     weights: Tensor,
     *,
     groups: ProcessGroups = SOLO,
-    kernel: BlockAttention | None = None,
+    kernel: AttentionBackend | None = None,
     recompute: str = "none",
     **settings: object,
 ) -> tuple[Tensor, LossSums]:
@@ -78,6 +79,11 @@ def run_step(
     loss, sums = model(batch, prefix, lambda *head_inputs: head_loss(*head_inputs, targets, spec), recompute)
     loss.backward()
     return loss.detach(), sums
+
+
+def kept_bytes(offload: ActivationOffload) -> int:
+    """Count the bytes of all storages that are in host memory now."""
+    return sum(stored.num_bytes for ref in offload._stored.values() if (stored := ref()) is not None)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
