@@ -65,9 +65,8 @@ class StateExtractor:
     """
 
     def __init__(
-        self, model: nn.Module, aux_ids: Sequence[
-            int
-        ], store_dtype: torch.dtype, limits: ForwardLimits | None = None
+        self, model: nn.Module, aux_ids: Sequence[int], store_dtype: torch.dtype,
+        limits: ForwardLimits | None = None,
     ) -> None:
         self.model = model.eval()
         self.decoder = model.get_decoder()

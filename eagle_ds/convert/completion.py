@@ -49,23 +49,22 @@ class Completer:
     head_device: str = "cpu"
     masks: ConversationMasks | None = None
 
-    def complete(self, sample_id: str, place: str, raw: RawSample) -> Sample:
-        """Return the sample to store. Raises `Rejected` naming ``place``."""
-        self._check_sizes(place, raw)
-        ids = self._check_ids(place, raw.input_ids)
-        aux, last = self._states(place, raw)
-        mask = self._loss_mask(place, raw.loss_mask, ids)
+    def complete(self, sample_id: str, raw: RawSample) -> Sample:
+        """Return the sample to store. Raises `Rejected`."""
+        self._check_sizes(raw)
+        ids = self._check_ids(raw.input_ids)
+        aux, last = self._states(raw)
+        mask = self._loss_mask(raw.loss_mask, ids)
         for name, states, cast in (("aux_hidden_state", raw.aux, aux), ("hidden_state", raw.last, last)):
-            check_finite(place, name, states)
+            check_finite(name, states)
             if cast is not states:
                 advice = f"once cast: its value is beyond {self.dtype}; choose another --cast"
-                check_finite(place, name, cast, advice)
-        normed = self._apply_norm(place, last, raw.before_norm)
+                check_finite(name, cast, advice)
+        normed = self._apply_norm(last, raw.before_norm)
         if normed is not last:
-            check_finite(
-                place, "hidden_state", normed, "after the final norm; check --target and --final-norm"
+            check_finite("hidden_state", normed, "after the final norm; check --target and --final-norm"
             )
-        token, logsumexp = self._token_labels(place, raw, normed)
+        token, logsumexp = self._token_labels(raw, normed)
         return Sample(sample_id, ids, mask, aux, normed, token, logsumexp)
 
     def head(self) -> torch.Tensor | None:
@@ -74,63 +73,63 @@ class Completer:
             return None
         return _load_head(self.target, TORCH_DTYPES[self.dtype], self.head_device)
 
-    def _check_sizes(self, place: str, raw: RawSample) -> None:
+    def _check_sizes(self, raw: RawSample) -> None:
         num_tokens, width = raw.last.shape
         if num_tokens == 0:
-            raise Rejected(place, Reason.EMPTY, "S = 0, expected at least one token")
+            raise Rejected(Reason.EMPTY, "S = 0, expected at least one token")
         if self.hidden_size is not None and width != self.hidden_size:
             detail = f"hidden_state is {width} wide, the target and the other files {self.hidden_size}"
-            raise Rejected(place, Reason.HIDDEN_SIZE, detail)
+            raise Rejected(Reason.HIDDEN_SIZE, detail)
         if raw.aux.shape[1] != self.num_aux * width:
             detail = f"aux_hidden_state is {raw.aux.shape[1]} wide, expected {self.num_aux} layers of {width}"
-            raise Rejected(place, Reason.WRONG_SHAPE, f"{detail}; name the layers with --aux-layer-ids")
+            raise Rejected(Reason.WRONG_SHAPE, f"{detail}; name the layers with --aux-layer-ids")
 
-    def _check_ids(self, place: str, ids: torch.Tensor) -> torch.Tensor:
+    def _check_ids(self, ids: torch.Tensor) -> torch.Tensor:
         if ids.dtype not in INTEGERS:
-            raise Rejected(place, Reason.DTYPE, f"input_ids are {ids.dtype}, expected integers")
+            raise Rejected(Reason.DTYPE, f"input_ids are {ids.dtype}, expected integers")
         low, high = int(ids.min()), int(ids.max())
         limit = self.vocab_size or 2**31
         if low < 0 or high >= limit:
             detail = f"input_ids range from {low} to {high}, expected 0 to {limit - 1}"
-            raise Rejected(place, Reason.TOKEN_RANGE, detail)
+            raise Rejected(Reason.TOKEN_RANGE, detail)
         return ids.to(torch.int32)
 
-    def _states(self, place: str, raw: RawSample) -> tuple[torch.Tensor, torch.Tensor]:
+    def _states(self, raw: RawSample) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (aux, last) in the store's dtype. They are cast only if the user asked for it."""
         if raw.aux.dtype != raw.last.dtype or raw.last.dtype not in TORCH_DTYPES.values():
             detail = f"aux_hidden_state is {raw.aux.dtype}, hidden_state {raw.last.dtype}"
-            raise Rejected(place, Reason.DTYPE, f"{detail}, expected both bfloat16, float16 or float32")
+            raise Rejected(Reason.DTYPE, f"{detail}, expected both bfloat16, float16 or float32")
         wanted = TORCH_DTYPES[self.dtype] if self.dtype else raw.last.dtype
         if raw.last.dtype != wanted and not self.cast:
             detail = f"hidden states are {raw.last.dtype}, the store holds {wanted}"
-            raise Rejected(place, Reason.DTYPE, f"{detail}; --cast {self.dtype} converts them, with rounding")
+            raise Rejected(Reason.DTYPE, f"{detail}; --cast {self.dtype} converts them, with rounding")
         return raw.aux.to(wanted), raw.last.to(wanted)
 
-    def _loss_mask(self, place: str, mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    def _loss_mask(self, mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
         """Return the file's loss mask as uint8 [S], or that of the conversation with these tokens."""
         if mask is None:
-            return self._mask_from_dataset(place, ids)
+            return self._mask_from_dataset(ids)
         if mask.is_complex():
             detail = f"loss_mask is {mask.dtype}, expected 0 and 1 as integers, booleans or real numbers"
-            raise Rejected(place, Reason.DTYPE, detail)
+            raise Rejected(Reason.DTYPE, detail)
         wide = mask.to(torch.float32) if mask.is_floating_point() else mask
         if not bool(((wide == 0) | (wide == 1)).all()):
             detail = f"loss_mask holds {float(wide.min()):g} to {float(wide.max()):g}, expected only 0 and 1"
-            raise Rejected(place, Reason.MASK, detail)
+            raise Rejected(Reason.MASK, detail)
         return mask.to(torch.uint8)
 
-    def _mask_from_dataset(self, place: str, ids: torch.Tensor) -> torch.Tensor:
+    def _mask_from_dataset(self, ids: torch.Tensor) -> torch.Tensor:
         if self.masks is None:
             detail = "no loss_mask; give the conversations with --dataset and the tokenizer with --target"
-            raise Rejected(place, Reason.MISSING_KEY, detail)
+            raise Rejected(Reason.MISSING_KEY, detail)
         found = self.masks.find(ids.numpy())
         if found is None:
             tokens = f"these {len(ids)} tokens (they begin with {ids[:6].tolist()})"
             detail = f"no conversation in {self.masks.path.name} renders to {tokens}"
-            raise Rejected(place, Reason.MASK, f"{detail}; check --dataset, --target and --max-length")
+            raise Rejected(Reason.MASK, f"{detail}; check --dataset, --target and --max-length")
         return torch.from_numpy(found)
 
-    def _apply_norm(self, place: str, last: torch.Tensor, before_norm: bool) -> torch.Tensor:
+    def _apply_norm(self, last: torch.Tensor, before_norm: bool) -> torch.Tensor:
         """Return the states that the head reads: ``last``, or ``last`` after the target's final norm.
 
         If the target is known, the states themselves must agree with what the format says about them: a draft
@@ -143,13 +142,13 @@ class Completer:
             if self.target is not None:
                 advice = f"the final norm of {self.target} is no RMSNorm, so use --final-norm skip"
             detail = f"hidden_state is from before the target's final norm; {advice}"
-            raise Rejected(place, Reason.FINAL_NORM, detail)
+            raise Rejected(Reason.FINAL_NORM, detail)
         if norm is not None and self.final_norm == "auto":
-            _check_side_of_norm(place, norm, last, is_normed=not apply)
+            _check_side_of_norm(norm, last, is_normed=not apply)
         return norm(last) if norm is not None and apply else last
 
     def _token_labels(
-        self, place: str, raw: RawSample, last: torch.Tensor
+        self, raw: RawSample, last: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return argmax and log-sum-exp of the target's logits: computed, or as the file holds them, or None.
         """
@@ -160,7 +159,7 @@ class Completer:
             if found is not None and (found.dtype not in kinds or found.shape != raw.input_ids.shape):
                 expected = f"expected {kinds[0]} {list(raw.input_ids.shape)}"
                 detail = f"{name} is {found.dtype} {list(found.shape)}, {expected}; check --map"
-                raise Rejected(place, Reason.WRONG_SHAPE, detail)
+                raise Rejected(Reason.WRONG_SHAPE, detail)
         token = raw.target_token_id
         return None if token is None else token.to(torch.int32), raw.target_logsumexp
 
@@ -198,18 +197,18 @@ class FinalRmsNorm:
         return float((states[:, large].float() / scale[large]).square().mean(-1).sqrt().median())
 
 
-def _check_side_of_norm(place: str, norm: FinalRmsNorm, last: torch.Tensor, is_normed: bool) -> None:
+def _check_side_of_norm(norm: FinalRmsNorm, last: torch.Tensor, is_normed: bool) -> None:
     """Raise `Rejected` unless the states look as ``is_normed`` says, judged by a few rows of the sample."""
     some_rows = last[:: max(1, len(last) // RMS_ROWS)]
     looks_normed = abs(norm.rms_without_weight(some_rows) - 1) < RMS_TOLERANCE
     if looks_normed != is_normed:
         side, flag = ("after", "apply") if is_normed else ("before", "skip")
         detail = f"hidden_state does not look like states from {side} the target's final norm"
-        raise Rejected(place, Reason.FINAL_NORM, f"{detail}; check --target, or use --final-norm {flag}")
+        raise Rejected(Reason.FINAL_NORM, f"{detail}; check --target, or use --final-norm {flag}")
 
 
 def check_finite(
-    place: str, name: str, states: torch.Tensor, advice: str = "expected finite numbers; capture it again"
+    name: str, states: torch.Tensor, advice: str = "expected finite numbers; capture it again"
 ) -> None:
     """Raise `Rejected` at the first row of ``states`` [S, width] with a NaN or Inf."""
     for number, rows in enumerate(states.split(CHECK_ROWS)):
@@ -217,7 +216,7 @@ def check_finite(
         low, high = torch.aminmax(rows)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             row = number * CHECK_ROWS + int((~torch.isfinite(rows)).any(-1).nonzero()[0])
-            raise Rejected(place, Reason.NOT_FINITE, f"{name} has a NaN or Inf in row {row}, {advice}")
+            raise Rejected(Reason.NOT_FINITE, f"{name} has a NaN or Inf in row {row}, {advice}")
 
 
 def token_labels(hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

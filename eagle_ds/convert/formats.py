@@ -53,15 +53,21 @@ class Reason(StrEnum):
 
 
 class Rejected(ValueError):
-    """One sample that cannot be converted: its ``path``, the reason, and a sentence with what was found and
-    expected.
+    """One sample that cannot be converted: the reason, what was found and expected, and its path.
+
+    Whoever knows the path sets it with `at`; the readers and checks that raise this do not.
     """
 
-    def __init__(self, path: Path | str, reason: Reason, detail: str) -> None:
-        super().__init__(path, reason, detail)  # all arguments, so that it pickles
-        self.path = printable(str(path))
+    def __init__(self, reason: Reason, detail: str, path: Path | str = "") -> None:
+        super().__init__(reason, detail, path)  # all arguments, so that it pickles
         self.reason = reason
         self.detail = detail
+        self.path = printable(str(path))
+
+    def at(self, path: Path | str) -> Rejected:
+        """Set the path, and return this error."""
+        self.path = printable(str(path))
+        return self
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}: {self.detail}"
@@ -90,12 +96,12 @@ class RawSample:
         return self.aux.nbytes + self.last.nbytes
 
 
-def from_torch_dict(path: Path, tensors: Mapping[str, Any]) -> RawSample:
+def from_torch_dict(tensors: Mapping[str, Any]) -> RawSample:
     """Read the dict that SpecForge or Model-Optimizer saved. Raises `Rejected`."""
-    mask = _loss_mask(path, tensors)
-    ids = _find_tensor(path, tensors, IDS_NAMES)
-    aux = _find_tensor(path, tensors, AUX_NAMES)
-    return canonical(path, ids, aux, _find_tensor(path, tensors, LAST_NAMES), mask)
+    mask = _loss_mask(tensors)
+    ids = _find_tensor(tensors, IDS_NAMES)
+    aux = _find_tensor(tensors, AUX_NAMES)
+    return canonical(ids, aux, _find_tensor(tensors, LAST_NAMES), mask)
 
 
 def read_safetensors(path: Path) -> RawSample:
@@ -106,19 +112,19 @@ def read_safetensors(path: Path) -> RawSample:
     except SafetensorError as error:
         is_short = "incomplete" in str(error).lower() or path.stat().st_size < 8
         reason = Reason.TRUNCATED if is_short else Reason.CORRUPT
-        raise Rejected(path, reason, f"not a whole safetensors file ({error}); write it again") from error
-    states = _find_tensor(path, tensors, LAST_NAMES)
+        raise Rejected(reason, f"not a whole safetensors file ({error}); write it again") from error
+    states = _find_tensor(tensors, LAST_NAMES)
     if states.dim() != 3 or states.shape[1] < 2:
         expected = "expected [S, A+1, H] with the final state after the aux ones"
-        raise Rejected(path, Reason.WRONG_SHAPE, f"hidden_states is {list(states.shape)}, {expected}")
-    ids, mask = _find_tensor(path, tensors, IDS_NAMES), _loss_mask(path, tensors)
-    raw = canonical(path, ids, states[:, :-1].flatten(1), states[:, -1], mask)
+        raise Rejected(Reason.WRONG_SHAPE, f"hidden_states is {list(states.shape)}, {expected}")
+    ids, mask = _find_tensor(tensors, IDS_NAMES), _loss_mask(tensors)
+    raw = canonical(ids, states[:, :-1].flatten(1), states[:, -1], mask)
     raw.before_norm = True
     return raw
 
 
 def canonical(
-    path: Path | str, ids: torch.Tensor, aux: torch.Tensor, last: torch.Tensor, mask: torch.Tensor | None
+    ids: torch.Tensor, aux: torch.Tensor, last: torch.Tensor, mask: torch.Tensor | None
 ) -> RawSample:
     """Drop the batch dimension of size 1 that some formats carry, and check that all lengths agree."""
     ids = _drop_batch(ids, 1)
@@ -129,7 +135,7 @@ def canonical(
         found = {"input_ids": ids, "aux_hidden_state": aux, "hidden_state": last}
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in found.items())
         expected = "expected [S], [S, A*H] and [S, H], one sample a file"
-        raise Rejected(path, Reason.WRONG_SHAPE, f"{shapes}; {expected}")
+        raise Rejected(Reason.WRONG_SHAPE, f"{shapes}; {expected}")
     lengths = {"input_ids": len(ids), "aux_hidden_state": len(aux), "hidden_state": len(last)}
     if mask is not None:
         lengths["loss_mask"] = mask.numel() if mask.dim() == 1 else -1
@@ -137,8 +143,7 @@ def canonical(
         words = (
             f"{name} {length if length >= 0 else 'of another shape'}" for name, length in lengths.items()
         )
-        detail = f"lengths disagree: {', '.join(words)}; expected one length S"
-        raise Rejected(path, Reason.WRONG_SHAPE, detail)
+        raise Rejected(Reason.WRONG_SHAPE, f"lengths disagree: {', '.join(words)}; expected one length S")
     return RawSample(ids, aux, last, mask)
 
 
@@ -146,20 +151,20 @@ def _drop_batch(tensor: torch.Tensor, dims: int) -> torch.Tensor:
     return tensor[0] if tensor.dim() == dims + 1 and tensor.shape[0] == 1 else tensor
 
 
-def _loss_mask(path: Path, tensors: Mapping[str, Any]) -> torch.Tensor | None:
-    return None if tensors.get("loss_mask") is None else _find_tensor(path, tensors, ("loss_mask",))
+def _loss_mask(tensors: Mapping[str, Any]) -> torch.Tensor | None:
+    return None if tensors.get("loss_mask") is None else _find_tensor(tensors, ("loss_mask",))
 
 
-def _find_tensor(path: Path, tensors: Mapping[str, Any], names: Sequence[str]) -> torch.Tensor:
+def _find_tensor(tensors: Mapping[str, Any], names: Sequence[str]) -> torch.Tensor:
     """Return the tensor under the first of ``names`` that is there, if it is one that can be read."""
     name = next((name for name in names if name in tensors), None)
     if name is None:
         listing = ", ".join(sorted(map(str, tensors))) or "nothing"
-        raise Rejected(path, Reason.MISSING_KEY, f"no {' or '.join(names)}; the file holds {listing}")
+        raise Rejected(Reason.MISSING_KEY, f"no {' or '.join(names)}; the file holds {listing}")
     tensor = tensors[name]
     if not isinstance(tensor, torch.Tensor):
-        raise Rejected(path, Reason.DTYPE, f"{name} is a {type(tensor).__name__}, expected a tensor")
+        raise Rejected(Reason.DTYPE, f"{name} is a {type(tensor).__name__}, expected a tensor")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
         detail = f"{name} is a sparse, quantized, nested or meta tensor, expected a plain one"
-        raise Rejected(path, Reason.DTYPE, detail)
+        raise Rejected(Reason.DTYPE, detail)
     return tensor

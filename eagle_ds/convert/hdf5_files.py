@@ -75,28 +75,27 @@ def sample_groups(path: Path, mapping: Hdf5Map) -> Iterator[str]:
         parent = file.get(mapping.group_pattern.rstrip("/") or "/")
         if not isinstance(parent, h5py.Group):
             detail = f"no group {mapping.group_pattern!r} to look for samples in; check --map"
-            raise Rejected(path, Reason.MISSING_KEY, detail)
+            raise Rejected(Reason.MISSING_KEY, detail)
         names = [name for name in parent if isinstance(parent.get(name), h5py.Group)]
     yield from sorted(names, key=natural_key)
 
 
 def read_hdf5(path: Path, mapping: Hdf5Map, group: str = "") -> RawSample:
     """Read one sample. Raises `Rejected` if something is missing or damaged."""
-    place = f"{path}/{group}" if group else str(path)
     paths = {ours: theirs.replace("*", group) for ours, theirs in mapping.places}
     with _open(path) as file:
         try:
             present = {ours: theirs for ours, theirs in paths.items() if _has_datasets(file, theirs)}
-            found = {ours: _read_joined(place, file, theirs) for ours, theirs in present.items()}
+            found = {ours: _read_joined(file, theirs) for ours, theirs in present.items()}
         except OSError as error:
-            raise Rejected(place, Reason.CORRUPT, f"HDF5 cannot read it ({error})") from error
+            raise Rejected(Reason.CORRUPT, f"HDF5 cannot read it ({error})") from error
         listing = ", ".join(sorted(file)) or "nothing"
     for ours in REQUIRED:
         if ours not in found:
             detail = f"no dataset {paths[ours]} for {ours}, the file holds {listing}; use --map"
-            raise Rejected(place, Reason.MISSING_KEY, detail)
+            raise Rejected(Reason.MISSING_KEY, detail)
     names = ("input_ids", "aux_hidden_state", "hidden_state")
-    raw = canonical(place, *(found[name] for name in names), found.get("loss_mask"))
+    raw = canonical(*(found[name] for name in names), found.get("loss_mask"))
     raw.target_token_id = found.get("target_token_id")
     raw.target_logsumexp = found.get("target_logsumexp")
     return raw
@@ -112,7 +111,7 @@ def _open(path: Path) -> h5py.File:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
         reason = Reason.TRUNCATED if "truncated" in str(error) else Reason.UNREADABLE
-        raise Rejected(path, reason, f"HDF5 cannot open it ({error})") from error
+        raise Rejected(reason, f"HDF5 cannot open it ({error})") from error
 
 
 def _has_datasets(file: h5py.File, theirs: str) -> bool:
@@ -120,21 +119,21 @@ def _has_datasets(file: h5py.File, theirs: str) -> bool:
     return all(isinstance(file.get(name), h5py.Dataset) for name in names)
 
 
-def _read_joined(place: str, file: h5py.File, theirs: str) -> torch.Tensor:
+def _read_joined(file: h5py.File, theirs: str) -> torch.Tensor:
     """Read ``A+B+C[@bf16]``: the datasets side by side."""
     as_bf16 = theirs.endswith(BF16_MARK)
-    parts = [_read_raw(place, file[name], as_bf16) for name in theirs.removesuffix(BF16_MARK).split("+")]
+    parts = [_read_raw(file[name], as_bf16) for name in theirs.removesuffix(BF16_MARK).split("+")]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _read_raw(place: str, dataset: h5py.Dataset, as_bf16: bool) -> torch.Tensor:
+def _read_raw(dataset: h5py.Dataset, as_bf16: bool) -> torch.Tensor:
     """Read a dataset bit for bit. h5py would convert bfloat16 to float32, slowly, so its bits are read as
     integers.
     """
     if as_bf16 or _is_bf16(dataset):
         if dataset.dtype.itemsize != 2 and not _is_bf16(dataset):
             detail = f"{dataset.name} is {dataset.dtype}, expected 16-bit numbers for {BF16_MARK}"
-            raise Rejected(place, Reason.DTYPE, detail)
+            raise Rejected(Reason.DTYPE, detail)
         bits = np.empty(dataset.shape, np.uint16)
         if bits.size:
             # The memory type is the file's own type: HDF5 then copies the bytes and converts nothing.
@@ -143,7 +142,7 @@ def _read_raw(place: str, dataset: h5py.Dataset, as_bf16: bool) -> torch.Tensor:
     values = dataset[()]
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
         detail = f"{dataset.name} holds {dataset.dtype}, expected numbers; bfloat16 bits need {BF16_MARK}"
-        raise Rejected(place, Reason.DTYPE, detail)
+        raise Rejected(Reason.DTYPE, detail)
     return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
 
 

@@ -209,7 +209,7 @@ def _find_samples(source: Iterator[SourceItem]) -> _FoundSamples:
         first = items.setdefault(item.id, item)
         if first is not item:
             detail = f"it has the same id {item.id!r} as {first.path}; keep one of the two"
-            duplicates.append(Rejected(item.place, Reason.DUPLICATE, detail))
+            duplicates.append(Rejected(Reason.DUPLICATE, detail, item.place))
             duplicate_paths.append(item.path)
     return _FoundSamples(list(items.values()), duplicates, duplicate_paths)
 

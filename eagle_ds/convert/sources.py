@@ -42,34 +42,34 @@ class SourceItem:
         """
         try:
             if not stat.S_ISREG(self.path.stat().st_mode):
-                detail = "a device, pipe or socket, expected a regular file"
-                raise Rejected(self.place, Reason.UNREADABLE, detail)
+                raise Rejected(Reason.UNREADABLE, "a device, pipe or socket, expected a regular file")
             return self._parse(checksums)
-        except Rejected:
-            raise
+        except Rejected as error:
+            raise error.at(self.place) from error.__cause__
         except FileNotFoundError as error:
             missing = "a link to nowhere" if self.path.is_symlink() else "the file is gone"
-            detail = f"{missing}, expected a file that can be read"
-            raise Rejected(self.place, Reason.UNREADABLE, detail) from error
+            raise Rejected(Reason.UNREADABLE, f"{missing}, expected a file that can be read") from error
         except OSError as error:
-            raise Rejected(
-                self.place, Reason.UNREADABLE, f"cannot be read ({error.strerror or error})"
+            raise Rejected(Reason.UNREADABLE, f"cannot be read ({error.strerror or error})"
             ) from error
         except Exception as error:
             detail = f"reading it failed ({type(error).__name__}: {str(error)[:200]}); write the file again"
-            raise Rejected(self.place, Reason.UNREADABLE, detail) from error
+            raise Rejected(Reason.UNREADABLE, detail) from error
 
     def _parse(self, checksums: bool) -> RawSample:
         suffix = known_suffix(self.path)
         if suffix in TORCH_SUFFIXES:
-            return from_torch_dict(self.path, load_torch(self.path, checksums))
+            return from_torch_dict(load_torch(self.path, checksums))
         if suffix in SAFETENSORS_SUFFIXES:
             return read_safetensors(self.path)
         return read_hdf5(self.path, self.mapping or IDENTITY, self.group)
 
     def load(self, completer: Completer | None = None) -> Sample:
         """Read the sample, check it and complete it. Raises `Rejected`."""
-        return (completer or Completer()).complete(self.id, self.place, self.read())
+        try:
+            return (completer or Completer()).complete(self.id, self.read())
+        except Rejected as error:
+            raise error.at(self.place) from error.__cause__
 
 
 def iter_source(path: str | Path, mapping: Hdf5Map | None = None) -> Iterator[SourceItem]:

@@ -92,7 +92,7 @@ def _try_probe(item: SourceItem) -> _Probe | Rejected:
     try:
         return _probe(item)
     except Rejected as error:
-        return error
+        return error.at(item.place)
 
 
 def _probe(item: SourceItem) -> _Probe:
@@ -103,7 +103,7 @@ def _probe(item: SourceItem) -> _Probe:
     dtype = str(raw.last.dtype).removeprefix("torch.")
     if dtype not in TORCH_DTYPES or width == 0:
         detail = f"hidden_state is {raw.last.dtype} {list(raw.last.shape)}, expected floating-point states"
-        raise Rejected(item.place, Reason.DTYPE, detail)
+        raise Rejected(Reason.DTYPE, detail)
     num_aux, has_mask = raw.aux.shape[1] // width, raw.loss_mask is not None
     return _Probe(item.file_bytes, width, num_aux, dtype, raw.before_norm, has_mask, raw.nbytes, read_s)
 

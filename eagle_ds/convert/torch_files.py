@@ -48,36 +48,35 @@ def load_torch(path: Path, checksums: bool = True) -> dict[str, Any]:
     """
     if path.suffix == ".gz":
         with _inflated(path) as inflated:
-            return _load(path, inflated, checksums=False)  # gzip has its own
-    return _load(path, path, checksums)
+            return _load(inflated, checksums=False)  # gzip has its own
+    return _load(path, checksums)
 
 
-def _load(path: Path, content: Path, checksums: bool) -> dict[str, Any]:
-    """Load ``content``, which is ``path`` or its inflated copy; messages name ``path``."""
+def _load(content: Path, checksums: bool) -> dict[str, Any]:
+    """Load a file that is not compressed, or no longer."""
     size = content.stat().st_size
     with content.open("rb") as file:
         is_zip = file.read(4) == ZIP_MAGIC
         if size == 0:
-            raise Rejected(path, Reason.TRUNCATED, "the file is empty, expected a torch archive")
+            raise Rejected(Reason.TRUNCATED, "the file is empty, expected a torch archive")
         if not is_zip and _first_bytes(content) == GZIP_MAGIC:
             detail = "it is gzip-compressed, expected a plain torch file; rename it to end in .gz"
-            raise Rejected(path, Reason.UNREADABLE, detail)
+            raise Rejected(Reason.UNREADABLE, detail)
         if is_zip and not zipfile.is_zipfile(file):  # the directory of a zip file is its end
             detail = f"{size} bytes without a zip directory at the end; it was written or copied only in part"
-            raise Rejected(path, Reason.TRUNCATED, detail)
+            raise Rejected(Reason.TRUNCATED, detail)
         if is_zip and checksums:
-            _check_records(path, file)
+            _check_records(file)
         # Through the open descriptor: this is the file that was checked, even if its name was given to
         # another one.
-        loaded = _unpickle_tensors(path, Path(f"/proc/self/fd/{file.fileno()}"), is_zip)
+        loaded = _unpickle_tensors(Path(f"/proc/self/fd/{file.fileno()}"), is_zip)
     if not isinstance(loaded, dict):
-        raise Rejected(
-            path, Reason.MISSING_KEY, f"it holds a {type(loaded).__name__}, expected a dict of tensors"
+        raise Rejected(Reason.MISSING_KEY, f"it holds a {type(loaded).__name__}, expected a dict of tensors"
         )
     return loaded
 
 
-def _unpickle_tensors(path: Path, content: Path, is_zip: bool) -> Any:
+def _unpickle_tensors(content: Path, is_zip: bool) -> Any:
     """Call torch.load and turn each of its many errors into `Rejected`.
 
     Old files without a zip cannot be mapped.
@@ -91,20 +90,19 @@ def _unpickle_tensors(path: Path, content: Path, is_zip: bool) -> Any:
         # run.
         if "Unsupported operand" not in cause and ("Unsupported" in cause or "GLOBAL" in cause):
             detail = "loading it would run code; save it again as a plain dict of tensors"
-            raise Rejected(path, Reason.UNSAFE, f"{detail} ({sentence})") from error
-        raise Rejected(path, Reason.UNREADABLE, f"not a torch file ({sentence})") from error
+            raise Rejected(Reason.UNSAFE, f"{detail} ({sentence})") from error
+        raise Rejected(Reason.UNREADABLE, f"not a torch file ({sentence})") from error
     except EOFError as error:
-        raise Rejected(path, Reason.TRUNCATED, f"it ends in the middle of the data ({error})") from error
+        raise Rejected(Reason.TRUNCATED, f"it ends in the middle of the data ({error})") from error
     except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        detail = f"torch cannot read it ({_first_sentence(str(error))})"
-        raise Rejected(path, Reason.UNREADABLE, detail) from error
+        raise Rejected(Reason.UNREADABLE, f"torch cannot read it ({_first_sentence(str(error))})") from error
 
 
 def _first_sentence(text: str) -> str:
     return text.strip().split(". ")[0][:200]
 
 
-def _check_records(path: Path, file: BinaryIO) -> None:
+def _check_records(file: BinaryIO) -> None:
     """Compare each record with its crc32, which torch does not do for a mapped file.
 
     torch can be told to write no checksums. Then all of them are wrong, and the file cannot be judged.
@@ -114,15 +112,15 @@ def _check_records(path: Path, file: BinaryIO) -> None:
             info for info in zipfile.ZipFile(file).infolist() if info.compress_type == zipfile.ZIP_STORED
         ]
     except (zipfile.BadZipFile, ValueError, OSError) as error:
-        raise Rejected(path, Reason.CORRUPT, f"its zip directory is damaged ({error})") from error
+        raise Rejected(Reason.CORRUPT, f"its zip directory is damaged ({error})") from error
     block = memoryview(bytearray(CHECK_BLOCK_BYTES))
-    wrong = [info.filename for info in records if _record_crc32(path, file, info, block) != info.CRC]
+    wrong = [info.filename for info in records if _record_crc32(file, info, block) != info.CRC]
     if wrong and len(wrong) < len(records):
         detail = f"record {wrong[0]} does not match its crc32; the file changed after it was saved"
-        raise Rejected(path, Reason.CORRUPT, detail)
+        raise Rejected(Reason.CORRUPT, detail)
 
 
-def _record_crc32(path: Path, file: BinaryIO, info: zipfile.ZipInfo, block: memoryview) -> int:
+def _record_crc32(file: BinaryIO, info: zipfile.ZipInfo, block: memoryview) -> int:
     """Compute the crc32 of one record's bytes, a block at a time.
 
     The record is read with plain reads although torch maps it afterwards: they bring it into the page cache
@@ -130,8 +128,7 @@ def _record_crc32(path: Path, file: BinaryIO, info: zipfile.ZipInfo, block: memo
     """
     head = os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset)
     if len(head) < _LOCAL_HEADER.size or head[:4] != ZIP_MAGIC:
-        detail = f"record {info.filename} has no header where the zip directory says"
-        raise Rejected(path, Reason.CORRUPT, detail)
+        raise Rejected(Reason.CORRUPT, f"record {info.filename} has no header where the zip directory says")
     # The data follows the header, the name and the extra field, with which torch aligns it to 64 bytes.
     *_, name_length, extra_length = _LOCAL_HEADER.unpack(head)
     position = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
@@ -140,7 +137,7 @@ def _record_crc32(path: Path, file: BinaryIO, info: zipfile.ZipInfo, block: memo
     while position < end:
         count = os.preadv(file.fileno(), [block[: min(len(block), end - position)]], position)
         if count == 0:
-            raise Rejected(path, Reason.CORRUPT, f"record {info.filename} reaches beyond the end of the file")
+            raise Rejected(Reason.CORRUPT, f"record {info.filename} reaches beyond the end of the file")
         crc32 = update(block[:count], crc32)
         position += count
     return crc32
@@ -180,14 +177,13 @@ def _gunzip(path: Path, target: BinaryIO) -> None:
                 target.write(block[:count])
     except EOFError as error:
         detail = "the gzip stream ends in the middle; it was written or copied only in part"
-        raise Rejected(path, Reason.TRUNCATED, detail) from error
+        raise Rejected(Reason.TRUNCATED, detail) from error
     except (gzip.BadGzipFile, failure) as error:
         if (begin := _first_bytes(path)) != GZIP_MAGIC:
             detail = f"its name says gzip, but it begins with {begin!r}, expected {GZIP_MAGIC!r}"
-            raise Rejected(
-                path, Reason.CORRUPT, f"{detail}; rename it if it is a plain torch file"
+            raise Rejected(Reason.CORRUPT, f"{detail}; rename it if it is a plain torch file"
             ) from error
-        raise Rejected(path, Reason.CORRUPT, f"the gzip stream is damaged ({error})") from error
+        raise Rejected(Reason.CORRUPT, f"the gzip stream is damaged ({error})") from error
 
 
 def _first_bytes(path: Path) -> bytes:

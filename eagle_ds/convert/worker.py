@@ -75,9 +75,9 @@ class Worker:
             entry = job.entry or files.write(sample)
             if self.verify:
                 names = SOURCE_NAMES if job.entry else tuple(SMALL_DTYPES)
-                compare(sample, names, self.root, entry, self.info, job.item.place)
+                compare(sample, names, self.root, entry, self.info)
         except Rejected as error:
-            return Outcome(job, rejected=error)
+            return Outcome(job, rejected=error.at(job.item.place))
         except OSError as error:  # reading raises Rejected, so this is the store's disk
             return Outcome(job, failure=f"{self.root}: {error.strerror or error}")
         except ValueError as error:  # the target cannot be used
@@ -85,13 +85,11 @@ class Worker:
         except Exception as error:
             cause = f"{type(error).__name__}: {str(error)[:200]}"
             detail = f"converting it failed ({cause}); the file is left unchanged"
-            return Outcome(job, rejected=Rejected(job.item.place, Reason.FAILED, detail))
+            return Outcome(job, rejected=Rejected(Reason.FAILED, detail, job.item.place))
         return Outcome(job, entry, raw_bytes=sample.aux_hidden_state.nbytes + sample.hidden_state.nbytes)
 
 
-def compare(
-    sample: Sample, names: Sequence[str], root: Path, entry: SampleEntry, info: StoreInfo, place: str
-) -> None:
+def compare(sample: Sample, names: Sequence[str], root: Path, entry: SampleEntry, info: StoreInfo) -> None:
     """Read the stored file back from the disk and compare it with the source, bit for bit.
 
     Compared are the hidden states and the small datasets ``names``. Raises `Rejected` if anything differs.
@@ -104,8 +102,7 @@ def compare(
     except StoreError as error:
         difference = str(error)
     if difference:
-        detail = f"{difference}; the source is kept: delete {path} and run again"
-        raise Rejected(place, Reason.READBACK, detail)
+        raise Rejected(Reason.READBACK, f"{difference}; the source is kept: delete {path} and run again")
 
 
 def _difference(sample: Sample, names: Sequence[str], reader: SampleReader) -> str | None:
@@ -199,7 +196,7 @@ class ConverterProcess:
             code = self.child.exit_code()
             hint = "-9 is usually the system's out-of-memory killer: use fewer --workers"
             detail = f"the worker that converted it died (exit code {code}; {hint})"
-            return Outcome(self._job, rejected=Rejected(self._job.item.place, Reason.WORKER, detail))
+            return Outcome(self._job, rejected=Rejected(Reason.WORKER, detail, self._job.item.place))
 
     def stop(self) -> None:
         """End the process."""

@@ -275,7 +275,7 @@ def test_the_first_row_that_is_not_finite_is_found_wherever_it_is(row: int) -> N
     states = torch.zeros(3000, 8, dtype=torch.bfloat16)
     states[row, 5] = float("inf")
     with pytest.raises(Rejected, match=f"row {row},"):
-        check_finite("x", "hidden_state", states)
+        check_finite("hidden_state", states)
 
 
 def test_token_labels_are_those_of_the_whole_logits_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

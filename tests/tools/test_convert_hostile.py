@@ -56,10 +56,10 @@ def test_links_pipes_and_odd_names_stop_nothing(tmp_path: Path, run, workers: st
 def test_an_odd_error_costs_its_file_only(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     complete = Completer.complete
 
-    def fail(self: Completer, sample_id: str, place: str, raw):
+    def fail(self: Completer, sample_id: str, raw):
         if sample_id.endswith("data_2"):
             raise MemoryError("cannot allocate")
-        return complete(self, sample_id, place, raw)
+        return complete(self, sample_id, raw)
 
     monkeypatch.setattr(Completer, "complete", fail)
     assert run(tree(tmp_path / "src"), tmp_path / "dst", *FLAGS) == 3
