@@ -1,12 +1,13 @@
-"""Conversations to token ids and loss mask, by the tokenizer's own chat template.
+"""Turn conversations into token ids and a loss mask, with the tokenizer's own chat template.
 
-What is trained: everything that the target generates when it is served, that is the text from the end of the generation
-prompt (the role header is not trained) through the end-of-turn token. A ``{"text"}`` line is trained whole.
+Trained is what the target generates when it is served: the text from the end of the generation prompt through
+the end-of-turn token of each assistant turn. The role header belongs to the prompt, so it is not trained. A
+``{"text": ...}`` record is trained whole.
 
-No target's own template marks that text, so it is found by rendering: the conversation is rendered once more for each
-assistant message with the content replaced by a sentinel. The two renderings differ in this message's content and
-nowhere else, whatever the template does to headers, white space, thinking blocks, or a turn that stands last. A turn whose
-content the template leaves out is not trained (Llama 3's and gpt-oss's bare tool calls).
+Chat templates do not mark which text that is, so it is found by rendering. For each assistant message the
+conversation is rendered once more with the message's content replaced by a sentinel. Both renderings differ
+in that content only, whatever the template does to headers, white space, thinking blocks or the last turn. A
+turn whose content the template leaves out (bare tool calls of Llama 3 and gpt-oss) is not trained.
 """
 
 from __future__ import annotations
@@ -22,18 +23,25 @@ from typing import Any, Literal
 
 import numpy as np
 
+from eagle_ds.store.manifest import trained_spans
+
 Message = dict[str, Any]
 Span = tuple[int, int]
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-SENTINELS = ("\ue000", "\ue001", "\ue002", "\ue003")  # private use: never in real text, and one is unlike any given character
-TOKENIZER_NAMES = ("tokenizer", "tokenization", "vocab", "merges", "spiece", "sentencepiece", "tekken", "tiktoken")  # files begin so
-FIXED_DATE = "2024-07-26"  # the default that Llama 3.1's own template carries
+# Private-use characters, which real text does not contain. Two that are absent from a conversation mark its
+# sentinel.
+SENTINELS = ("\ue000", "\ue001", "\ue002", "\ue003")
+# The name of a tokenizer's file begins with one of these.
+TOKENIZER_NAMES = (
+    "tokenizer", "tokenization", "vocab", "merges", "spiece", "sentencepiece", "tekken", "tiktoken",
+)
+FIXED_DATE = "2024-07-26"  # the default date in Llama 3.1's template
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One sample: ``input_ids`` int32 [S] and ``loss_mask`` uint8 [S], nothing shifted."""
+class EncodedSample:
+    """One tokenized sample: ``input_ids`` int32 [S] and ``loss_mask`` uint8 [S]. Position p is token p."""
 
     id: str
     input_ids: np.ndarray
@@ -42,13 +50,12 @@ class Encoded:
     @property
     def trained_spans(self) -> tuple[Span, ...]:
         """[start, end) of every run of trained tokens."""
-        edges = np.flatnonzero(np.diff(self.loss_mask.astype(np.int8), prepend=0, append=0))
-        return tuple((int(start), int(end)) for start, end in edges.reshape(-1, 2))
+        return trained_spans(self.loss_mask)
 
 
 @dataclass
 class EncodeStats:
-    """What became of the lines of a file."""
+    """Counts of the lines of a file: encoded, changed or skipped."""
 
     samples: int = 0
     tokens: int = 0
@@ -74,24 +81,27 @@ class EncodeStats:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The target's tokenizer; ValueError in one sentence where it cannot be loaded."""
+    """Load the target's tokenizer. Raises ValueError if it is missing or cannot be loaded."""
     from transformers import AutoTokenizer
 
     if not any(path.name.startswith(TOKENIZER_NAMES) for path in Path(folder).iterdir()):
-        raise ValueError(
-            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); fetch the target's tokenizer files too"
-        )
+        expected = "tokenizer.json, tokenizer.model or vocab.json"
+        raise ValueError(f"{folder} has no tokenizer ({expected}); fetch the target's tokenizer files too")
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
 
 
 class ChatEncoder:
-    """Encodes records of a JSONL file for one tokenizer.
+    """Encode records of a JSONL file with one tokenizer.
 
-    ``date`` is what templates see as today, so that features captured on different days agree. ``template_kwargs`` go
-    to the template as they are (``{"enable_thinking": False}``).
+    Args:
+        max_length: the most tokens of a sample.
+        overlong: whether a longer sample is truncated or skipped.
+        date: the date that templates see as today; fixed, so that captures on different days agree.
+        template_kwargs: extra variables of the template, for example ``{"enable_thinking": False}``.
     """
 
     def __init__(
@@ -108,65 +118,74 @@ class ChatEncoder:
         self.overlong = overlong
         self.stats = EncodeStats()
         self._template_kwargs = {"strftime_now": today.strftime, **(template_kwargs or {})}
-        special = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special} | set(tokenizer.all_special_tokens)
-        self._special_token = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or r"(?!)")
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        # Longest first, so that a token that begins with another one is matched whole. (?!) never matches.
+        self._special_token = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
-    def encode(self, record: Mapping[str, Any]) -> Encoded | None:
-        """Sample of a record, or None where it was skipped; :attr:`stats` counts either way.
+    def encode(self, record: Mapping[str, Any]) -> EncodedSample | None:
+        """Encode a record. Returns None if it is skipped; ``stats`` counts both cases.
 
-        Raises ValueError for a record that is malformed or that the template refuses.
+        Raises ValueError if the record is malformed or the template refuses it.
         """
         if "text" in record:
             encoded = self._encode_text(str(record["text"]), record_id(record))
         else:
             messages = messages_of(record)
-            if not any(message["role"] == "assistant" and (message.get("content") or message.get("tool_calls")) for message in messages):
+            turns = [message for message in messages if message["role"] == "assistant"]
+            if not any(turn.get("content") or turn.get("tool_calls") for turn in turns):
                 self.stats.without_answer += 1
                 return None
             encoded = self._encode_chat(messages, record_id(record))
         return self._fit(encoded)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to and including the generation prompt: what the target is served."""
+        """Return the token ids of a conversation through the generation prompt: the input when served."""
         return self._tokenize(self.render(messages, generation_prompt=True))
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        """Text of a conversation. ValueError where there is no template or it refuses the conversation."""
+        """Render a conversation as text.
+
+        Raises ValueError without a template, or if the template refuses it.
+        """
         from jinja2 import TemplateError
 
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
-                f"the tokenizer of {self.tokenizer.name_or_path} has no chat template; use a chat model as target, or "
-                'lines of {"text": ...} in place of conversations'
-            )
+                f"the tokenizer of {self.tokenizer.name_or_path} has no chat template; use a chat model as "
+                'target, or lines of {"text": ...} instead of conversations')
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._template_kwargs
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt,
+                **self._template_kwargs,
             )
-        except (TemplateError, TypeError) as error:  # TypeError: content that is no text
+        except (TemplateError, TypeError) as error:  # TypeError: the content is not a string
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _encode_text(self, text: str, name: str) -> Encoded:
+    def _encode_text(self, text: str, name: str) -> EncodedSample:
         ids = np.asarray(self.tokenizer(text)["input_ids"], np.int32)
-        return Encoded(name, ids, np.ones(len(ids), np.uint8))
+        return EncodedSample(name, ids, np.ones(len(ids), np.uint8))
 
-    def _encode_chat(self, messages: list[Message], name: str) -> Encoded:
+    def _encode_chat(self, messages: list[Message], name: str) -> EncodedSample:
         text, spans = self.answer_spans(messages)
         ids, mask = self._tokenize_spans(text, spans)
         if not mask.any():
-            raise ValueError("the loss mask of this conversation is all zeros: the chat template renders none of its assistant turns")
-        return Encoded(name, ids, mask)
+            raise ValueError(
+                "the loss mask of this conversation is all zeros: the chat template renders none of its "
+                "assistant turns; check the template")
+        return EncodedSample(name, ids, mask)
 
-    def _fit(self, encoded: Encoded) -> Encoded | None:
-        """Apply max_length and count."""
+    def _fit(self, encoded: EncodedSample) -> EncodedSample | None:
+        """Apply ``max_length`` and update the counts."""
         if len(encoded.input_ids) > self.max_length:
             if self.overlong == "skip":
                 self.stats.overlong += 1
                 return None
-            encoded = Encoded(encoded.id, encoded.input_ids[: self.max_length], encoded.loss_mask[: self.max_length])
+            ids, mask = encoded.input_ids[: self.max_length], encoded.loss_mask[: self.max_length]
+            encoded = EncodedSample(encoded.id, ids, mask)
             if not encoded.loss_mask.any():
                 self.stats.untrained += 1
                 return None
@@ -177,7 +196,11 @@ class ChatEncoder:
         return encoded
 
     def answer_spans(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        """(rendered text, [start, end) in characters of what the target generates in it, one span an assistant turn)."""
+        """Find what the target generates in a conversation.
+
+        Returns:
+            The rendered text, and one span [start, end) in characters for each assistant turn in it.
+        """
         text = self.render(messages)
         spans: list[Span] = []
         for i, message in enumerate(messages):
@@ -186,15 +209,18 @@ class ChatEncoder:
             content = self._content_span(text, messages, i)
             if content is None:
                 continue
-            start = self._after_generation_prompt(text, messages[:i], spans[-1][1] if spans else 0, content[0])
-            spans.append((start, self._through_end_of_turn(text, content[1], bool(message.get("tool_calls")))))
+            after_last = spans[-1][1] if spans else 0
+            start = self._after_generation_prompt(text, messages[:i], after_last, content[0])
+            end = self._through_end_of_turn(text, content[1], bool(message.get("tool_calls")))
+            spans.append((start, end))
         return text, spans
 
     def _content_span(self, text: str, messages: Sequence[Message], i: int) -> Span | None:
-        """Where message ``i``'s content stands in ``text``: what changes when it is replaced by a sentinel.
+        """Find the content of message ``i`` in ``text``: the part that changes when a sentinel replaces it.
 
-        The sentinel's end characters do not occur in ``text``, so neither the common prefix nor the common suffix can run
-        into the content. None where the template leaves the content out.
+        The sentinel begins and ends with characters that do not occur in ``text``. So the common prefix and
+        the common suffix of both renderings stop exactly at the content. Returns None if the template leaves
+        the content out.
         """
         first, last = [mark for mark in SENTINELS if mark not in text][:2]
         replaced = [*messages[:i], {**messages[i], "content": f"{first}answer{last}"}, *messages[i + 1 :]]
@@ -204,35 +230,48 @@ class ChatEncoder:
         start = common_prefix(text, other)
         return start, len(text) - common_suffix(text[start:], other[other.index(last) :])
 
-    def _after_generation_prompt(self, text: str, before: Sequence[Message], floor: int, content_start: int) -> int:
-        """End of the role header: thinking blocks and channel names after it are generated, so they are trained."""
+    def _after_generation_prompt(
+        self, text: str, before: Sequence[Message], floor: int, content_start: int
+    ) -> int:
+        """Return the end of the role header that precedes the content, searched from ``floor`` on.
+
+        The header is what the template adds to the messages ``before`` as generation prompt. Thinking blocks
+        and channel names that follow it are generated by the target, so they are trained.
+        """
         try:
             without, with_prompt = self.render(before), self.render(before, generation_prompt=True)
-        except ValueError:  # a template may refuse a prefix that stands alone, such as an empty one
+        except ValueError:  # a template may refuse the messages before, for example an empty list
             return content_start
         header = with_prompt[common_prefix(without, with_prompt) :]
         found = text.rfind(header, floor, content_start) if header else -1
         return found + len(header) if found >= 0 else content_start
 
     def _through_end_of_turn(self, text: str, content_end: int, tool_calls: bool) -> int:
-        """End of the first special token after the content; nothing but white space (or tool calls) may come between."""
+        """Return the end of the end-of-turn token: the first special token after the content.
+
+        Only white space, or tool calls, may come between; otherwise the template has no such token.
+        """
         found = self._special_token.search(text, content_end)
         if found is None or (text[content_end : found.start()].strip() and not tool_calls):
             return content_end
         return found.end()
 
     def _tokenize_spans(self, text: str, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 [S] and mask uint8 [S]; every span is checked by decoding it back.
+        """Tokenize ``text`` and mark the spans: ids int32 [S], mask uint8 [S]. The result is decoded as a
+        check.
 
-        Piece by piece first: so the prompt's tokens are those that serving sees, and it needs no offsets, which Python
-        tokenizers lack. A tokenizer that puts a space before every piece (SentencePiece) shows in the check, and is done
-        whole, by offsets.
+        The text is first tokenized piece by piece, split at the spans. The prompt then has the tokens that
+        serving gives it, and no character offsets are needed, which tokenizers written in Python do not have.
+        Some tokenizers (SentencePiece) put a space before every piece. Then the decoded text differs, and the
+        whole text is tokenized at once, with offsets.
         """
         ids, mask = self._tokenize_pieces(text, spans)
         if self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text:
             return ids, mask
         if not self.tokenizer.is_fast:
-            raise ValueError("the tokenizer does not reproduce this conversation's text, and has no offsets to place its answers by")
+            raise ValueError(
+                "the tokenizer does not reproduce this conversation's text, and it gives no character offsets "
+                "to find the answers with; use the target's fast tokenizer")
         ids, mask = self._tokenize_whole(text, spans)
         decoded = self.tokenizer.decode(ids[mask.astype(bool)], clean_up_tokenization_spaces=False)
         expected = "".join(text[start:end] for start, end in spans)
@@ -253,7 +292,7 @@ class ChatEncoder:
         return np.asarray(ids, np.int32), np.asarray(mask, np.uint8)
 
     def _tokenize_whole(self, text: str, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
-        """A token is trained if it begins inside a span."""
+        """Tokenize the whole text; a token is trained if it begins inside a span."""
         whole = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         begins = np.asarray([begin for begin, _ in whole["offset_mapping"]])
         mask = np.zeros(len(begins), np.uint8)
@@ -263,14 +302,15 @@ class ChatEncoder:
 
 
 def messages_of(record: Mapping[str, Any]) -> list[Message]:
-    """Messages with ``role`` and ``content``, from ``messages`` or ``conversations`` (ShareGPT's from/value too)."""
+    """Return a record's messages with ``role`` and ``content``; ShareGPT's from/value are converted."""
     messages = record.get("messages", record.get("conversations"))
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise ValueError('expected "messages" or "conversations" with a list of {"role", "content"}, or "text"')
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise ValueError('expected "text", or a list of {"role", "content"} as "messages" or "conversations"')
     normal = []
     for message in messages:
         if "role" not in message and {"from", "value"} <= message.keys():
-            message = {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
+            role = SHAREGPT_ROLES.get(message["from"], message["from"])
+            message = {"role": role, "content": message["value"]}
         if "role" not in message or not ("content" in message or "tool_calls" in message):
             raise ValueError(f'a message has the keys {sorted(message)}; expected "role" and "content"')
         normal.append(message)
@@ -278,14 +318,20 @@ def messages_of(record: Mapping[str, Any]) -> list[Message]:
 
 
 def record_id(record: Mapping[str, Any]) -> str:
-    """The record's id, else one made from its content, so that it survives reordering of the file."""
+    """Return the record's id.
+
+    Without one, hash the content, so that the id does not depend on the line number.
+    """
     if record.get("id") is not None:
         return str(record["id"])
     return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:20]
 
 
 def common_prefix(a: str, b: str) -> int:
-    """Length of the longest common prefix, by bisection over slices (a loop over 128K tokens of text takes a second)."""
+    """Return the length of the longest common prefix.
+
+    Bisection compares whole slices; a loop over the characters of 128K tokens would take a second.
+    """
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -294,5 +340,5 @@ def common_prefix(a: str, b: str) -> int:
 
 
 def common_suffix(a: str, b: str) -> int:
-    """Length of the longest common suffix."""
+    """Return the length of the longest common suffix."""
     return common_prefix(a[::-1], b[::-1])

@@ -40,7 +40,7 @@ from eagle_ds.store.format import TORCH_DTYPES
 from eagle_ds.store.store import ReadStats, SampleReader, Store, StoreError
 
 Labeler = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Target hidden states [M, H] on the CPU -> (argmax int64 [M], log-sum-exp float32 [M]) of the target's logits."""
+"""Target hidden states [M, H] on the CPU -> (argmax int64 [M], log-sum-exp float32 [M]) of the logits."""
 
 
 @dataclass
@@ -186,8 +186,8 @@ class _PackLoader:
         if not self.has_labels:
             if self.dataset.labeler is None:
                 raise StoreError(
-                    f"{self.readers[0].path} has no target_token_id and no target_logsumexp, and the target's "
-                    "head is not loaded to compute them; give the target's weights (target.model)")
+                    f"{self.readers[0].path} has no target_token_id and no target_logsumexp, and the "
+                    "target's head is not loaded to compute them; give the target's weights (target.model)")
             token, logsumexp = self.dataset.labeler(hidden)
             self.batch = replace(self.batch, target_token=token, target_logsumexp=logsumexp)
         self.loaded = True

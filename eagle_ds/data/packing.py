@@ -1,7 +1,10 @@
-"""Samples as they are trained on, and how several short ones make one sequence. Integers from the manifest alone.
+"""Select the samples that training uses, pack short ones into sequences, and shard a packed sequence.
 
-A pack is a tuple of sample numbers, laid end to end; each row sees its own sample only, so a pack costs what its samples
-cost. A sample longer than the token budget goes alone.
+All of it is integer arithmetic on the manifest; no HDF5 file is opened.
+
+A pack is a tuple of sample numbers. Its samples (documents) are concatenated into one sequence in which each
+row attends to its own document only. A pack therefore costs what its documents cost one by one, while the GPU
+gets long inputs. A sample longer than the token budget forms a pack alone.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ Pack = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TrainSample:
-    """A stored sample and the part of it that is trained on: its first ``document.num_tokens`` tokens."""
+    """A stored sample and the part that training uses: its first ``document.num_tokens`` tokens."""
 
     entry: SampleEntry
     document: Document
-    query_rows: int  # rows that count at some step, by mask alone
+    query_rows: int  # rows trained at one TTT step or more, by the loss mask
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,14 @@ class ShardingSettings:
     def shard(self, documents: Sequence[Document]) -> SequenceSharding:
         """Shard ``documents``, packed into one sequence."""
         return shard_sequence(
-            documents, ulysses=self.ulysses, ring=self.ring, ring_mode=self.ring_mode, ttt_steps=self.ttt_steps,
-            alignment=self.alignment, trained_rows_only=self.trained_rows_only,
+            documents, ulysses=self.ulysses, ring=self.ring, ring_mode=self.ring_mode,
+            ttt_steps=self.ttt_steps, alignment=self.alignment, trained_rows_only=self.trained_rows_only,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Screening:
-    """How many samples a store holds and what became of them."""
+    """How many samples a store holds, and how many of them training uses or skips."""
 
     stored: int
     kept: int
@@ -69,7 +72,7 @@ class Screening:
 
     def __str__(self) -> str:
         return (
-            f"{self.kept} of {self.stored} samples are trained on ({self.truncated} of them truncated); skipped: "
+            f"{self.kept} of {self.stored} samples are used ({self.truncated} of them truncated); skipped: "
             f"{self.overlong} too long, {self.untrained} without a trained row"
         )
 
@@ -82,10 +85,20 @@ def screen(
     ttt_steps: int,
     alignment: Alignment,
 ) -> tuple[list[TrainSample], Screening]:
-    """The samples that training can use, in the manifest's order, and the count of those it cannot.
+    """Select the samples that training can use.
 
-    A sample without a trained row teaches nothing, whatever it is packed with, so it is left out here, on all ranks alike.
-    Raises ValueError if nothing is left.
+    A sample without a trained row gives no gradient, in any pack, so it is left out here. Every rank computes
+    the same selection from the manifest.
+
+    Args:
+        max_length: the most tokens of a sample.
+        overlong: whether a longer sample is truncated or skipped.
+
+    Returns:
+        The samples in the manifest's order, and the counts.
+
+    Raises:
+        ValueError: no sample is left.
     """
     kept: list[TrainSample] = []
     truncated = too_long = 0
@@ -101,23 +114,35 @@ def screen(
             truncated += is_long
     screening = Screening(len(entries), len(kept), truncated, too_long, len(entries) - len(kept) - too_long)
     if not kept:
-        raise ValueError(f"the store holds nothing to train on: {screening}; raise data.max_length or capture samples with trained tokens")
+        fix = "raise data.max_length or capture samples with trained tokens"
+        raise ValueError(f"the store holds nothing to train on: {screening}; {fix}")
     return kept, screening
 
 
 def first_fit(numbers: Sequence[int], lengths: np.ndarray, budget: int) -> list[Pack]:
-    """``numbers`` in packs of at most ``budget`` tokens: longest first, ties as given, each into the first pack with room."""
+    """Pack samples into sequences of at most ``budget`` tokens, by first-fit decreasing.
+
+    Samples are placed from the longest to the shortest (equal lengths in the order given), each into the
+    first pack that has space for it. This wastes little and is deterministic, so all ranks get the same
+    packs.
+
+    Args:
+        numbers: the samples to pack.
+        lengths: tokens of every sample, int64, indexed by sample number.
+    """
     order = np.asarray(numbers, dtype=np.int64)
     order = order[np.argsort(-lengths[order], kind="stable")]
     packs: list[list[int]] = []
-    room = np.zeros(len(order), dtype=np.int64)
+    space = np.zeros(len(order), dtype=np.int64)  # tokens that still fit into each pack
     for number in order.tolist():
         length = int(lengths[number])
-        fitting = room[: len(packs)] >= length
+        fitting = space[: len(packs)] >= length
+        # argmax gives the first True. If no pack fits, open a new one; a sample over the budget fills its
+        # own.
         at = int(fitting.argmax()) if fitting.any() else len(packs)
         if at == len(packs):
             packs.append([])
-            room[at] = max(budget, length)
+            space[at] = max(budget, length)
         packs[at].append(number)
-        room[at] -= length
+        space[at] -= length
     return [tuple(pack) for pack in packs]

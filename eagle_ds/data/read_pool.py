@@ -213,6 +213,6 @@ class _Worker:
     def _died(self) -> StoreError:
         code = self._process.wait()
         return StoreError(
-            f"a process that reads hidden states died with exit code {code} (-9 usually means that memory ran "
-            "out); its output is above. Lower data.read_processes, or set it to 0 to read in the training process"
+            f"a process that reads hidden states died with exit code {code} (-9 usually means that memory "
+            "ran out); its output is above. Lower data.read_processes, or set it to 0 to read in the trainer"
         )

@@ -1,6 +1,8 @@
-"""Draft vocabulary: the target tokens that the draft can propose, chosen by how often they are trained.
+"""Choose the draft vocabulary: the target tokens that the draft can propose, by how often they are trained.
 
-``d2t`` holds OFFSETS, as serving engines read it: draft token i is target token ``i + d2t[i]``.
+The draft has its own, smaller vocabulary because its output head is a large part of its cost. Two arrays
+connect it to the target's vocabulary, in the form that serving engines read. ``d2t`` holds OFFSETS: draft
+token i is target token ``i + d2t[i]``. ``t2d`` marks the target tokens that the draft has.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VocabMap:
-    """``d2t`` int64 [Vd] offsets (ascending target ids) and ``t2d`` bool [V], each the other's inverse."""
+    """``d2t`` int64 [Vd], offsets to ascending target ids, and ``t2d`` bool [V].
+
+    Both describe the same tokens.
+    """
 
     d2t: torch.Tensor
     t2d: torch.Tensor
@@ -34,11 +39,13 @@ class VocabMap:
         ids = self.target_ids
         inside = bool(ids.numel()) and int(ids.min()) >= 0 and int(ids.max()) < self.t2d.numel()
         if not inside or int(self.t2d.sum()) != ids.numel() or not bool(self.t2d[ids].all()):
-            raise ValueError("d2t and t2d do not describe the same draft vocabulary: target ids i + d2t[i] must be the true entries of t2d")
+            raise ValueError(
+                "d2t and t2d do not describe the same draft vocabulary: the target ids i + d2t[i] must be "
+                "exactly the entries of t2d that are true")
 
     @classmethod
     def from_target_ids(cls, target_ids: torch.Tensor, vocab_size: int) -> VocabMap:
-        """Map of the given target ids, in ascending order."""
+        """Make the map of the given target ids, sorted in ascending order."""
         ids = torch.sort(target_ids.to(torch.int64)).values
         t2d = torch.zeros(vocab_size, dtype=torch.bool)
         t2d[ids] = True
@@ -46,23 +53,19 @@ class VocabMap:
 
     @classmethod
     def identity(cls, vocab_size: int) -> VocabMap:
-        """Vd = V: every token keeps its id."""
+        """Make the map of Vd = V, in which every token keeps its id."""
         return cls(torch.zeros(vocab_size, dtype=torch.int64), torch.ones(vocab_size, dtype=torch.bool))
 
     @property
     def target_ids(self) -> torch.Tensor:
-        """int64 [Vd]: the target id of each draft token."""
+        """Return the target id of each draft token: int64 [Vd]."""
         return self.d2t + torch.arange(self.d2t.numel())
 
-    @property
-    def draft_ids(self) -> torch.Tensor:
-        """int64 [V]: the draft id of each target token, -1 where the draft lacks it."""
-        ids = torch.full((self.t2d.numel(),), -1, dtype=torch.int64)
-        ids[self.target_ids] = torch.arange(self.d2t.numel())
-        return ids
-
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-        """Write safetensors by temp name and rename: concurrent writers leave one whole file."""
+        """Write a safetensors file atomically: to a temporary name, then renamed.
+
+        Several writers may run at once.
+        """
         path = Path(path)
         handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
@@ -75,18 +78,26 @@ class VocabMap:
 
     @classmethod
     def load(cls, path: str | Path) -> VocabMap:
+        """Read a file that `save` wrote."""
         with safe_open(path, framework="pt") as archive:
             return cls(archive.get_tensor("d2t"), archive.get_tensor("t2d"))
 
 
-def count_trained_tokens(samples: Store | Iterable[tuple[torch.Tensor, torch.Tensor]], vocab_size: int) -> torch.Tensor:
-    """int64 [V]: how often each token is trained, over a store or over pairs (input_ids [S], loss_mask [S])."""
+def count_trained_tokens(
+    samples: Store | Iterable[tuple[torch.Tensor, torch.Tensor]], vocab_size: int
+) -> torch.Tensor:
+    """Count how often each token is trained: int64 [V].
+
+    Args:
+        samples: a store, or pairs (input_ids [S], loss_mask [S]).
+        vocab_size: V.
+    """
     pairs = _store_pairs(samples) if hasattr(samples, "entries") else samples
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for input_ids, loss_mask in pairs:
         trained = input_ids[loss_mask.bool()].to(torch.int64)
-        if trained.numel() and int(trained.max()) >= vocab_size:
-            raise ValueError(f"token id {int(trained.max())} does not fit the target vocabulary of {vocab_size}")
+        if trained.numel() and (largest := int(trained.max())) >= vocab_size:
+            raise ValueError(f"token id {largest} does not fit the target vocabulary of {vocab_size}")
         counts += torch.bincount(trained, minlength=vocab_size)
     return counts
 
@@ -98,31 +109,40 @@ def _store_pairs(store: Store) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def build_vocab_map(counts: torch.Tensor, draft_vocab_size: int) -> VocabMap:
-    """The ``draft_vocab_size`` most trained tokens; ties, and the never trained ones that fill up, go to the lower id."""
+    """Select the ``draft_vocab_size`` most trained tokens.
+
+    Of equally frequent tokens the lower ids are taken.
+    """
     vocab_size = counts.numel()
     if draft_vocab_size > vocab_size:
-        raise ValueError(f"draft vocabulary {draft_vocab_size} is larger than the target's {vocab_size}; use at most {vocab_size}")
+        found = f"draft vocabulary {draft_vocab_size} is larger than the target's {vocab_size}"
+        raise ValueError(f"{found}; use at most {vocab_size}")
     if draft_vocab_size == vocab_size:
         return VocabMap.identity(vocab_size)
     chosen = torch.sort(counts, descending=True, stable=True).indices[:draft_vocab_size]
     total = int(counts.sum())
     covered = int(counts[chosen].sum()) / total if total else 0.0
-    log.info("draft vocabulary: %d of %d tokens cover %.2f%% of %d trained tokens", draft_vocab_size, vocab_size, 100 * covered, total)
+    found = f"cover {100 * covered:.2f}% of {total} trained tokens"
+    log.info("draft vocabulary: %d of %d tokens %s", draft_vocab_size, vocab_size, found)
     return VocabMap.from_target_ids(chosen, vocab_size)
 
 
 def vocab_path(store_root: str | Path, draft_vocab_size: int) -> Path:
+    """Return where a store keeps its vocabulary map of this size."""
     return Path(store_root) / f"vocab_{draft_vocab_size}.safetensors"
 
 
 def load_or_build(store: Store, draft_vocab_size: int) -> VocabMap:
-    """The map saved in the store if it was made from this very manifest, else a new one, saved there."""
+    """Return the store's map of this size.
+
+    It is built and saved if there is none for the store's present manifest.
+    """
     path = vocab_path(store.root, draft_vocab_size)
     if path.is_file():
         with safe_open(path, framework="pt") as archive:
             if (archive.metadata() or {}).get("manifest_hash") == store.manifest_hash:
                 return VocabMap.load(path)
-        log.info("%s was made from another state of the store: counting again", path)
+        log.info("%s was made when the store had other samples; counting tokens again", path)
     vocab = build_vocab_map(count_trained_tokens(store, store.info.vocab_size), draft_vocab_size)
     vocab.save(path, {"manifest_hash": store.manifest_hash})
     return vocab

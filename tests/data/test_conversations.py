@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from eagle_ds.data.chat import ChatEncoder
-from eagle_ds.data.conversations import ConversationFile, encode_conversations
+from eagle_ds.data.chat import ChatEncoder, EncodedSample
+from eagle_ds.data.conversations import ConversationFile, require_samples
 from tests.tiny_targets import byte_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -23,9 +23,16 @@ def encoder() -> ChatEncoder:
     return ChatEncoder(byte_tokenizer("chatml"), 4096)
 
 
+def encode_all(path, encoder: ChatEncoder) -> list[EncodedSample]:
+    """Encode every line, and require at least one sample."""
+    samples = [encoded for _, encoded in ConversationFile(path).encode(encoder)]
+    require_samples(path, encoder.stats)
+    return samples
+
+
 def test_samples_come_in_the_order_of_the_file(tmp_path):
     path = write(tmp_path, {"id": "b", **CHAT}, "", {"id": "a", **CHAT}, {"text": "plain"})
-    assert [sample.id for sample in encode_conversations(path, encoder())][:2] == ["b", "a"]
+    assert [sample.id for sample in encode_all(path, encoder())][:2] == ["b", "a"]
 
 
 def test_a_record_is_found_again_by_its_offset(tmp_path):
@@ -36,7 +43,7 @@ def test_a_record_is_found_again_by_its_offset(tmp_path):
 
 def test_repeated_lines_are_counted_and_skipped(tmp_path):
     chat_encoder = encoder()
-    assert len(list(encode_conversations(write(tmp_path, CHAT, CHAT), chat_encoder))) == 1
+    assert len(encode_all(write(tmp_path, CHAT, CHAT), chat_encoder)) == 1
     assert chat_encoder.stats.duplicates == 1
 
 
@@ -52,7 +59,7 @@ def test_repeated_lines_are_counted_and_skipped(tmp_path):
 )
 def test_what_is_wrong_is_said_with_the_line(tmp_path, lines, complaint):
     with pytest.raises(ValueError, match=complaint):
-        list(encode_conversations(write(tmp_path, *lines), encoder()))
+        encode_all(write(tmp_path, *lines), encoder())
 
 
 def test_a_missing_file_is_one_sentence(tmp_path):
