@@ -121,10 +121,10 @@ def test_the_deepspeed_launcher_runs_a_recipe_and_one_rank_plans() -> None:
         (["--training.max_step", "3"], "training.max_step is not a setting; did you mean training.max_steps?"),
         (["--parallel.ulysses", "2"], "ulysses=2 does not divide 9 query heads; use 1, 3 or 9, or raise ring"),
         (["--num_gpus", "3", "--plan"], "3 ranks are no multiple of ulysses 1 * ring 2 = 2"),
-        (["--num_gpus", "0", "--plan"], "--num_gpus 0 starts nothing; give 1 or more, or leave it out"),
+        (["--num_gpus", "0", "--plan"], "--num_gpus 0 is out of range; give 1 or more, or leave it out"),
         (["--deepspeed", "ds_configs/absent.json", "--plan"], "cannot read ds_configs/absent.json"),
         (["--data.store", "absent"], "python tools/prepare_hidden_states.py --recipe recipes/smollm2_cpu.json"),
-        (["--gpu", "tpu", "--plan"], "--gpu tpu is not known to the planner; use h200"),
+        (["--gpu", "tpu", "--plan"], "--gpu tpu is not a device that --plan knows; use h200"),
         (["--training.schedule", "cosin"], 'training.schedule = "cosin": '),
     ],
 )

@@ -1,4 +1,4 @@
-"""Where results are to be written, looked at before the work that makes them, and kept to one process at a time."""
+"""Check output paths before long work starts, and lock files so that one process at a time writes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 class InUse(Exception):
-    """Another process holds the lock; the message is what stands in the file."""
+    """Another process holds the lock. The message is the content of the lock file."""
 
 
 def hold(path: Path) -> TextIO:
-    """Lock the file ``path``, made if need be, until what is returned is closed or this process ends, however it ends.
+    """Create the file ``path`` if necessary and lock it until the returned file is closed or this process
+    ends.
 
-    Raises InUse where another process holds it, and OSError where the file system knows no locks."""
+    Raises:
+        InUse: another process holds the lock.
+        OSError: the file system does not support locks.
+
+    """
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,33 +39,38 @@ def hold(path: Path) -> TextIO:
 
 
 def check_output_folder(folder: Path, setting: str) -> None:
-    """Raise ValueError unless ``folder`` is one, or can be made, and files can be written there. Leaves nothing behind.
+    """Raise ValueError unless ``folder`` exists or can be created, and is writable. Creates nothing.
 
-    ``setting``: the option or argument that named it, as the user typed it.
+    ``setting``: the option that named the folder, as the user typed it.
     """
     _check(folder, f"{setting} {folder}")
 
 
 def _check(folder: Path, named: str) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not there.is_dir():
-        raise ValueError(f"{named}: {there} is a file, where a folder was expected; give another path, or remove the file")
+    # The nearest ancestor that exists is where the missing folders would be created.
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not existing.is_dir():
+        wrong = f"{named}: {existing} is a file, where a folder was expected"
+        raise ValueError(f"{wrong}; give another path, or remove the file")
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ValueError(
-            f"{named}: nothing can be written in {there} ({error.strerror or error}); give a path below a folder that takes "
-            "files from you"
-        ) from error
+        wrong = f"{named}: nothing can be written in {existing} ({error.strerror or error})"
+        raise ValueError(f"{wrong}; give a path in a folder where you may write") from error
 
 
 def check_output_file(path: Path, setting: str, endings: Sequence[str] = ()) -> None:
-    """Raise ValueError unless ``path`` can become a file, with one of ``endings`` if any are given. Leaves nothing behind."""
+    """Raise ValueError unless the file ``path`` can be written and has one of ``endings``, if given.
+
+    Creates nothing.
+    """
     if endings and path.suffix not in endings:
-        raise ValueError(f"{setting} {path}: the name of a picture ends with {', '.join(endings[:-1])} or {endings[-1]}")
+        known = f"{', '.join(endings[:-1])} or {endings[-1]}"
+        raise ValueError(f"{setting} {path}: the name of a picture ends with {known}")
     if path.is_dir():
-        raise ValueError(f"{setting} {path}: this is a folder, where a file was expected; name one in it")
+        raise ValueError(f"{setting} {path}: this is a folder, where a file was expected; name a file in it")
     _check(path.parent, f"{setting} {path}")
     if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"{setting} {path}: this file may not be written; give another name, or make it writable")
+        wrong = f"{setting} {path}: no permission to write this file"
+        raise ValueError(f"{wrong}; give another name, or make it writable")

@@ -1,6 +1,7 @@
-"""Reading a settings file into a pydantic tree: JSON without surprises, dotted overrides, errors that name the way out.
+"""Read a settings file into a pydantic tree: strict JSON, dotted overrides, and errors that say how to fix
+them.
 
-Knows nothing of recipes: every function is given the tree's class.
+Nothing here is specific to recipes: every function takes the tree's class.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from pydantic.fields import FieldInfo
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ValueError if it cannot be read, is no object, or names a key twice."""
+    """Read the JSON object in ``path``.
+
+    Raises ValueError if it cannot be read, is no object, or names a key twice.
+    """
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except OSError as error:
-        beside = ", ".join(sorted(other.name for other in Path(path).parent.glob("*.json"))) if error.errno == errno.ENOENT else ""
-        raise ValueError(f"cannot read {path}: {error.strerror}{f'; in that folder are {beside}' if beside else ''}") from error
+        others = sorted(other.name for other in Path(path).parent.glob("*.json"))
+        hint = f"; in that folder are {', '.join(others)}" if error.errno == errno.ENOENT and others else ""
+        raise ValueError(f"cannot read {path}: {error.strerror}{hint}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(tree, dict):
@@ -33,7 +38,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def dotted_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting below ``model`` as (dotted name, field), sections before what is in them."""
+    """Yield every setting of ``model`` as (dotted name, field). A section comes before the settings in it."""
     for name, field in model.model_fields.items():
         yield prefix + name, field
         section = section_of(field)
@@ -42,7 +47,7 @@ def dotted_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[st
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The class of a nested section, None for a plain value."""
+    """Return the class of a nested section; None for a plain value."""
     for kind in _alternatives(field.annotation):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
@@ -50,16 +55,17 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def parse_overrides(model: type[BaseModel], tokens: Sequence[str]) -> dict[str, Any]:
-    """``--a.b 3 --c=x`` as {"a.b": 3, "c": "x"}; values are JSON where that is possible.
+    """Parse ``--a.b 3 --c=x`` into {"a.b": 3, "c": "x"}. Values are read as JSON if possible, else as text.
 
-    Raises ValueError for a name that ``model`` does not have, a missing value, or a stray word.
+    Raises ValueError for a name that ``model`` does not have, a missing value, or a word without a name.
     """
     fields, values, rest = dict(dotted_fields(model)), {}, list(tokens)
     while rest:
         token = rest.pop(0)
         name, equals, raw = token.removeprefix("--").partition("=")
         if not token.startswith("--") and not equals:
-            raise ValueError(f"cannot read the argument {token!r}; overrides look like --training.max_steps 10")
+            example = "overrides look like --training.max_steps 10"
+            raise ValueError(f"cannot read the argument {token!r}; {example}")
         if name not in fields:
             raise ValueError(f"{name} is not a setting{_hint(name, fields)}")
         if not equals:
@@ -71,7 +77,7 @@ def parse_overrides(model: type[BaseModel], tokens: Sequence[str]) -> dict[str, 
 
 
 def apply_overrides(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of ``tree`` with each dotted name set; sections that are absent or null are created."""
+    """Return a copy of ``tree`` with each dotted name set. Sections that are absent or null are created."""
     tree = json.loads(json.dumps(tree))
     for dotted, value in values.items():
         *path, leaf = dotted.split(".")
@@ -85,19 +91,21 @@ def apply_overrides(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, A
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Pydantic's complaints as one sentence each: dotted name, what is wrong, the nearest valid name or value."""
+    """Turn pydantic's errors into one sentence each: dotted name, what is wrong, and the nearest valid name
+    or value.
+    """
     fields = dict(dotted_fields(model))
     return "; ".join(_explain_one(problem, fields) for problem in error.errors())
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Names with the same last part (a setting looked for in the wrong section), else the most similar one."""
+    """Return names with the same last part (a setting in another section), else the most similar name."""
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     return same_leaf[:3] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
 
 
 def join_or(words: Sequence[object]) -> str:
-    """"1, 2 or 4"."""
+    """Join words as in "1, 2 or 4"."""
     texts = [str(word) for word in words]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
 
@@ -117,7 +125,7 @@ def _explain_one(problem: Any, fields: dict[str, FieldInfo]) -> str:
 
 def _meaning(name: str, fields: dict[str, FieldInfo]) -> str:
     description = fields[name].description if name in fields else None
-    return f" ({description})" if description else ""
+    return f" ({description.rstrip('.')})" if description else ""
 
 
 def _hint(name: str, fields: dict[str, FieldInfo]) -> str:
@@ -126,8 +134,9 @@ def _hint(name: str, fields: dict[str, FieldInfo]) -> str:
 
 
 def _parse_value(raw: str, field: FieldInfo) -> Any:
-    """JSON, except that a setting which takes text keeps its text: revision 1e5 is no number."""
-    takes_text = any(kind is str or typing.get_origin(kind) is typing.Literal for kind in _alternatives(field.annotation))
+    """Read a value as JSON. A setting that takes text keeps its text: the revision 1e5 is not a number."""
+    kinds = _alternatives(field.annotation)
+    takes_text = any(kind is str or typing.get_origin(kind) is typing.Literal for kind in kinds)
     if takes_text and raw != "null" and not raw.startswith('"'):
         return raw
     try:
@@ -137,6 +146,7 @@ def _parse_value(raw: str, field: FieldInfo) -> Any:
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the annotation alone."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
     return (annotation,)

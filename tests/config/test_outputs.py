@@ -28,7 +28,7 @@ def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=rf"^--out {tmp_path}/file/x: {tmp_path}/file is a file, where a folder was expected; give"):
         check_output_folder(tmp_path / "file" / "x", "--out")
-    with pytest.raises(ValueError, match=rf"^--json {tmp_path}: this is a folder, where a file was expected; name one in it"):
+    with pytest.raises(ValueError, match=rf"^--json {tmp_path}: this is a folder, where a file was expected; name a file in it"):
         check_output_file(tmp_path, "--json")
 
 
@@ -36,7 +36,7 @@ def test_a_file_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: py
     (tmp_path / "a.png").touch()
     check_output_file(tmp_path / "a.png", "--plot")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anything
-    with pytest.raises(ValueError, match=rf"^--plot {tmp_path}/a.png: this file may not be written; give another name"):
+    with pytest.raises(ValueError, match=rf"^--plot {tmp_path}/a.png: no permission to write this file; give another name"):
         check_output_file(tmp_path / "a.png", "--plot")
 
 

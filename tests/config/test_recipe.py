@@ -122,7 +122,7 @@ def test_a_wrong_setting_is_refused_with_the_way_out(minimal: Path, tokens: list
     ("text", "message"),
     [
         ('{"training": {"max_step": 3}}', "training.max_step is not a setting; did you mean training.max_steps?"),
-        ("{}", "target is missing (the model that is served)"),
+        ("{}", "target is missing (The model that is served)"),
         ('{"name": "a", "name": "b"}', "the key name appears more than once"),
         ("[1]", "a JSON object is expected"),
         ("{,}", "is not valid JSON"),
