@@ -14,6 +14,7 @@ from torch import Tensor
 from eagle_ds.parallel.ring import RingExchange
 from eagle_ds.parallel.topology import Group
 from eagle_ds.parallel.ulysses import UlyssesExchange
+from eagle_ds.sharding.heads import HeadSharding
 
 ZERO1_BF16 = {
     "train_micro_batch_size_per_gpu": 1,
@@ -194,7 +195,7 @@ def _gathered(group: Group) -> Tensor:
 
 
 def _heads(group: Group) -> Tensor:
-    exchange, counts = UlyssesExchange(group, 4, 1), [3, 1]
+    exchange, counts = UlyssesExchange(group, HeadSharding(4, 1, group.size)), [3, 1]
     rows = own(group.ranks[group.rank], torch.bfloat16, counts[group.rank], 4, 2)
     there = exchange.to_heads(rows, counts)
     return torch.cat([

@@ -179,7 +179,7 @@ def test_the_tool_times_a_sweep_from_memory_and_store(tiny: Tiny, tmp_path: Path
         ),
         (
             ["--trained-fraction", "0"],
-            "a fraction of 0 trained tokens was asked for; give one above 0 and at most 1"
+            "a trained fraction of 0 is out of range; use one above 0 and at most 1"
         ),
     ],
 )
