@@ -1,4 +1,4 @@
-"""Other projects' hidden-state files, written here by the formats that they state (eagle_ds/convert/formats.py)."""
+"""Write hidden-state files in the formats of other projects (described in eagle_ds/convert/formats.py)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = ["--target-name", "tiny", "--aux-layer-ids", "1,3,4", "--vocab-size", st
 
 @dataclass
 class Features:
-    """What a capture yields for one conversation, before any project's packaging."""
+    """The hidden states of one conversation, before they are written in some format."""
 
     input_ids: torch.Tensor  # int64 [S]
     loss_mask: torch.Tensor  # int64 [S]
@@ -30,7 +30,9 @@ class Features:
     last: torch.Tensor  # [S, H]
 
 
-def features(num_tokens: int, seed: int = 0, hidden: int = HIDDEN, dtype: torch.dtype = torch.bfloat16) -> Features:
+def features(
+    num_tokens: int, seed: int = 0, hidden: int = HIDDEN, dtype: torch.dtype = torch.bfloat16
+) -> Features:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (num_tokens,), generator=generator)
     mask = (torch.arange(num_tokens) % 16 >= 8).to(torch.int64)
@@ -47,7 +49,9 @@ def specforge_dict(made: Features) -> dict[str, Any]:
     }
 
 
-def write_specforge(root: Path, number: int, made: Features, gzipped: bool = False, level: int = 6, **save: Any) -> Path:
+def write_specforge(
+    root: Path, number: int, made: Features, gzipped: bool = False, level: int = 6, **save: Any
+) -> Path:
     """``rows_0-5000/data_N.ckpt``, or ``.ckpt.gz``."""
     start = number // 5000 * 5000
     path = root / f"rows_{start}-{start + 5000}" / f"data_{number}.ckpt"
@@ -65,8 +69,9 @@ def write_specforge(root: Path, number: int, made: Features, gzipped: bool = Fal
 def write_modelopt(root: Path, name: str, made: Features) -> Path:
     """``NAME.pt``."""
     path = root / f"{name}.pt"
-    tensors = {"input_ids": made.input_ids, "hidden_states": made.last, "aux_hidden_states": made.aux, "loss_mask": made.loss_mask}
-    torch.save({**tensors, "conversation_id": name}, path)
+    states = {"hidden_states": made.last, "aux_hidden_states": made.aux}
+    ids = {"input_ids": made.input_ids, "loss_mask": made.loss_mask}
+    torch.save({**ids, **states, "conversation_id": name}, path)
     return path
 
 
@@ -78,27 +83,29 @@ def write_speculators(root: Path, number: int, token_ids: torch.Tensor, states: 
 
 
 def write_grouped_hdf5(path: Path, samples: list[Features]) -> Path:
-    """Another project's schema: a group a sample, layers apart, bfloat16 kept as 16-bit integers, plain gzip."""
+    """Write another schema: one group for each sample, one dataset for each layer, bfloat16 as integers."""
     with h5py.File(path, "w") as file:
         for number, made in enumerate(samples):
             group = file.create_group(f"data/s{number}")
             group["tokens"], group["mask"] = made.input_ids.numpy(), made.loss_mask.numpy().astype(bool)
-            for name, states in (*zip(("low", "mid", "high"), made.aux.split(made.last.shape[1], 1), strict=True), ("final", made.last)):
+            layers = (*made.aux.split(made.last.shape[1], 1), made.last)
+            for name, states in zip(("low", "mid", "high", "final"), layers, strict=True):
                 bits = states.contiguous().view(torch.int16).numpy().view(np.uint16)
                 group.create_dataset(name, data=bits, compression="gzip")
     return path
 
 
 GROUPED_MAP = (
-    "input_ids=data/*/tokens,loss_mask=data/*/mask,aux_hidden_state=data/*/low+data/*/mid+data/*/high@bf16,hidden_state=data/*/final@bf16"
+    "input_ids=data/*/tokens,loss_mask=data/*/mask,"
+    "aux_hidden_state=data/*/low+data/*/mid+data/*/high@bf16,hidden_state=data/*/final@bf16"
 )
 
 
 def write_conversations(path: Path, texts: list[tuple[str, str]]) -> Path:
-    """JSONL of one question and answer a line."""
-    lines = [
-        {"id": f"chat-{number}", "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-        for number, (question, answer) in enumerate(texts)
-    ]
+    """Write JSONL with one question and its answer on each line."""
+    lines = []
+    for number, (question, answer) in enumerate(texts):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append({"id": f"chat-{number}", "messages": messages})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path

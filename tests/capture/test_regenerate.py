@@ -1,4 +1,4 @@
-"""Regeneration keeps what people wrote, replaces what assistants wrote, and survives a stop."""
+"""Regeneration keeps the users' messages, replaces the assistants', and continues after a stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eagle_ds.capture import regenerate as regeneration
-from eagle_ds.capture.regenerate import Answer, EndpointGenerator, Regenerated, Sampling, TransformersGenerator, distinct_ratio, regenerate
+from eagle_ds.capture.regenerate import (
+    Answer,
+    EndpointGenerator,
+    Regenerated,
+    Sampling,
+    TransformersGenerator,
+    distinct_ratio,
+    regenerate,
+)
 from tests.tiny_targets import save_tiny_llama
 
 TALK = [
@@ -37,7 +45,8 @@ class Echo:
 
 
 def write(path, conversations: dict[str, list[dict]]):
-    path.write_text("".join(json.dumps({"id": name, "messages": messages}) + "\n" for name, messages in conversations.items()))
+    records = [{"id": name, "messages": messages} for name, messages in conversations.items()]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
@@ -45,17 +54,21 @@ def read(path) -> dict[str, list[dict]]:
     return {record["id"]: record["messages"] for record in map(json.loads, path.read_text().splitlines())}
 
 
-def test_every_answer_is_the_targets_own_on_top_of_its_earlier_ones(tmp_path):
+def test_every_answer_is_generated_in_the_context_of_the_earlier_ones(tmp_path):
     source = write(tmp_path / "in.jsonl", {"a": TALK, "b": TALK[1:2]})
     assert regenerate(source, tmp_path / "out.jsonl", Echo(), batch_size=2) == 2
     answers = {
-        name: [m["content"] for m in messages if m["role"] == "assistant"] for name, messages in read(tmp_path / "out.jsonl").items()
+        name: [
+            m["content"] for m in messages if m["role"] == "assistant"
+        ] for name, messages in read(tmp_path / "out.jsonl").items()
     }
     assert answers == {"a": ["2 one", "4 two"], "b": ["1 one"]}
-    assert [m["role"] for m in read(tmp_path / "out.jsonl")["a"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert [
+        m["role"] for m in read(tmp_path / "out.jsonl")["a"]
+    ] == ["system", "user", "assistant", "user", "assistant"]
 
 
-def test_a_stopped_run_goes_on_without_repeating(tmp_path):
+def test_a_stopped_run_continues_without_repeating(tmp_path):
     source = write(tmp_path / "in.jsonl", {str(n): TALK[1:2] for n in range(6)})
     output = tmp_path / "out.jsonl"
     with pytest.raises(ValueError, match="gone"):
@@ -73,7 +86,8 @@ class Script:
         self.answers = list(answers)
 
     def generate(self, prompts: Sequence[list[dict]]) -> list[Answer | None]:
-        return [text if text is None else Answer(text, 1, "stop") for text in (self.answers.pop(0) for _ in prompts)]
+        texts = [self.answers.pop(0) for _ in prompts]
+        return [None if text is None else Answer(text, 1, "stop") for text in texts]
 
 
 LOOP = "the fox ran over the hill and the road " * 9
@@ -83,11 +97,13 @@ def test_a_turn_whose_answer_loops_is_left_out(tmp_path):
     talk = [{"role": "user", "content": text} for text in ("first", "second", "third")]
     source = write(tmp_path / "in.jsonl", {"a": talk})
     regenerate(source, tmp_path / "out.jsonl", Script("fine", LOOP, "also fine"), min_distinct=0.5)
-    assert [m["content"] for m in read(tmp_path / "out.jsonl")["a"]] == ["first", "fine", "third", "also fine"]
+    assert [
+        m["content"] for m in read(tmp_path / "out.jsonl")["a"]
+    ] == ["first", "fine", "third", "also fine"]
 
 
 @pytest.mark.parametrize("answers", [(LOOP,), ("",), (None,)])
-def test_a_conversation_without_a_first_answer_is_skipped_once_and_for_all(tmp_path, answers):
+def test_a_conversation_without_a_usable_answer_is_skipped_and_not_tried_again(tmp_path, answers):
     source, output = write(tmp_path / "in.jsonl", {"a": TALK}), tmp_path / "out.jsonl"
     assert regenerate(source, output, Script(*answers), min_distinct=0.5) == 0
     assert regenerate(source, output, Script(), min_distinct=0.5) == 0
@@ -114,7 +130,7 @@ def target(tmp_path_factory):
     return save_tiny_llama(tmp_path_factory.mktemp("target"))
 
 
-def test_batched_greedy_answers_are_those_of_plain_greedy_decoding(target):
+def test_batched_greedy_answers_equal_plain_greedy_decoding(target):
     generator = TransformersGenerator(str(target), Sampling(max_new_tokens=12), dtype="float32", device="cpu")
     prompts = [[{"role": "user", "content": text}] for text in ("a", "a much longer question than the first")]
     batched = generator.generate(prompts)
@@ -124,18 +140,22 @@ def test_batched_greedy_answers_are_those_of_plain_greedy_decoding(target):
         for _ in range(answer.tokens):
             with torch.no_grad():
                 ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        expected = generator.encoder.tokenizer.decode(ids[len(ids) - answer.tokens :], skip_special_tokens=True)
+        expected = generator.encoder.tokenizer.decode(
+            ids[len(ids) - answer.tokens :], skip_special_tokens=True
+        )
         assert answer.text == expected and answer.finish == ("stop" if answer.tokens < 12 else "length")
 
 
-def test_a_prompt_that_leaves_no_room_gets_no_answer(target):
-    generator = TransformersGenerator(str(target), Sampling(max_new_tokens=20), dtype="float32", device="cpu", max_length=60)
+def test_a_prompt_that_leaves_no_space_for_an_answer_gets_none(target):
+    generator = TransformersGenerator(
+        str(target), Sampling(max_new_tokens=20), dtype="float32", device="cpu", max_length=60
+    )
     assert generator.generate([[{"role": "user", "content": "x" * 100}]]) == [None]
 
 
 @pytest.fixture
 def server():
-    """An endpoint that is busy at first, refuses prompts that say 'too long', and answers with the model's name."""
+    """Serve an endpoint that is first busy, refuses prompts with 'too long', and answers its model name."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -161,21 +181,27 @@ def server():
         endpoint.shutdown()
 
 
-def test_an_endpoint_answers_concurrently_and_busy_ones_are_tried_again(server, tmp_path, monkeypatch):
+def test_an_endpoint_answers_concurrently_and_is_asked_again_while_it_is_busy(server, tmp_path, monkeypatch):
     monkeypatch.setattr(regeneration.time, "sleep", lambda _: None)
     conversations = {str(n): TALK for n in range(5)} | {"long": [{"role": "user", "content": "too long"}]}
     source = write(tmp_path / "in.jsonl", conversations)
-    generator = EndpointGenerator(f"http://127.0.0.1:{server.server_port}/v1", "tiny", Sampling(temperature=0.5, seed=3), api_key="k")
+    generator = EndpointGenerator(
+        f"http://127.0.0.1:{server.server_port}/v1", "tiny", Sampling(temperature=0.5, seed=3), api_key="k"
+    )
     assert regenerate(source, tmp_path / "out.jsonl", generator, batch_size=1, concurrency=3) == 5
     assert all(
-        m["content"] == "I am tiny" for messages in read(tmp_path / "out.jsonl").values() for m in messages if m["role"] == "assistant"
+        m["content"] == "I am tiny" for messages in read(
+            tmp_path / "out.jsonl"
+        ).values() for m in messages if m["role"] == "assistant"
     )
     path, key, body = server.seen[0]
     assert (path, key, body["temperature"], body["seed"]) == ("/v1/chat/completions", "Bearer k", 0.5, 3)
 
 
-def test_an_endpoint_that_is_away_is_one_sentence(tmp_path, monkeypatch):
+def test_an_endpoint_that_cannot_be_reached_gives_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(regeneration.time, "sleep", lambda _: None)
     source = write(tmp_path / "in.jsonl", {"a": TALK})
     with pytest.raises(ValueError, match=r"cannot be reached .* start the server"):
-        regenerate(source, tmp_path / "out.jsonl", EndpointGenerator("http://127.0.0.1:9/v1", "m", Sampling()))
+        regenerate(
+            source, tmp_path / "out.jsonl", EndpointGenerator("http://127.0.0.1:9/v1", "m", Sampling())
+        )

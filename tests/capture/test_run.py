@@ -1,4 +1,4 @@
-"""A capture can be estimated, stopped at any moment and continued, and refuses to mix two targets in one store."""
+"""A capture can be estimated, stopped and continued, and refuses to mix two targets in one store."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from eagle_ds.capture.hf import ForwardLimits
 from eagle_ds.capture.job import CaptureJob, PendingSample, prepare_capture
 from eagle_ds.capture.run import capture, make_batches, predict_seconds
 from eagle_ds.data.vocab import count_trained_tokens
+from eagle_ds.store.format import SMALL_DTYPES, WIDE_NAMES
 from eagle_ds.store.store import Store, StoreWriter
 from eagle_ds.store.verification import verify_file
 from tests.tiny_targets import save_tiny_llama
@@ -30,27 +31,31 @@ def target(tmp_path_factory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("target"))
 
 
+def chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 @pytest.fixture
 def job(target, tmp_path) -> CaptureJob:
     """Six conversations of different lengths, one without an answer."""
     lines = [
-        {"id": f"chat/{n}", "messages": [{"role": "user", "content": "q" * n}, {"role": "assistant", "content": "answer " * (n % 7 + 1)}]}
-        for n in LENGTHS
+        {"id": f"chat/{n}", "messages": chat("q" * n, "answer " * (n % 7 + 1))} for n in LENGTHS
     ]
     lines.append({"id": "unanswered", "messages": [{"role": "user", "content": "hello?"}]})
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return CaptureJob(str(target), path, tmp_path / "store", max_length=200, dtype="float32", device="cpu", limits=ForwardLimits(300, 128))
+    how = {"dtype": "float32", "device": "cpu", "limits": ForwardLimits(300, 128)}
+    return CaptureJob(str(target), path, tmp_path / "store", max_length=200, **how)
 
 
 def contents(root: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Every tensor of a store, by sample; every file verified."""
+    """Verify every file of a store; return all tensors by sample."""
     store, samples = Store(root), {}
     for entry in store.entries:
         assert verify_file(root / entry.path, entry, store.info) == []
         with store.reader(entry) as reader:
-            small = {name: reader.read_small(name) for name in ("input_ids", "loss_mask", "target_token_id", "target_logsumexp")}
-            wide = {name: reader.read_rows(name, [(0, entry.num_tokens)]) for name in ("aux_hidden_state", "hidden_state")}
+            small = {name: reader.read_small(name) for name in SMALL_DTYPES}
+            wide = {name: reader.read_rows(name, [(0, entry.num_tokens)]) for name in WIDE_NAMES}
         samples[entry.id] = small | wide
     return samples
 
@@ -59,7 +64,9 @@ def assert_same(left: dict, right: dict) -> None:
     assert left.keys() == right.keys()
     for name in left:
         for key in left[name]:
-            torch.testing.assert_close(left[name][key].float(), right[name][key].float(), rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(
+                left[name][key].float(), right[name][key].float(), rtol=2e-2, atol=2e-2
+            )
 
 
 def test_the_store_holds_every_answered_conversation(job):
@@ -77,7 +84,8 @@ def test_preparing_and_estimating_write_nothing(job):
     prepared = prepare_capture(job)
     assert not job.store.exists()
     estimate = prepared.estimate()
-    assert estimate.raw_bytes == prepared.tokens * 4 * 32 * 2 and 0 < estimate.store_bytes <= estimate.raw_bytes
+    assert estimate.raw_bytes == prepared.tokens * 4 * 32 * 2
+    assert 0 < estimate.store_bytes <= estimate.raw_bytes
     assert predict_seconds(prepared) > 0 and not job.store.exists()
 
 
@@ -98,13 +106,13 @@ KILLS = {
 
 
 @pytest.mark.parametrize("where", KILLS)
-def test_a_killed_capture_goes_on_and_ends_like_an_undisturbed_one(job, monkeypatch, where):
-    capture(prepare_capture(dataclasses.replace(job, store=job.store.with_name("undisturbed"))))
+def test_a_killed_capture_continues_and_gives_the_store_of_an_uninterrupted_one(job, monkeypatch, where):
+    capture(prepare_capture(dataclasses.replace(job, store=job.store.with_name("uninterrupted"))))
     kill_at(job, monkeypatch, *KILLS[where])
     prepared = prepare_capture(job)
     assert 0 < len(prepared.pending) < len(LENGTHS)
     capture(prepared)
-    assert_same(contents(job.store), contents(job.store.with_name("undisturbed")))
+    assert_same(contents(job.store), contents(job.store.with_name("uninterrupted")))
     assert list((job.store / "writing").iterdir()) == []
 
 
@@ -142,12 +150,14 @@ def test_a_store_of_another_target_or_other_layers_is_refused(job, tmp_path):
 
 def test_another_text_under_a_stored_id_is_refused(job):
     capture(prepare_capture(job))
-    job.conversations.write_text(job.conversations.read_text().replace("answer answer", "one or two answers", 1))
+    job.conversations.write_text(
+        job.conversations.read_text().replace("answer answer", "one or two answers", 1)
+    )
     with pytest.raises(ValueError, match="holds sample chat/3 with"):
         prepare_capture(job)
 
 
-def test_a_full_disk_is_one_sentence_and_costs_nothing_stored(job):
+def test_a_full_disk_gives_one_sentence_and_keeps_what_is_stored(job):
     prepared = prepare_capture(job)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the longest sample's file is larger
@@ -161,7 +171,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_stored(job):
     assert len(contents(job.store)) == len(LENGTHS)
 
 
-def test_too_little_space_is_said_before_any_work(job, monkeypatch):
+def test_too_little_space_is_reported_before_any_work(job, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match=r"0\.0 GB free but the capture needs about"):
         capture(prepare_capture(job))
@@ -170,12 +180,14 @@ def test_too_little_space_is_said_before_any_work(job, monkeypatch):
 
 def test_conversations_that_are_all_skipped_are_an_error(job):
     job.conversations.write_text('{"messages": [{"role": "user", "content": "hello?"}]}\n')
-    with pytest.raises(ValueError, match=r"nothing to train on: 0 samples.*1 skipped without an assistant turn"):
+    with pytest.raises(
+        ValueError, match=r"nothing to train on: 0 samples.*1 skipped without an assistant turn"
+    ):
         prepare_capture(job)
 
 
 @pytest.mark.parametrize("target", ["models/absent", "/nonexistent", "not a name"])
-def test_a_missing_target_is_said_first(job, target):
+def test_a_missing_target_is_reported_first(job, target):
     with pytest.raises(ValueError, match="is not a folder here"):
         prepare_capture(dataclasses.replace(job, target=target))
 

@@ -34,7 +34,9 @@ def start(body, *arguments: object) -> WorkerProcess:
 
 
 def test_all_messages_of_all_workers_arrive():
-    received = list(receive_all([start(send_messages, 1, 2), start(send_messages, ENTRY), start(send_messages)]))
+    received = list(
+        receive_all([start(send_messages, 1, 2), start(send_messages, ENTRY), start(send_messages)])
+    )
     assert len(received) == 3 and {1, 2} < set(received) and ENTRY in received
 
 

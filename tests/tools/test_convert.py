@@ -1,4 +1,4 @@
-"""A conversion keeps every sample bit for bit, survives whatever is in the tree and whenever it is killed, and says what it did."""
+"""A conversion keeps every sample bit for bit, survives bad files and a kill, and reports what it did."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def stored(root: Path, name: str) -> Features:
     with store.reader(entry) as reader:
         whole = [(0, entry.num_tokens)]
         small = [reader.read_small(field).long() for field in ("input_ids", "loss_mask")]
-        return Features(*small, reader.read_rows("aux_hidden_state", whole), reader.read_rows("hidden_state", whole))
+        return Features(
+            *small, reader.read_rows("aux_hidden_state", whole), reader.read_rows("hidden_state", whole)
+        )
 
 
 def assert_same(found: Features, made: Features) -> None:
@@ -96,10 +98,12 @@ def rejects(root: Path) -> dict[str, str]:
     return {Path(line["path"]).name: line["reason"] for line in lines}
 
 
-# -- what arrives ----------------------------------------------------------------------------------------------------
+# -- what is stored ------------------------------------------------------------------------------------------
 
 
-def test_a_tree_of_plain_and_gzipped_files_arrives_bit_for_bit(tmp_path: Path, run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tree_of_plain_and_gzipped_files_arrives_bit_for_bit(
+    tmp_path: Path, run, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = {number: features(70 + 13 * number, seed=number) for number in range(8)}
     for number, sample in made.items():
         write_specforge(tmp_path / "src", number, sample, gzipped=number % 2 == 1)
@@ -107,7 +111,9 @@ def test_a_tree_of_plain_and_gzipped_files_arrives_bit_for_bit(tmp_path: Path, r
     for number, sample in made.items():
         assert_same(stored(tmp_path / "dst", f"rows_0-5000/data_{number}"), sample)
     info = Store(tmp_path / "dst").info
-    assert (info.target, info.aux_layer_ids, info.hidden_size, info.vocab_size) == ("tiny", AUX_IDS, HIDDEN, VOCAB)
+    assert (
+        info.target, info.aux_layer_ids, info.hidden_size, info.vocab_size
+    ) == ("tiny", AUX_IDS, HIDDEN, VOCAB)
     assert (tmp_path / "dst" / "rejected.jsonl").read_text() == ""
     printed = capsys.readouterr().out
     assert "converted now" in printed and "saved against raw" in printed and "MB/s" in printed
@@ -133,14 +139,18 @@ def test_float16_is_kept_unless_a_cast_is_asked_for(tmp_path: Path, run) -> None
     assert torch.equal(stored(tmp_path / "cast", "rows_0-5000/data_0").last, made.last.bfloat16())
 
 
-# -- speculators: final norm, mask and head from the target ----------------------------------------------------------
+# -- speculators: final norm, mask and head from the target --------------------------------------------------
 
 
-CHATS = [("What is two and two?", "It is four."), ("And a banana?", "A banana is a berry, and an answer."), ("Why?", "Because.")]
+CHATS = [
+    ("What is two and two?", "It is four."),
+    ("And a banana?", "A banana is a berry, and an answer."),
+    ("Why?", "Because."),
+]
 
 
 def capture_like_speculators(target: Path, root: Path, chats: Path) -> dict[int, dict[str, torch.Tensor]]:
-    """Run the target on every conversation and keep its states as speculators does; returns what the head reads."""
+    """Run the target on every conversation and store its states as speculators does; return the true ones."""
     from transformers import LlamaForCausalLM
 
     root.mkdir()
@@ -173,18 +183,24 @@ def test_speculators_files_get_the_targets_norm_mask_and_token(tmp_path: Path, r
         (entry,) = [entry for entry in store.entries if entry.id == f"hs_{number}"]
         reader = store.reader(entry)
         assert torch.equal(reader.read_small("target_token_id").long(), expected["logits"].argmax(-1))
-        torch.testing.assert_close(reader.read_small("target_logsumexp"), torch.logsumexp(expected["logits"], -1))
+        torch.testing.assert_close(
+            reader.read_small("target_logsumexp"), torch.logsumexp(expected["logits"], -1)
+        )
     info = store.info
     assert info.target_hash and info.tokenizer_hash and info.head_size == VOCAB
 
 
-def test_conversations_are_indexed_alike_by_any_number_of_workers(tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversations_are_indexed_alike_by_any_number_of_workers(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chats = write_conversations(tmp_path / "chats.jsonl", CHATS * 3)
     alone = masks.ConversationMasks.index(chats, target, 4096)
     monkeypatch.setattr(masks, "BATCH_LINES", 2)
     monkeypatch.setattr(masks, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
     together = masks.ConversationMasks.index(chats, target, 4096, workers=3)
-    assert np.array_equal(alone.keys, together.keys) and np.array_equal(alone.offsets, together.offsets) and len(alone.keys) == 9
+    assert np.array_equal(alone.keys, together.keys) and np.array_equal(
+        alone.offsets, together.offsets
+    ) and len(alone.keys) == 9
     chats.write_text(chats.read_text() + '{"id": "x", "messages": [{"content": "no role"}]}\n')
     with pytest.raises(ValueError, match=r"chats.jsonl, line 10: a message has the keys"):
         masks.ConversationMasks.index(chats, target, 4096, workers=3)
@@ -194,13 +210,15 @@ def test_a_sample_that_no_conversation_renders_to_is_rejected(tmp_path: Path, ru
     chats = write_conversations(tmp_path / "chats.jsonl", CHATS)
     capture_like_speculators(target, tmp_path / "src", chats)
     write_conversations(chats, CHATS[1:])
-    assert run(tmp_path / "src", tmp_path / "dst", "--target", target, "--dataset", chats, "--aux-layer-ids", "1,3,4") == 3
+    assert run(
+        tmp_path / "src", tmp_path / "dst", "--target", target, "--dataset", chats, "--aux-layer-ids", "1,3,4"
+    ) == 3
     assert rejects(tmp_path / "dst") == {"hs_7.safetensors": "loss mask"}
     assert len(Store(tmp_path / "dst")) == 2
 
 
-def test_states_that_are_not_what_the_head_reads_are_found_out(tmp_path: Path, run, target: Path) -> None:
-    """A file that says it was normed, and was not, trains a draft on noise: the norm's own weight tells."""
+def test_states_from_the_wrong_side_of_the_final_norm_are_rejected(tmp_path: Path, run, target: Path) -> None:
+    """States from before the norm would train a draft on noise; the norm's own weight reveals them."""
     chats = write_conversations(tmp_path / "chats.jsonl", CHATS)
     truth = capture_like_speculators(target, tmp_path / "spec", chats)[7]
     flags = ["--target", target, "--aux-layer-ids", "1,3,4", "--skip-head"]
@@ -214,11 +232,11 @@ def test_states_that_are_not_what_the_head_reads_are_found_out(tmp_path: Path, r
     assert_same(stored(tmp_path / "applied", "rows_0-5000/data_1"), truth["made"])
 
 
-# -- what is rejected, and what goes on ------------------------------------------------------------------------------
+# -- what is rejected ----------------------------------------------------------------------------------------
 
 
 def spoiled_tree(root: Path) -> int:
-    """A tree with one file of each fault among four good ones; returns the number of files."""
+    """Write a tree with one file of each fault and four good ones; return the number of files."""
     for number in range(4):
         write_specforge(root, number, features(50, seed=number))
     os.truncate(write_specforge(root, 10, features(50)), 3000)
@@ -248,11 +266,15 @@ REASONS = {
 }
 
 
-def test_bad_files_are_listed_with_their_reasons_and_stop_nothing(tmp_path: Path, run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files_are_listed_with_their_reasons_and_do_not_stop_the_others(
+    tmp_path: Path, run, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoiled_tree(tmp_path / "src")
     assert run(tmp_path / "src", tmp_path / "dst", *FLAGS) == 3
     assert rejects(tmp_path / "dst") == REASONS
-    assert {entry.id for entry in Store(tmp_path / "dst").entries} == {f"rows_0-5000/data_{number}" for number in range(4)}
+    assert {
+        entry.id for entry in Store(tmp_path / "dst").entries
+    } == {f"rows_0-5000/data_{number}" for number in range(4)}
     printed = " ".join(capsys.readouterr().out.split())
     assert "8 rejected: 2 truncated" in printed and "rejected.jsonl" in printed
 
@@ -273,18 +295,18 @@ def test_a_tree_of_bad_files_only_lists_them_all(tmp_path: Path, run) -> None:
     assert len(rejects(tmp_path / "dst")) == 12
 
 
-def test_a_mended_file_is_taken_by_the_next_run(tmp_path: Path, run) -> None:
+def test_a_repaired_file_is_converted_by_the_next_run(tmp_path: Path, run) -> None:
     path = write_specforge(tmp_path / "src", 0, features(50))
     write_specforge(tmp_path / "src", 1, features(50, seed=1))
     os.truncate(path, 1000)
     assert run(tmp_path / "src", tmp_path / "dst", *FLAGS) == 3
     write_specforge(tmp_path / "src", 0, features(50))
-    assert run(tmp_path / "src", tmp_path / "dst") == 0  # facts are the store's own now
+    assert run(tmp_path / "src", tmp_path / "dst") == 0  # the store says now what the flags said
     assert len(Store(tmp_path / "dst")) == 2 and rejects(tmp_path / "dst") == {}
 
 
 class DyingWorker(Worker):
-    """Dies on one item, as a process killed for its memory does."""
+    """A worker that is killed while it converts one item, as by the out-of-memory killer."""
 
     def run(self, job: Job, files: SampleFiles) -> Outcome:
         if job.item.id.endswith("data_2"):
@@ -292,7 +314,7 @@ class DyingWorker(Worker):
         return super().run(job, files)
 
 
-def test_a_killed_worker_costs_its_file_only(tmp_path: Path) -> None:
+def test_a_killed_worker_loses_only_the_file_it_was_at(tmp_path: Path) -> None:
     for number in range(6):
         write_specforge(tmp_path / "src", number, features(20, seed=number))
     info = StoreInfo("tiny", "", "", HIDDEN, AUX_IDS, VOCAB)
@@ -304,17 +326,17 @@ def test_a_killed_worker_costs_its_file_only(tmp_path: Path) -> None:
     assert lost.reason == Reason.WORKER and "data_2" in lost.path and "exit code -9" in lost.detail
 
 
-# -- what may be deleted ---------------------------------------------------------------------------------------------
+# -- what may be deleted -------------------------------------------------------------------------------------
 
 
-def test_sources_go_only_once_their_copies_were_compared(tmp_path: Path, run) -> None:
+def test_sources_are_deleted_only_after_their_copies_were_compared(tmp_path: Path, run) -> None:
     spoiled_tree(tmp_path / "src")
     assert run(tmp_path / "src", tmp_path / "dst", *FLAGS, "--delete-source") == 3
     assert {path.name for path in (tmp_path / "src").rglob("*.*")} == set(REASONS)
     assert_same(stored(tmp_path / "dst", "rows_0-5000/data_3"), features(50, seed=3))
 
 
-def test_a_group_file_goes_once_all_its_samples_are_stored(tmp_path: Path, run) -> None:
+def test_a_file_of_groups_is_deleted_once_all_its_samples_are_stored(tmp_path: Path, run) -> None:
     path = write_grouped_hdf5(tmp_path / "dump.h5", [features(9), features(11)])
     assert run(path, tmp_path / "dst", *FLAGS, "--map", GROUPED_MAP, "--delete-source") == 0
     assert not path.exists() and len(Store(tmp_path / "dst")) == 2
@@ -358,15 +380,19 @@ def test_verify_compares_what_an_earlier_run_stored(tmp_path: Path, run) -> None
     assert run(tmp_path / "src", tmp_path / "dst", "--verify") == 5
 
 
-# -- stopping and going on -------------------------------------------------------------------------------------------
+# -- stopping and continuing ---------------------------------------------------------------------------------
 
 
-def test_a_conversion_killed_at_any_moment_goes_on_where_it_was(tmp_path: Path, run) -> None:
+def test_a_conversion_killed_at_any_moment_continues_where_it_was(tmp_path: Path, run) -> None:
     made = {number: features(600, seed=number, hidden=128) for number in range(24)}
     for number, sample in made.items():
         write_specforge(tmp_path / "src", number, sample)
-    command = [sys.executable, str(TOOL), str(tmp_path / "src"), str(tmp_path / "dst"), *FLAGS, "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    command = [
+        sys.executable, str(TOOL), str(tmp_path / "src"), str(tmp_path / "dst"), *FLAGS, "--workers", "2"
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
     manifest = tmp_path / "dst" / "manifest.jsonl"
     while not manifest.exists() or manifest.stat().st_size == 0:
         assert process.poll() is None, process.stderr.read()
@@ -396,7 +422,7 @@ def wait_for_lock(root: Path) -> None:
     raise AssertionError("a killed conversion left a process that holds the store")
 
 
-def test_a_full_disk_stops_with_a_sentence_and_keeps_what_is_there(
+def test_a_full_disk_stops_with_one_sentence_and_keeps_what_was_converted(
     tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(4):
@@ -416,7 +442,9 @@ def test_a_full_disk_stops_with_a_sentence_and_keeps_what_is_there(
     assert run(tmp_path / "src", tmp_path / "dst") == 0 and len(Store(tmp_path / "dst")) == 4
 
 
-def test_an_interrupt_ends_cleanly(tmp_path: Path, run, tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_ends_cleanly(
+    tmp_path: Path, run, tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(4):
         write_specforge(tmp_path / "src", number, features(50, seed=number))
 
@@ -429,13 +457,17 @@ def test_an_interrupt_ends_cleanly(tmp_path: Path, run, tool: ModuleType, monkey
     assert run(tmp_path / "src", tmp_path / "dst") == 0 and len(Store(tmp_path / "dst")) == 4
 
 
-# -- what is said before the work ------------------------------------------------------------------------------------
+# -- checks and predictions before the work ------------------------------------------------------------------
 
 
 def test_a_dry_run_predicts_the_size_and_writes_nothing(tmp_path: Path, run) -> None:
     for number in range(6):
-        write_specforge(tmp_path / "src", number, features(1024, seed=number, hidden=256), gzipped=number % 2 == 0)
-    arguments = ConvertOptions(tmp_path / "src", tmp_path / "dst", target_name="t", aux_layer_ids=AUX_IDS, vocab_size=VOCAB)
+        write_specforge(
+            tmp_path / "src", number, features(1024, seed=number, hidden=256), gzipped=number % 2 == 0
+        )
+    arguments = ConvertOptions(
+        tmp_path / "src", tmp_path / "dst", target_name="t", aux_layer_ids=AUX_IDS, vocab_size=VOCAB
+    )
     summary, prediction = conversion.predict_conversion(arguments)
     assert run(tmp_path / "src", tmp_path / "dst", *FLAGS, "--dry-run") == 0
     assert not (tmp_path / "dst").exists()
@@ -466,7 +498,7 @@ def words_of(capsys: pytest.CaptureFixture[str]) -> str:
         ([*FLAGS, "--map", "nonsense"], "NAME=PATH"),
     ],
 )
-def test_flags_that_cannot_be_meant_are_refused_in_one_sentence(
+def test_wrong_flags_are_refused_in_one_sentence(
     tmp_path: Path, run, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
 ) -> None:
     write_specforge(tmp_path / "src", 0, features(5))
@@ -474,7 +506,9 @@ def test_flags_that_cannot_be_meant_are_refused_in_one_sentence(
     assert words in words_of(capsys)
 
 
-def test_what_a_format_lacks_is_asked_for(tmp_path: Path, run, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_user_is_asked_for_what_a_format_lacks(
+    tmp_path: Path, run, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_speculators(tmp_path, 0, torch.zeros(9, dtype=torch.int64), torch.randn(9, 4, HIDDEN).bfloat16())
     assert run(tmp_path / "hs_0.safetensors", tmp_path / "dst", *FLAGS) == 1
     assert "before the target's final norm; give the target with --target" in words_of(capsys)
@@ -482,7 +516,7 @@ def test_what_a_format_lacks_is_asked_for(tmp_path: Path, run, target: Path, cap
     assert "no loss mask; give the conversations they were captured from with --dataset" in words_of(capsys)
 
 
-def test_a_store_of_other_facts_or_within_the_source_is_refused(
+def test_a_store_with_other_info_or_inside_the_source_is_refused(
     tmp_path: Path, run, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_specforge(tmp_path / "src", 0, features(5))
@@ -497,7 +531,7 @@ def test_a_store_of_other_facts_or_within_the_source_is_refused(
     assert "the files have hidden size 32" in words_of(capsys)
 
 
-# -- memory ----------------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------------------
 
 MEASURE = """
 import resource, sys
@@ -516,13 +550,14 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
-def test_memory_stays_under_two_samples_a_worker(tmp_path: Path) -> None:
+def test_each_worker_holds_less_than_two_samples_in_memory(tmp_path: Path) -> None:
     made = features(8192, hidden=512)
     for number, gzipped in enumerate((False, True, True)):
         write_specforge(tmp_path / "small", number, features(8), gzipped)
         write_specforge(tmp_path / "large", number, made, gzipped, level=1)
     environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
-    measured = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, env=environment, check=True)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    measured = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert int(measured.stdout.split()[-1]) < 2 * (made.aux.nbytes + made.last.nbytes)
 
 

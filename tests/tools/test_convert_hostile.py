@@ -1,4 +1,4 @@
-"""A conversion in bad company: odd trees, full disks, refused runs, and sources that may not be deleted."""
+"""A conversion of odd trees, on full disks, with wrong requests, and with sources that must be kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from eagle_ds.convert import Completer, iter_source
 from eagle_ds.convert import run as conversion
 from eagle_ds.convert.worker import ConverterProcess, Job, Worker
 from eagle_ds.store.store import Store, StoreInfo, StoreWriter
-from tests.peer_files import AUX_IDS, FLAGS, GROUPED_MAP, HIDDEN, VOCAB, features, write_grouped_hdf5, write_specforge
+from tests.peer_files import (
+    AUX_IDS,
+    FLAGS,
+    GROUPED_MAP,
+    HIDDEN,
+    VOCAB,
+    features,
+    write_grouped_hdf5,
+    write_specforge,
+)
 from tests.tools.test_convert import TOOL, assert_same, rejects, run, stored, tool, words_of
 
 __all__ = ["run", "tool"]  # fixtures
@@ -35,11 +44,11 @@ def snapshot(root: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in sorted(root.rglob("*"))}
 
 
-# -- odd trees -------------------------------------------------------------------------------------------------------
+# -- odd trees -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_links_pipes_and_odd_names_stop_nothing(tmp_path: Path, run, workers: str) -> None:
+def test_links_pipes_and_odd_names_do_not_stop_the_conversion(tmp_path: Path, run, workers: str) -> None:
     source = tree(tmp_path / "src") / "rows_0-5000"
     (source / "data_4.ckpt").symlink_to(tmp_path / "gone")
     os.mkfifo(source / "data_5.ckpt")
@@ -47,13 +56,16 @@ def test_links_pipes_and_odd_names_stop_nothing(tmp_path: Path, run, workers: st
     one = write_specforge(tmp_path / "src", 7, features(1, seed=7))
     one.rename(os.fsdecode(os.fsencode(source) + b"/caf\xe9.ckpt"))
     assert run(tmp_path / "src", tmp_path / "dst", *FLAGS, "--workers", workers) == 3
-    assert rejects(tmp_path / "dst") == {"data_4.ckpt": "unreadable", "data_5.ckpt": "unreadable", "data_6.ckpt.gz": "truncated"}
+    assert rejects(tmp_path / "dst") == {
+        "data_4.ckpt": "unreadable", "data_5.ckpt": "unreadable", "data_6.ckpt.gz": "truncated"
+    }
     assert len(Store(tmp_path / "dst")) == 5
     assert_same(stored(tmp_path / "dst", "rows_0-5000/caf\\xe9"), features(1, seed=7))
-    assert run(tmp_path / "src", tmp_path / "dst", *FLAGS, "--workers", workers, "--verify") == 3  # by its id it is found again
+    # Its printable id finds the stored sample again.
+    assert run(tmp_path / "src", tmp_path / "dst", *FLAGS, "--workers", workers, "--verify") == 3
 
 
-def test_an_odd_error_costs_its_file_only(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_rejects_one_file(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     complete = Completer.complete
 
     def fail(self: Completer, sample_id: str, raw):
@@ -63,7 +75,9 @@ def test_an_odd_error_costs_its_file_only(tmp_path: Path, run, monkeypatch: pyte
 
     monkeypatch.setattr(Completer, "complete", fail)
     assert run(tree(tmp_path / "src"), tmp_path / "dst", *FLAGS) == 3
-    assert rejects(tmp_path / "dst") == {"data_2.ckpt": "conversion failed"} and len(Store(tmp_path / "dst")) == 3
+    assert rejects(tmp_path / "dst") == {
+        "data_2.ckpt": "conversion failed"
+    } and len(Store(tmp_path / "dst")) == 3
 
 
 def test_a_worker_that_dies_between_two_files_is_replaced(tmp_path: Path) -> None:
@@ -85,23 +99,29 @@ def test_a_worker_that_dies_between_two_files_is_replaced(tmp_path: Path) -> Non
     assert [outcome.entry is not None for outcome in outcomes] == [True] * 4
 
 
-# -- what is said while it works and before ---------------------------------------------------------------------------
+# -- progress, help and start --------------------------------------------------------------------------------
 
 
-def test_progress_tells_speed_and_what_is_left(tool: ModuleType) -> None:
-    half = conversion.Progress(done_bytes=500_000_000, total_bytes=2_000_000_000, done_files=3, total_files=12, rejected=1)
-    assert tool.progress_line(half, 10.0) == "3/12 files, 0.50 GB of 2.00 GB, 50 MB/s, ETA 0:00:30, 1 rejected"
+def test_progress_shows_speed_and_remaining_time(tool: ModuleType) -> None:
+    half = conversion.Progress(
+        done_bytes=500_000_000, total_bytes=2_000_000_000, done_files=3, total_files=12, rejected=1
+    )
+    assert tool.progress_line(
+        half, 10.0
+    ) == "3/12 files, 0.50 GB of 2.00 GB, 50 MB/s, ETA 0:00:30, 1 rejected"
 
 
-def test_help_is_there_before_torch_is(tmp_path: Path) -> None:
+def test_help_does_not_import_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported to show the help')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    shown = subprocess.run([sys.executable, str(TOOL), "--help"], capture_output=True, text=True, env=environment, check=True)
+    shown = subprocess.run(
+        [sys.executable, str(TOOL), "--help"], capture_output=True, text=True, env=environment, check=True
+    )
     assert "exit codes" in shown.stdout
 
 
-def test_workers_start_wherever_the_tool_is_called_from(tmp_path: Path) -> None:
-    """The fork server knows nothing of this project's folder; what it preloads must be found all the same."""
+def test_workers_start_from_any_current_folder(tmp_path: Path) -> None:
+    """The fork server does not know this project's folder, but must find what it preloads."""
     source = tree(tmp_path / "src")
     command = [sys.executable, str(TOOL), str(source), "dst", *FLAGS, "--workers", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -109,10 +129,10 @@ def test_workers_start_wherever_the_tool_is_called_from(tmp_path: Path) -> None:
     assert len(Store(tmp_path / "dst")) == 4
 
 
-# -- what a refused run leaves alone ---------------------------------------------------------------------------------
+# -- what a refused run leaves alone -------------------------------------------------------------------------
 
 
-def test_a_run_that_is_refused_leaves_no_trace(tmp_path: Path, run) -> None:
+def test_a_refused_run_changes_nothing_on_disk(tmp_path: Path, run) -> None:
     source = tree(tmp_path / "src")
     assert run(source, tmp_path / "new" / "dst") == 1
     assert not (tmp_path / "new").exists()
@@ -131,7 +151,9 @@ def test_a_run_that_is_refused_leaves_no_trace(tmp_path: Path, run) -> None:
 
 
 @pytest.mark.parametrize(("flags", "code"), [(FLAGS, 0), (["--target-name", "another"], 1), ([], 0)])
-def test_a_dry_run_over_a_store_judges_the_flags_and_writes_nothing(tmp_path: Path, run, flags: list[str], code: int) -> None:
+def test_a_dry_run_over_a_store_checks_the_flags_and_writes_nothing(
+    tmp_path: Path, run, flags: list[str], code: int
+) -> None:
     source = tree(tmp_path / "src")
     assert run(source, tmp_path / "dst", *FLAGS) == 0
     write_specforge(source, 8, features(50))
@@ -140,7 +162,9 @@ def test_a_dry_run_over_a_store_judges_the_flags_and_writes_nothing(tmp_path: Pa
     assert snapshot(tmp_path) == before
 
 
-def test_files_that_no_store_put_there_are_never_swept(tmp_path: Path, run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_a_store_did_not_write_are_never_deleted(
+    tmp_path: Path, run, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tree(tmp_path / "src")
     mine = tmp_path / "home" / "writing" / "thesis.h5"
     mine.parent.mkdir(parents=True)
@@ -154,39 +178,50 @@ def test_files_that_no_store_put_there_are_never_swept(tmp_path: Path, run, caps
     assert snapshot(tmp_path / "dst") == before and "keeps its own files" in words_of(capsys)
 
 
-# -- the machine fails -----------------------------------------------------------------------------------------------
+# -- the machine fails ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_disk_that_fills_up_stops_with_a_sentence_and_the_next_run_goes_on(tmp_path: Path, run, workers: str) -> None:
-    """No file may grow beyond 200 KB, which the second half of the samples need: the same error path as a full disk."""
+def test_a_disk_that_fills_up_stops_with_one_sentence_and_the_next_run_continues(
+    tmp_path: Path, run, workers: str
+) -> None:
+    """A file-size limit of 200 KB, too small for half of the samples, takes the error path of a full disk."""
     for number in range(6):
-        write_specforge(tmp_path / "src", number, features(50 if number < 3 else 1500, seed=number, hidden=64))
+        write_specforge(
+            tmp_path / "src", number, features(50 if number < 3 else 1500, seed=number, hidden=64)
+        )
     flags = [*FLAGS, "--workers", workers]
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
 
-    command = [sys.executable, str(TOOL), str(tmp_path / "src"), str(tmp_path / "dst"), *flags, "--delete-source"]
+    command = [
+        sys.executable, str(TOOL), str(tmp_path / "src"), str(tmp_path / "dst"), *flags, "--delete-source"
+    ]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 6, done.stderr
     assert "stopped: " in done.stderr and "File too large" in done.stderr and "Traceback" not in done.stderr
     store = Store(tmp_path / "dst")
     left = {item.id for item in iter_source(tmp_path / "src")}
-    assert left == {f"rows_0-5000/data_{number}" for number in range(6)} - {entry.id for entry in store.entries}
-    assert 3 - (workers == "2") <= len(store) <= 3  # one small sample may be on its way when a large one fails
+    assert left == {
+        f"rows_0-5000/data_{number}" for number in range(6)
+    } - {entry.id for entry in store.entries}
+    # With two workers a small sample may not be recorded yet when a large one fails.
+    assert 3 - (workers == "2") <= len(store) <= 3
     assert run(tmp_path / "src", tmp_path / "dst", *flags) == 0
     assert_same(stored(tmp_path / "dst", "rows_0-5000/data_5"), features(1500, seed=5, hidden=64))
     assert not list((tmp_path / "dst" / "writing").iterdir())
 
 
-def test_a_destination_that_cannot_be_written_is_one_sentence(
+def test_a_destination_that_cannot_be_written_gives_one_sentence(
     tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tree(tmp_path / "src")
     (tmp_path / "file").write_text("no folder")
     assert run(source, tmp_path / "file" / "dst", *FLAGS) == 6
-    assert "stopped: DST" in (said := words_of(capsys)) and "is a file, where a folder was expected" in said and "kept" not in said
+    assert "stopped: DST" in (
+        said := words_of(capsys)
+    ) and "is a file, where a folder was expected" in said and "kept" not in said
 
     def read_only(*_: object, **options: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
@@ -199,11 +234,11 @@ def test_a_destination_that_cannot_be_written_is_one_sentence(
     assert run(source, tmp_path / "dst", *FLAGS) == 0 and len(Store(tmp_path / "dst")) == 4
 
 
-# -- what may not be deleted -----------------------------------------------------------------------------------------
+# -- sources that must be kept -------------------------------------------------------------------------------
 
 
-def test_a_file_with_a_sample_whose_id_was_taken_is_kept(tmp_path: Path, run) -> None:
-    """Both files have a group s0, the second one another sample under it: that one is stored nowhere."""
+def test_a_file_with_a_sample_of_a_duplicate_id_is_kept(tmp_path: Path, run) -> None:
+    """Both files have a group s0 with different samples: the second one is stored nowhere."""
     source = tmp_path / "src"
     source.mkdir()
     write_grouped_hdf5(source / "dump.h5", [features(9)])

@@ -1,4 +1,4 @@
-"""The two smaller capture tools end in one sentence and a non-zero exit code when they cannot do their work."""
+"""The two smaller capture tools end with one sentence and a non-zero exit code if they cannot work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run(tool, monkeypatch, *arguments) -> int:
     return tool.main()
 
 
-def test_fetching_without_room_says_so_before_it_downloads(tmp_path, monkeypatch, capsys):
+def test_too_little_space_is_reported_before_the_download(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     assert run(fetch_embedded_target, monkeypatch, "--out", tmp_path / "smol") == 1
     assert "10 MB free, fetching needs 500" in capsys.readouterr().err
@@ -28,7 +28,8 @@ def test_regenerating_answers_a_prompt_file(tmp_path, monkeypatch, capsys):
     target = save_tiny_llama(tmp_path / "target")
     prompts = [{"id": str(n), "messages": [{"role": "user", "content": "q" * (n + 1)}]} for n in range(3)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    arguments = [tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--target", target, "--device", "cpu", "--max-new-tokens", 5]
+    files = [tmp_path / "in.jsonl", tmp_path / "out.jsonl"]
+    arguments = [*files, "--target", target, "--device", "cpu", "--max-new-tokens", 5]
     assert run(regenerate, monkeypatch, *arguments) == 0
     assert "3 were there already" not in capsys.readouterr().out
     assert run(regenerate, monkeypatch, *arguments) == 0
@@ -36,7 +37,9 @@ def test_regenerating_answers_a_prompt_file(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "complaint"), [("none.jsonl", "x/y", "does not exist"), ("in.jsonl", "models/none", "is not a folder")]
+    ("source", "target", "complaint"), [
+        ("none.jsonl", "x/y", "does not exist"), ("in.jsonl", "models/none", "is not a folder")
+    ]
 )
 def test_regenerating_from_nothing_is_one_sentence(tmp_path, monkeypatch, capsys, source, target, complaint):
     (tmp_path / "in.jsonl").write_text('{"text": "x"}\n')

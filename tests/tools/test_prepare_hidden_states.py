@@ -27,12 +27,17 @@ def recipe(target, tmp_path) -> Path:
     for split, count in (("train", 5), ("eval", 3)):
         with open(tmp_path / f"{split}.jsonl", "w") as stream:
             for n in range(count):
-                chat = [{"role": "user", "content": "q" * (5 * n + 1)}, {"role": "assistant", "content": "answer " * (n + 1)}]
+                question = {"role": "user", "content": "q" * (5 * n + 1)}
+                chat = [question, {"role": "assistant", "content": "answer " * (n + 1)}]
                 stream.write(json.dumps({"id": f"{split}{n}", "messages": chat}) + "\n")
     settings = json.loads((ROOT / "recipes/smollm2_cpu.json").read_text())
     settings["target"] |= {"model": str(target), "hidden_size": 32, "num_layers": 8, "vocab_size": 280}
-    settings["draft"] |= {"hidden_size": 32, "vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    settings["data"] |= {"conversations": str(tmp_path / "train.jsonl"), "eval_conversations": str(tmp_path / "eval.jsonl")}
+    settings["draft"] |= {
+        "hidden_size": 32, "vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8
+    }
+    settings["data"] |= {
+        "conversations": str(tmp_path / "train.jsonl"), "eval_conversations": str(tmp_path / "eval.jsonl")
+    }
     settings["data"] |= {"store": str(tmp_path / "train_store"), "eval_store": str(tmp_path / "eval_store")}
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(settings))
@@ -66,8 +71,9 @@ def test_two_processes_write_the_store_that_one_writes(recipe, tmp_path):
 
 
 def test_flags_do_without_a_recipe(target, recipe, tmp_path):
-    flags = ["--target", str(target), "--conversations", str(tmp_path / "eval.jsonl"), "--store", str(tmp_path / "s"), "--max-length", "64"]
-    assert main([*flags, "--dtype", "float32", "--aux-layer-ids", "0", "2", "5"]) == 0
+    paths = ["--conversations", str(tmp_path / "eval.jsonl"), "--store", str(tmp_path / "s")]
+    flags = ["--target", str(target), *paths, "--max-length", "64", "--dtype", "float32"]
+    assert main([*flags, "--aux-layer-ids", "0", "2", "5"]) == 0
     assert Store(tmp_path / "s").info.aux_layer_ids == (0, 2, 5)
 
 
@@ -76,18 +82,29 @@ def test_flags_do_without_a_recipe(target, recipe, tmp_path):
     [
         ([], "give --recipe, or --target, --conversations, --store, --max-length as well"),
         (["--storr", "x"], "unknown arguments --storr x"),
-        (["--recipe", "RECIPE", "--target.hidden_size", "64", "--draft.hidden_size", "64"], "target.hidden_size=64 in the recipe"),
+        (
+            ["--recipe", "RECIPE", "--target.hidden_size", "64", "--draft.hidden_size", "64"],
+            "target.hidden_size=64 in the recipe",
+        ),
         (["--recipe", "RECIPE", "--target.model", "models/none"], "is not a folder here"),
         (["--recipe", "RECIPE", "--data.conversations", "none.jsonl"], "none.jsonl does not exist"),
         (["--recipe", "RECIPE", "--data.eval_conversations", "gone.jsonl"], "gone.jsonl does not exist"),
         (["--recipe", "RECIPE", "--device", "all"], "--device all needs GPUs"),
         (["--recipe", "RECIPE", "--device", "gpu"], "--device gpu is unknown; use auto, cpu, cuda"),
-        (["--recipe", "RECIPE", "--device", "cpu,cuda:1"], "--device cuda:1 needs a GPU and none can be seen"),
-        (["--recipe", "RECIPE", "--data.max_length", "10"], "skipped with no answer left after truncation; raise max_length"),
+        (
+            ["--recipe", "RECIPE", "--device", "cpu,cuda:1"],
+            "--device cuda:1 needs a GPU and none can be seen",
+        ),
+        (
+            ["--recipe", "RECIPE", "--data.max_length", "10"],
+            "skipped with no answer left after truncation; raise max_length",
+        ),
         (["--recipe", "RECIPE", "--target.model", "NO_TOKENIZER"], "has no tokenizer (tokenizer.json"),
     ],
 )
-def test_what_is_wrong_is_one_sentence_and_exit_code_1(recipe, target, tmp_path, capsys, monkeypatch, arguments, complaint):
+def test_what_is_wrong_is_one_sentence_and_exit_code_1(
+    recipe, target, tmp_path, capsys, monkeypatch, arguments, complaint
+):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     bare = shutil.copytree(target, tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
     places = {"RECIPE": str(recipe), "NO_TOKENIZER": str(bare)}
@@ -97,8 +114,11 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_1(recipe, target, tmp_path,
     assert not (tmp_path / "train_store").exists()
 
 
-def test_a_store_that_cannot_be_written_is_refused_before_the_conversations_are_read(recipe, tmp_path, capsys):
+def test_a_store_that_cannot_be_written_is_refused_before_the_conversations_are_read(
+    recipe, tmp_path, capsys
+):
     (tmp_path / "file").touch()
     assert main(["--recipe", str(recipe), "--data.store", str(tmp_path / "file" / "store")]) == 1
     said = capsys.readouterr()
-    assert said.out == "" and f"error: store {tmp_path}/file/store: {tmp_path}/file is a file, where a folder was expected" in said.err
+    detail = f"{tmp_path}/file is a file, where a folder was expected"
+    assert said.out == "" and f"error: store {tmp_path}/file/store: {detail}" in said.err
