@@ -13,17 +13,23 @@ from eagle_ds.store.store import Sample, Store, StoreInfo, StoreWriter
 VOCAB = 1000
 
 
-def make_info(hidden_size: int = 8, num_aux: int = 3, dtype: str = "bfloat16", target: str = "some/target") -> StoreInfo:
-    return StoreInfo(target, "target-hash", "tokenizer-hash", hidden_size, tuple(range(num_aux)), VOCAB, dtype=dtype)
+def make_info(
+    hidden_size: int = 8, num_aux: int = 3, dtype: str = "bfloat16", target: str = "some/target"
+) -> StoreInfo:
+    return StoreInfo(
+        target, "target-hash", "tokenizer-hash", hidden_size, tuple(range(num_aux)), VOCAB, dtype=dtype
+    )
 
 
 def make_sample(name: str, num_tokens: int, info: StoreInfo, seed: int = 0, labels: bool = True) -> Sample:
-    """Make a sample whose hidden states are random bits, so NaN payloads, denormals and negative zeros occur."""
+    """Make a sample whose hidden states are random bits, with NaN payloads, denormals and negative zeros."""
     generator = torch.Generator().manual_seed(seed)
     dtype = TORCH_DTYPES[info.dtype]
 
     def bits(width: int) -> torch.Tensor:
-        raw = torch.randint(0, 256, (num_tokens, width * dtype.itemsize), generator=generator, dtype=torch.uint8)
+        raw = torch.randint(
+            0, 256, (num_tokens, width * dtype.itemsize), generator=generator, dtype=torch.uint8
+        )
         return raw.view(dtype)
 
     def integers(top: int, kind: torch.dtype) -> torch.Tensor:
@@ -50,7 +56,11 @@ def write_store(root: Path, info: StoreInfo, *samples: Sample) -> Store:
 
 def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """Compare bit for bit, so equal NaNs are equal."""
-    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and bool((raw_view(ours) == raw_view(theirs)).all())
+    return (
+        ours.dtype == theirs.dtype
+        and ours.shape == theirs.shape
+        and bool((raw_view(ours) == raw_view(theirs)).all())
+    )
 
 
 def assert_stored(reader: SampleReader, sample: Sample) -> None:

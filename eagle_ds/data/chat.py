@@ -270,8 +270,8 @@ class ChatEncoder:
             return ids, mask
         if not self.tokenizer.is_fast:
             raise ValueError(
-                "the tokenizer does not reproduce this conversation's text, and it gives no character offsets "
-                "to find the answers with; use the target's fast tokenizer")
+                "the tokenizer does not reproduce this conversation's text, and it has no character "
+                "offsets to find the answers with; use the target's fast tokenizer")
         ids, mask = self._tokenize_whole(text, spans)
         decoded = self.tokenizer.decode(ids[mask.astype(bool)], clean_up_tokenization_spaces=False)
         expected = "".join(text[start:end] for start, end in spans)

@@ -1,4 +1,4 @@
-"""The loss mask covers what the target generates, whatever its chat template does."""
+"""The loss mask covers exactly the text that the target generates, for seven kinds of chat template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHAT = [
 
 
 class SlowTokenizer:
-    """A tokenizer in Python, as Kimi's: no offsets."""
+    """A tokenizer written in Python, such as Kimi's: it gives no character offsets."""
 
     is_fast = False
 
@@ -38,7 +38,7 @@ def encoder_of(kind: str, max_length: int = 4096, **settings) -> ChatEncoder:
 
 
 def trained_text(encoder: ChatEncoder, messages: list[dict]) -> list[str]:
-    """Decoded text of every trained run."""
+    """Return the decoded text of every trained span."""
     encoded = encoder.encode({"messages": messages})
     return [encoder.tokenizer.decode(encoded.input_ids[start:end]) for start, end in encoded.trained_spans]
 
@@ -48,11 +48,20 @@ def trained_text(encoder: ChatEncoder, messages: list[dict]) -> list[str]:
     [
         ("chatml", ["It is 4.<|im_end|>", "answers vary:\n\n- one\n- answer<|im_end|>"]),
         ("llama3", ["It is 4.<|eot_id|>", "answers vary:\n\n- one\n- answer<|eot_id|>"]),
-        ("qwen3", ["It is 4.<|im_end|>", "<think>\n\n</think>\n\nanswers vary:\n\n- one\n- answer<|im_end|>"]),
-        ("deepseek", ["It is 4.<｜end▁of▁sentence｜>", "answers vary:\n\n- one\n- answer<｜end▁of▁sentence｜>"]),
+        (
+            "qwen3",
+            ["It is 4.<|im_end|>", "<think>\n\n</think>\n\nanswers vary:\n\n- one\n- answer<|im_end|>"],
+        ),
+        (
+            "deepseek",
+            ["It is 4.<｜end▁of▁sentence｜>", "answers vary:\n\n- one\n- answer<｜end▁of▁sentence｜>"],
+        ),
         (
             "harmony",
-            ["<|channel|>final<|message|>It is 4.<|end|>", "<|channel|>final<|message|>answers vary:\n\n- one\n- answer<|return|>"],
+            [
+                "<|channel|>final<|message|>It is 4.<|end|>",
+                "<|channel|>final<|message|>answers vary:\n\n- one\n- answer<|return|>",
+            ],
         ),
         ("mistral", ["It is 4.</s>", "answers vary:\n\n- one\n- answer</s>"]),
         ("plain", ["It is 4.", "answers vary:\n\n- one\n- answer"]),
@@ -71,7 +80,7 @@ def test_tokens_decode_back_to_the_rendered_conversation(kind):
 
 
 @pytest.mark.parametrize("kind", ["chatml", "llama3", "deepseek", "harmony"])
-def test_first_answer_follows_exactly_the_prompt_that_is_served(kind):
+def test_the_first_answer_follows_the_tokens_of_the_served_prompt(kind):
     encoder = encoder_of(kind)
     encoded = encoder.encode({"messages": CHAT})
     prompt = encoder.prompt_ids(CHAT[:1])
@@ -79,7 +88,7 @@ def test_first_answer_follows_exactly_the_prompt_that_is_served(kind):
     assert encoded.trained_spans[0][0] == len(prompt)
 
 
-def test_content_that_the_template_trims_or_that_repeats_is_still_found():
+def test_content_that_is_trimmed_or_repeated_is_found():
     chat = [{"role": "user", "content": "say ok"}, {"role": "assistant", "content": "  ok\n"}] * 3
     assert trained_text(encoder_of("llama3"), chat) == ["ok<|eot_id|>"] * 3
     assert trained_text(encoder_of("chatml"), chat) == ["  ok\n<|im_end|>"] * 3
@@ -89,7 +98,10 @@ def test_thinking_is_trained_where_the_template_keeps_it():
     chat = [dict(message) for message in CHAT]
     chat[1]["content"] = "<think>\nhm\n</think>\n\nIt is 4."
     chat[3]["content"] = "<think>\nso\n</think>\n\nDone."
-    assert trained_text(encoder_of("qwen3"), chat) == ["It is 4.<|im_end|>", "<think>\nso\n</think>\n\nDone.<|im_end|>"]
+    assert trained_text(encoder_of("qwen3"), chat) == [
+        "It is 4.<|im_end|>",
+        "<think>\nso\n</think>\n\nDone.<|im_end|>",
+    ]
 
 
 def test_a_generation_prompt_with_a_thinking_block_is_not_trained():
@@ -100,14 +112,20 @@ def test_a_generation_prompt_with_a_thinking_block_is_not_trained():
 def test_a_tool_call_is_trained_through_its_end_of_turn():
     encoder = encoder_of("chatml")
     encoder.tokenizer.chat_template = encoder.tokenizer.chat_template.replace(
-        "{{ message.content }}", "{{ message.content }}{% for call in message.tool_calls %}<call>{{ call }}</call>{% endfor %}"
+        "{{ message.content }}",
+        "{{ message.content }}{% for call in message.tool_calls %}<call>{{ call }}</call>{% endfor %}",
     )
-    chat = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": ["add 2 2"]}, {"role": "tool", "content": "4"}, CHAT[1]]
+    chat = [
+        CHAT[0],
+        {"role": "assistant", "content": "", "tool_calls": ["add 2 2"]},
+        {"role": "tool", "content": "4"},
+        CHAT[1],
+    ]
     assert trained_text(encoder, chat) == ["<call>add 2 2</call><|im_end|>", "It is 4.<|im_end|>"]
     assert trained_text(encoder, chat[:2]) == ["<call>add 2 2</call><|im_end|>"]
 
 
-def test_words_of_the_user_that_look_like_an_answer_are_not_trained():
+def test_user_text_that_looks_like_an_answer_is_not_trained():
     chat = [
         {"role": "user", "content": "It is 4.<|im_end|>\n<|im_start|>assistant\nIt is 4."},
         {"role": "assistant", "content": "It is 4."},
@@ -121,13 +139,14 @@ def test_the_date_is_fixed(kind):
     assert "2031" in encoder_of(kind, date="2031-01-02").render(CHAT)
 
 
-def test_a_tokenizer_in_python_gets_the_same_mask():
+def test_a_tokenizer_without_offsets_gets_the_same_mask():
     fast, slow = encoder_of("chatml"), ChatEncoder(SlowTokenizer(byte_tokenizer("chatml")), 4096)
     expected, found = fast.encode({"messages": CHAT}), slow.encode({"messages": CHAT})
-    assert np.array_equal(expected.input_ids, found.input_ids) and np.array_equal(expected.loss_mask, found.loss_mask)
+    assert np.array_equal(expected.input_ids, found.input_ids)
+    assert np.array_equal(expected.loss_mask, found.loss_mask)
 
 
-def test_a_tokenizer_that_adds_spaces_is_tokenized_whole():
+def test_a_tokenizer_that_adds_spaces_tokenizes_the_whole_text_at_once():
     tokenizer = byte_tokenizer("mistral", sentencepiece=True)
     encoder = ChatEncoder(tokenizer, 4096)
     encoded = encoder.encode({"messages": CHAT})
@@ -137,7 +156,7 @@ def test_a_tokenizer_that_adds_spaces_is_tokenized_whole():
     assert runs == ["It is 4.</s>", "answers vary:\n\n- one\n- answer</s>"]
 
 
-def test_missing_chat_template_is_one_sentence():
+def test_a_missing_chat_template_is_a_one_line_error():
     encoder = encoder_of("chatml")
     encoder.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="has no chat template; use a chat model"):
@@ -146,12 +165,14 @@ def test_missing_chat_template_is_one_sentence():
 
 def test_a_mask_of_zeros_is_refused():
     encoder = encoder_of("chatml")
-    encoder.tokenizer.chat_template = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}"
+    encoder.tokenizer.chat_template = (
+        "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="all zeros"):
         encoder.encode({"messages": CHAT})
 
 
-def test_a_conversation_that_the_template_refuses_says_why():
+def test_the_error_of_a_refused_conversation_gives_the_templates_reason():
     with pytest.raises(ValueError, match="roles must alternate"):
         encoder_of("mistral").encode({"messages": [CHAT[0], *CHAT]})
 
@@ -163,11 +184,13 @@ def test_skips_are_counted():
     assert (encoder.stats.without_answer, encoder.stats.untrained, encoder.stats.samples) == (1, 1, 0)
 
 
-def test_overlong_is_truncated_or_skipped_by_setting():
+def test_long_samples_are_truncated_or_skipped_as_set():
     whole = encoder_of("chatml").encode({"messages": CHAT})
-    cutting, skipping = encoder_of("chatml", max_length=100), encoder_of("chatml", max_length=100, overlong="skip")
+    cutting = encoder_of("chatml", max_length=100)
+    skipping = encoder_of("chatml", max_length=100, overlong="skip")
     cut = cutting.encode({"messages": CHAT})
-    assert np.array_equal(cut.input_ids, whole.input_ids[:100]) and np.array_equal(cut.loss_mask, whole.loss_mask[:100])
+    assert np.array_equal(cut.input_ids, whole.input_ids[:100])
+    assert np.array_equal(cut.loss_mask, whole.loss_mask[:100])
     assert skipping.encode({"messages": CHAT}) is None
     assert (cutting.stats.truncated, skipping.stats.overlong) == (1, 1)
 
@@ -177,23 +200,29 @@ def test_plain_text_is_trained_whole():
     assert encoded.id == "7" and encoded.loss_mask.all()
 
 
-def test_sharegpt_records_are_read_alike():
-    sharegpt = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in CHAT]
+def test_sharegpt_records_give_the_same_messages():
+    sharegpt = [
+        {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in CHAT
+    ]
     assert messages_of({"conversations": sharegpt}) == CHAT
 
 
-@pytest.mark.parametrize("record", [{}, {"messages": []}, {"messages": ["hi"]}, {"messages": [{"role": "user"}]}])
-def test_malformed_records_say_what_was_expected(record):
+@pytest.mark.parametrize(
+    "record", [{}, {"messages": []}, {"messages": ["hi"]}, {"messages": [{"role": "user"}]}]
+)
+def test_the_error_of_a_malformed_record_says_what_was_expected(record):
     with pytest.raises(ValueError, match="expected"):
         messages_of(record)
 
 
-def test_default_id_follows_the_content():
+def test_the_default_id_depends_on_the_content():
     assert record_id({"text": "a"}) == record_id({"text": "a"}) != record_id({"text": "b"})
 
 
-@pytest.mark.parametrize(("a", "b"), [("", ""), ("abc", "abc"), ("abc", "abd"), ("abc", "ab"), ("xbc", "abc")])
-def test_common_ends(a, b):
+@pytest.mark.parametrize(
+    ("a", "b"), [("", ""), ("abc", "abc"), ("abc", "abd"), ("abc", "ab"), ("xbc", "abc")]
+)
+def test_common_prefix_and_suffix(a, b):
     same = [x == y for x, y in zip(a, b, strict=False)]
     assert common_prefix(a, b) == (same.index(False) if False in same else len(same))
     assert common_suffix(a[::-1], b[::-1]) == common_prefix(a, b)

@@ -1,4 +1,4 @@
-"""Every line of a conversation file becomes a sample, a counted skip, or a complaint that names the line."""
+"""Each line of a conversation file becomes a sample, is skipped and counted, or is an error that names it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "c
 
 def write(tmp_path, *lines):
     path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n",
+        encoding="utf-8",
+    )
     return path
 
 
@@ -30,12 +33,12 @@ def encode_all(path, encoder: ChatEncoder) -> list[EncodedSample]:
     return samples
 
 
-def test_samples_come_in_the_order_of_the_file(tmp_path):
+def test_samples_are_in_file_order(tmp_path):
     path = write(tmp_path, {"id": "b", **CHAT}, "", {"id": "a", **CHAT}, {"text": "plain"})
     assert [sample.id for sample in encode_all(path, encoder())][:2] == ["b", "a"]
 
 
-def test_a_record_is_found_again_by_its_offset(tmp_path):
+def test_a_record_can_be_read_by_its_offset(tmp_path):
     file = ConversationFile(write(tmp_path, {"id": "ä", **CHAT}, "  ", {"id": "b", **CHAT}))
     for offset, record in file.records():
         assert file.read(offset) == record
@@ -57,11 +60,11 @@ def test_repeated_lines_are_counted_and_skipped(tmp_path):
         ([{"messages": CHAT["messages"][:1]}], "nothing to train on"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_line(tmp_path, lines, complaint):
+def test_errors_name_the_line(tmp_path, lines, complaint):
     with pytest.raises(ValueError, match=complaint):
         encode_all(write(tmp_path, *lines), encoder())
 
 
-def test_a_missing_file_is_one_sentence(tmp_path):
+def test_a_missing_file_is_a_one_line_error(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         ConversationFile(tmp_path / "none.jsonl")

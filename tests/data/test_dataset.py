@@ -1,4 +1,4 @@
-"""What a rank reads is what a whole-array computation would give it; failures name the file and reach the consumer."""
+"""A rank reads what whole-array slicing gives, and a failed read names the file and reaches the consumer."""
 
 from __future__ import annotations
 
@@ -40,18 +40,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny")).root
 
 
-def dataset(store: Store, ulysses: int = 1, ring: int = 1, max_length: int = 64, **options: object) -> RankDataset:
-    samples, _ = screen(store.entries, max_length=max_length, overlong="truncate", ttt_steps=T, alignment="serving")
+def dataset(
+    store: Store, ulysses: int = 1, ring: int = 1, max_length: int = 64, **options: object
+) -> RankDataset:
+    samples, _ = screen(
+        store.entries, max_length=max_length, overlong="truncate", ttt_steps=T, alignment="serving"
+    )
     return RankDataset(store, samples, ShardingSettings(ulysses, ring, "gather", T), t2d=T2D, **options)
 
 
 def whole_sequence(store: Store, data: RankDataset, pack: tuple[int, ...]) -> WholeSequence:
-    """All arrays of a pack by plain whole-file reads."""
+    """Read all arrays of a pack whole, without sharding."""
     info, aux, hidden = [], [], []
     for sample in (data.samples[n] for n in pack):
         size = sample.document.num_tokens
         with store.reader(sample.entry) as reader:
-            small = {n: reader.read_small(n)[:size].numpy() for n in ("input_ids", "loss_mask", "target_token_id", "target_logsumexp")}
+            small = {
+                n: reader.read_small(n)[:size].numpy()
+                for n in ("input_ids", "loss_mask", "target_token_id", "target_logsumexp")
+            }
             info.append(TokenLabels(**small))
             aux.append(reader.read_rows("aux_hidden_state", [(0, size)]))
             hidden.append(reader.read_rows("hidden_state", [(0, size)]))
@@ -61,7 +68,7 @@ def whole_sequence(store: Store, data: RankDataset, pack: tuple[int, ...]) -> Wh
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("max_length", [64, 20])
 @pytest.mark.parametrize("in_processes", [False, True])
-def test_each_rank_gets_the_rows_that_the_plan_gives_it(
+def test_each_rank_reads_the_rows_that_the_sharding_gives_it(
     root: Path, pool: ReadPool, ulysses: int, ring: int, max_length: int, in_processes: bool
 ) -> None:
     store, readers = Store(root / "train"), pool if in_processes else None
@@ -70,7 +77,9 @@ def test_each_rank_gets_the_rows_that_the_plan_gives_it(
         data = dataset(store, ulysses, ring, max_length, sp_rank=rank, pool=readers)
         steps = [GlobalBatch(i, 0, ((pack,),)) for i, pack in enumerate(packs)]
         for pack, item in zip(packs, data.micro_batches(steps), strict=True):
-            sharding = shard_sequence([data.samples[n].document for n in pack], ulysses=ulysses, ring=ring, ttt_steps=T)
+            sharding = shard_sequence(
+                [data.samples[n].document for n in pack], ulysses=ulysses, ring=ring, ttt_steps=T
+            )
             expected = rank_batch(sharding, rank, whole_sequence(store, data, pack), "serving")
             for name, value in vars(expected).items():
                 if isinstance(value, torch.Tensor):
@@ -80,7 +89,7 @@ def test_each_rank_gets_the_rows_that_the_plan_gives_it(
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (2, 2)])
-def test_a_step_knows_its_counted_rows_before_its_first_batch(root: Path, ulysses: int, ring: int) -> None:
+def test_counted_rows_are_known_at_the_first_micro_batch(root: Path, ulysses: int, ring: int) -> None:
     step = GlobalBatch(0, 0, (((0, 1), (2,)), ((3,), (4, 5))))  # two micro-batches, dp 2
     total = torch.zeros(T, dtype=torch.int64)
     expected = torch.zeros(T, dtype=torch.int64)
@@ -88,7 +97,7 @@ def test_a_step_knows_its_counted_rows_before_its_first_batch(root: Path, ulysse
         for rank in range(ulysses * ring):
             data = dataset(Store(root / "train"), ulysses, ring, dp_rank=dp_rank, sp_rank=rank)
             items = list(data.micro_batches([step]))
-            assert [item.index for item in items] == [0, 1] and [item.is_last for item in items] == [False, True]
+            assert [(item.index, item.is_last) for item in items] == [(0, False), (1, True)]
             assert torch.equal(items[0].counted, items[1].counted)
             total += items[0].counted
             for item in items:
@@ -99,12 +108,16 @@ def test_a_step_knows_its_counted_rows_before_its_first_batch(root: Path, ulysse
     assert torch.equal(total, expected) and total[0] > 0
 
 
-def test_label_facts_that_a_store_lacks_are_made_from_the_head(root: Path, tmp_path: Path) -> None:
+def test_labels_that_a_store_lacks_are_computed_with_the_head(root: Path, tmp_path: Path) -> None:
     write_store(tmp_path / "bare", root / "target", ("0001111111", "0111110"), seed=3, labels=False)
     write_store(tmp_path / "full", root / "target", ("0001111111", "0111110"), seed=3)
     head = target_head(root / "target")
     steps = [GlobalBatch(0, 0, (((0,),), ((1,),)))]
-    bare = list(dataset(Store(tmp_path / "bare"), labeler=lambda hidden: argmax_and_logsumexp(hidden, head)).micro_batches(steps))
+    bare = list(
+        dataset(
+            Store(tmp_path / "bare"), labeler=lambda hidden: argmax_and_logsumexp(hidden, head)
+        ).micro_batches(steps)
+    )
     full = list(dataset(Store(tmp_path / "full")).micro_batches(steps))
     for made, stored in zip(bare, full, strict=True):
         assert torch.equal(made.batch.target_token, stored.batch.target_token)
@@ -118,14 +131,17 @@ def test_each_needed_chunk_is_read_once_and_counted(root: Path, tmp_path: Path) 
     mask = "0" * 1900 + "1" * 148
     write_store(tmp_path / "long", root / "target", (mask,), seed=4)
     store = Store(tmp_path / "long")
-    shares = [next(dataset(store, 1, 4, 4096, sp_rank=rank).micro_batches([GlobalBatch(0, 0, (((0,),),))])).stats for rank in range(4)]
+    shares = [
+        next(dataset(store, 1, 4, 4096, sp_rank=rank).micro_batches([GlobalBatch(0, 0, (((0,),),))])).stats
+        for rank in range(4)
+    ]
     bytes_per_row = 4 * 24 * 4
     inflated = sum(share.bytes_inflated for share in shares)
     assert inflated < 1.2 * 2048 * bytes_per_row  # the whole file would be 4 times that
     assert all(share.amplification < 1.6 for share in shares)
 
 
-def test_fingerprints_tell_other_samples_and_other_plans_apart(root: Path) -> None:
+def test_fingerprints_differ_for_other_samples_and_other_shardings(root: Path) -> None:
     store = Store(root / "train")
 
     def first(pack: tuple[int, ...], **layout: int) -> tuple[int, int]:
@@ -136,24 +152,32 @@ def test_fingerprints_tell_other_samples_and_other_plans_apart(root: Path) -> No
     assert first((0, 1))[0] == first((0, 1), ring=2)[0] and first((0, 1))[1] != first((0, 1), ring=2)[1]
 
 
-def test_a_damaged_file_is_an_error_with_its_name_where_the_batch_would_have_been(root: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error_at_the_place_of_its_batch(
+    root: Path, tmp_path: Path
+) -> None:
     write_store(tmp_path / "store", root / "target", ("0001111111", "0111110"), seed=3)
     store = Store(tmp_path / "store")
     victim = store.root / store.entries[1].path
     victim.write_bytes(victim.read_bytes()[:-7])
-    batches = Prefetcher(dataset(store).micro_batches([GlobalBatch(0, 0, (((0,),),)), GlobalBatch(1, 0, (((1,),),))]), 2, "read")
+    batches = Prefetcher(
+        dataset(store).micro_batches([GlobalBatch(0, 0, (((0,),),)), GlobalBatch(1, 0, (((1,),),))]),
+        2,
+        "read",
+    )
     assert next(batches).batch.names == ("sample-0",)
     with pytest.raises(StoreError, match=str(victim)):
         next(batches)
     batches.close()
 
 
-def test_reading_ahead_changes_nothing(root: Path) -> None:
+def test_prefetching_gives_the_same_batches(root: Path) -> None:
     data = dataset(Store(root / "train"))
     steps = list(Sampler(data.samples, dp=1, accumulation=2, pack_tokens=50, seed=1).global_batches(0, 4))
 
     def numbers(items: Iterator[MicroBatch]) -> list[tuple[int, int, float]]:
-        return [(item.global_batch.number, item.index, float(item.batch.aux.double().sum())) for item in items]
+        return [
+            (item.global_batch.number, item.index, float(item.batch.aux.double().sum())) for item in items
+        ]
 
     plain = numbers(data.micro_batches(steps))
     for depth in (1, 3):
@@ -163,10 +187,14 @@ def test_reading_ahead_changes_nothing(root: Path) -> None:
         outer.close()
 
 
-def test_a_run_resumed_in_the_middle_of_an_epoch_with_other_readers_and_depth_gets_the_same_batches(root: Path, pool: ReadPool) -> None:
+def test_resuming_in_an_epoch_with_other_readers_and_depth_gives_the_same_batches(
+    root: Path, pool: ReadPool
+) -> None:
     store = Store(root / "train")
 
-    def batches(start: int, readers: ReadPool | None, depth: int) -> list[tuple[int, int, tuple[str, ...], torch.Tensor]]:
+    def batches(
+        start: int, readers: ReadPool | None, depth: int
+    ) -> list[tuple[int, int, tuple[str, ...], torch.Tensor]]:
         data = dataset(store, 2, 1, sp_rank=1, pool=readers)
         sampler = Sampler(data.samples, dp=1, accumulation=1, pack_tokens=50, seed=1)
         assert sampler.steps_in(0) > 3  # step 3 is in the middle of an epoch
@@ -180,7 +208,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_with_other_readers_and_depth_ge
 
 
 @pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, MemoryError])
-def test_a_reading_thread_that_dies_is_an_error_at_its_consumer_and_no_wait(end: type[BaseException]) -> None:
+def test_the_consumer_gets_the_error_of_a_dead_reading_thread(end: type[BaseException]) -> None:
     def items() -> Iterator[int]:
         yield 0
         raise end
@@ -199,7 +227,7 @@ def counted_into(made: list[int], count: int) -> Iterator[int]:
 
 
 def settled(made: list[int], count: int) -> list[int]:
-    """``made`` once ``count`` are there and a while has passed in which more could come."""
+    """Wait until ``count`` items are made and more had time to follow; return ``made``."""
     deadline = time.monotonic() + 5
     while len(made) < count and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -207,7 +235,7 @@ def settled(made: list[int], count: int) -> list[int]:
     return made
 
 
-def test_the_prefetcher_runs_ahead_by_its_depth_and_no_further() -> None:
+def test_the_prefetcher_runs_ahead_by_its_depth_only() -> None:
     made: list[int] = []
     prefetcher = Prefetcher(counted_into(made, 10), 2, "count")
     assert settled(made, 2) == [0, 1]
@@ -216,16 +244,16 @@ def test_the_prefetcher_runs_ahead_by_its_depth_and_no_further() -> None:
     assert list(prefetcher) == list(range(1, 10))
 
 
-def test_nothing_new_is_made_between_take_and_go_on() -> None:
+def test_no_item_is_started_between_take_and_advance() -> None:
     made: list[int] = []
     prefetcher = Prefetcher(counted_into(made, 4), 1, "count")
     assert prefetcher.take() == 0 and settled(made, 1) == [0]
     prefetcher.advance()
     assert settled(made, 2) == [0, 1]
     prefetcher.advance()
-    assert settled(made, 2) == [0, 1]  # there was no room left to give back
+    assert settled(made, 2) == [0, 1]  # the slot was given back already
     assert prefetcher.take() == 1 and settled(made, 2) == [0, 1]
-    assert prefetcher.take() == 2 and settled(made, 3) == [0, 1, 2]  # a advance that was forgotten is made up for
+    assert prefetcher.take() == 2 and settled(made, 3) == [0, 1, 2]  # take advances if nobody did
     assert list(prefetcher) == [3]
 
 
@@ -246,7 +274,7 @@ def test_closing_ends_threads_and_generators() -> None:
 
 
 class DeviceCopyLike:
-    """Passes items on, and closing too, as DeviceCopy does."""
+    """Forward items and `close`, as DeviceCopy does."""
 
     def __init__(self, items: Prefetcher[int]) -> None:
         self.items = items

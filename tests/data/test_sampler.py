@@ -1,4 +1,4 @@
-"""Which pack trains when: the same on every rank, every sample once an epoch, resumable from the step number alone."""
+"""The order of training: equal on every rank, each sample once per epoch, resumable from the step number."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from eagle_ds.store.manifest import SampleEntry
 
 def sample(number: int, num_tokens: int, query_rows: int = 1) -> TrainSample:
     span = ((0, min(num_tokens, query_rows + 2)),)
-    return TrainSample(SampleEntry(f"s{number}", "x", num_tokens, 1, span, 1), Document(num_tokens, span), query_rows)
+    return TrainSample(
+        SampleEntry(f"s{number}", "x", num_tokens, 1, span, 1), Document(num_tokens, span), query_rows
+    )
 
 
 def samples(count: int) -> list[TrainSample]:
     return [sample(n, 5 + 7 * n % 31) for n in range(count)]
 
 
-def flat(step: GlobalBatch) -> list[int]:
-    return [n for packs in step.packs for pack in packs for n in pack]
+def flat(global_batch: GlobalBatch) -> list[int]:
+    """Return the sample numbers of a global batch."""
+    return [n for packs in global_batch.packs for pack in packs for n in pack]
 
 
 @settings(max_examples=60, deadline=None)
@@ -35,7 +38,9 @@ def flat(step: GlobalBatch) -> list[int]:
     pack_tokens=st.sampled_from([None, 40]),
     seed=st.integers(0, 5),
 )
-def test_an_epoch_trains_no_sample_twice(count: int, dp: int, accumulation: int, pack_tokens: int | None, seed: int) -> None:
+def test_an_epoch_trains_no_sample_twice(
+    count: int, dp: int, accumulation: int, pack_tokens: int | None, seed: int
+) -> None:
     if pack_tokens is not None and count < 32:
         count = 40
     sampler = Sampler(samples(count), dp=dp, accumulation=accumulation, pack_tokens=pack_tokens, seed=seed)
@@ -48,7 +53,7 @@ def test_an_epoch_trains_no_sample_twice(count: int, dp: int, accumulation: int,
 
 
 @pytest.mark.parametrize("pack_tokens", [None, 40])
-def test_resuming_at_any_step_goes_on_as_if_never_stopped(pack_tokens: int | None) -> None:
+def test_resuming_at_any_step_gives_the_same_global_batches(pack_tokens: int | None) -> None:
     def fresh() -> Sampler:
         return Sampler(samples(23), dp=2, accumulation=2, pack_tokens=pack_tokens, seed=3)
 
@@ -66,7 +71,7 @@ def test_epochs_differ_and_seeds_differ() -> None:
 
 
 @pytest.mark.parametrize("pack_tokens", [None, 40])
-def test_the_number_of_steps_is_that_of_the_epochs_or_max_steps_if_less(pack_tokens: int | None) -> None:
+def test_the_number_of_steps_is_that_of_the_epochs_at_most_max_steps(pack_tokens: int | None) -> None:
     sampler = Sampler(samples(23), dp=2, accumulation=2, pack_tokens=pack_tokens)
     total = sum(sampler.steps_in(epoch) for epoch in range(3))
     assert sampler.count_steps(3) == total
@@ -75,13 +80,15 @@ def test_the_number_of_steps_is_that_of_the_epochs_or_max_steps_if_less(pack_tok
     assert {step.epoch for step in sampler.global_batches(0, total)} == {0, 1, 2}
 
 
-def test_data_parallel_ranks_get_packs_of_like_cost() -> None:
+def test_data_parallel_ranks_get_packs_of_similar_cost() -> None:
     lengths = [10, 1000, 11, 1001, 500, 501]
     sampler = Sampler([sample(n, length) for n, length in enumerate(lengths)], dp=2)
     for step in sampler.global_batches(0, 3):
         assert abs(lengths[step.packs[0][0][0]] - lengths[step.packs[0][1][0]]) == 1
 
 
-def test_fewer_sequences_than_a_step_takes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"dp 4 \* gradient_accumulation 2 = 8 sequences, but the store yields 5"):
+def test_too_few_sequences_for_one_step_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"dp 4 \* gradient_accumulation 2 = 8 sequences, but the store yields 5"
+    ):
         Sampler(samples(5), dp=4, accumulation=2)

@@ -1,4 +1,4 @@
-"""The conversations in recipes/data: small, split by topic, some of them long; and the prompts behind them can be made again."""
+"""The conversations in recipes/data are small, split by topic, and their prompts can be composed again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ LONG_CHARACTERS = 12_000  # about 4000 tokens of these texts
 
 
 def records(split: str) -> list[dict]:
-    return [json.loads(line) for line in (FOLDER / f"smollm2_chats.{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (FOLDER / f"smollm2_chats.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def user_turns(record: dict) -> list[str]:
@@ -40,10 +43,16 @@ def test_every_conversation_ends_with_an_answer_and_no_prompt_is_in_both_splits(
     assert not {user_turns(record)[0] for record in train} & {user_turns(record)[0] for record in held_out}
 
 
-@pytest.mark.parametrize(("maker", "made"), [("make_prompts.py", ["eval", "train"]), ("make_more.py", ["rest"])])
+@pytest.mark.parametrize(
+    ("maker", "made"), [("make_prompts.py", ["eval", "train"]), ("make_more.py", ["rest"])]
+)
 def test_prompts_are_composed_alike_every_time(tmp_path, maker, made):
     for run in ("a", "b"):
-        subprocess.run([sys.executable, str(FOLDER / maker), "compose", str(tmp_path / run)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, str(FOLDER / maker), "compose", str(tmp_path / run)],
+            check=True,
+            capture_output=True,
+        )
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == [f"{name}.prompts.jsonl" for name in made]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
@@ -51,9 +60,13 @@ def test_prompts_are_composed_alike_every_time(tmp_path, maker, made):
 
 def test_the_shipped_prompts_are_those_that_are_composed(tmp_path):
     for maker in ("make_prompts.py", "make_more.py"):
-        subprocess.run([sys.executable, str(FOLDER / maker), "compose", str(tmp_path)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, str(FOLDER / maker), "compose", str(tmp_path)], check=True, capture_output=True
+        )
     composed = {}
     for path in tmp_path.iterdir():
-        composed |= {record["id"]: set(user_turns(record)) for record in map(json.loads, path.read_text().splitlines())}
+        composed |= {
+            record["id"]: set(user_turns(record)) for record in map(json.loads, path.read_text().splitlines())
+        }
     for record in records("train") + records("eval"):
         assert set(user_turns(record)) <= composed[record["id"]], record["id"]

@@ -1,4 +1,4 @@
-"""d2t and t2d are each other's inverse, and hold the most trained tokens."""
+"""d2t and t2d describe the same tokens: those that are trained most often."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_d2t_and_t2d_are_inverse(counts, size):
 
 @given(counts=st.lists(st.integers(0, 5), min_size=V, max_size=V), size=st.integers(1, V - 1))
 @settings(max_examples=50, deadline=None)
-def test_no_token_left_out_is_trained_more_than_one_taken(counts, size):
+def test_no_skipped_token_is_trained_more_than_a_chosen_one(counts, size):
     vocab = build_vocab_map(torch.tensor(counts), size)
     taken, left = torch.tensor(counts)[vocab.t2d], torch.tensor(counts)[~vocab.t2d]
     assert int(taken.min()) >= int(left.max())
@@ -72,7 +72,15 @@ def add_sample(root, name: str, tokens: list[int]) -> Store:
     with StoreWriter(root, info) as writer:
         states = torch.zeros(length, 32, dtype=torch.bfloat16)
         mask = torch.ones(length, dtype=torch.uint8)
-        writer.add(Sample(name, torch.tensor(tokens, dtype=torch.int32), mask, states[:, :24].contiguous(), states[:, :8].contiguous()))
+        writer.add(
+            Sample(
+                name,
+                torch.tensor(tokens, dtype=torch.int32),
+                mask,
+                states[:, :24].contiguous(),
+                states[:, :8].contiguous(),
+            )
+        )
     return Store(root)
 
 
@@ -80,5 +88,8 @@ def test_a_store_keeps_its_map_until_it_grows(tmp_path):
     store = add_sample(tmp_path, "a", [5, 5, 6])
     assert load_or_build(store, 2).target_ids.tolist() == [5, 6]
     written = vocab_path(tmp_path, 2).stat().st_mtime_ns
-    assert load_or_build(store, 2).target_ids.tolist() == [5, 6] and vocab_path(tmp_path, 2).stat().st_mtime_ns == written
+    assert (
+        load_or_build(store, 2).target_ids.tolist() == [5, 6]
+        and vocab_path(tmp_path, 2).stat().st_mtime_ns == written
+    )
     assert load_or_build(add_sample(tmp_path, "b", [8, 8, 8]), 2).target_ids.tolist() == [5, 8]

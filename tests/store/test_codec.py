@@ -75,8 +75,12 @@ def test_the_stream_inflates_to_what_hdf5s_shuffle_filter_produces(rows: np.ndar
     assert zlib.decompress(encode(rows)) == shuffled
 
 
-@pytest.mark.parametrize("rows", [states(), states(3, 5), np.zeros((64, 256), np.uint16), np.full((64, 256), 0x7FC1, np.uint16)])
-def test_each_backend_reads_the_streams_of_the_other(any_backend: str, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "rows", [states(), states(3, 5), np.zeros((64, 256), np.uint16), np.full((64, 256), 0x7FC1, np.uint16)]
+)
+def test_each_backend_reads_the_streams_of_the_other(
+    any_backend: str, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = encode(rows)
     monkeypatch.undo()
     assert (decode_chunk(stream, np.empty_like(rows)) == rows).all()
@@ -136,7 +140,9 @@ def test_every_flipped_bit_is_detected_or_harmless(any_backend: str) -> None:
         damaged = bytearray(stream)
         damaged[bit // 8] ^= 1 << bit % 8
         try:
-            assert (decode_chunk(bytes(damaged), np.empty_like(rows)) == rows).all(), f"bit {bit} changed the rows undetected"
+            assert (decode_chunk(bytes(damaged), np.empty_like(rows)) == rows).all(), (
+                f"bit {bit} changed the rows undetected"
+            )
         except DamagedChunk:
             detected += 1
     assert detected > 0.98 * 8 * len(stream)  # the others are unused bits in the headers of stored blocks
@@ -154,7 +160,9 @@ def test_a_stream_of_the_wrong_length_is_an_error(any_backend: str) -> None:
         inflate(encode(states(2, 16)), 128)
 
 
-def test_without_isal_zlib_is_used_and_one_warning_is_logged(without_isal: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_isal_zlib_is_used_and_one_warning_is_logged(
+    without_isal: None, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = states()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

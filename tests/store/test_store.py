@@ -24,7 +24,9 @@ INFO = make_info()
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return write_store(tmp_path / "store", INFO, *(make_sample(f"s{n}", 70 + n, INFO, seed=n) for n in range(3)))
+    return write_store(
+        tmp_path / "store", INFO, *(make_sample(f"s{n}", 70 + n, INFO, seed=n) for n in range(3))
+    )
 
 
 def test_the_manifest_lists_lengths_spans_and_sizes_in_writing_order(store: Store) -> None:
@@ -74,7 +76,9 @@ def test_a_writer_continues_where_the_last_one_stopped(store: Store) -> None:
         ({"vocab_size": 7, "head_size": 7}, "vocab_size is 1000 there, 7 here; head_size"),
     ],
 )
-def test_a_writer_of_other_data_is_refused_and_each_difference_is_listed(store: Store, change: dict, said: str) -> None:
+def test_a_writer_of_other_data_is_refused_and_each_difference_is_listed(
+    store: Store, change: dict, said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         StoreWriter(store.root, dataclasses.replace(INFO, **change))
     with StoreWriter(store.root, dataclasses.replace(INFO, encoder="a later version")) as writer:
@@ -88,7 +92,10 @@ def test_a_second_writer_at_the_same_time_is_refused(store: Store) -> None:
 
 
 def test_an_id_that_is_stored_already_is_refused(store: Store) -> None:
-    with StoreWriter(store.root, INFO) as writer, pytest.raises(ValueError, match="'s1' is already in the store"):
+    with (
+        StoreWriter(store.root, INFO) as writer,
+        pytest.raises(ValueError, match="'s1' is already in the store"),
+    ):
         writer.add(make_sample("s1", 9, INFO))
 
 
@@ -118,21 +125,33 @@ def test_tensors_with_any_strides_are_stored(tmp_path: Path, dtype: str) -> None
         aux_hidden_state=sample.aux_hidden_state.t().contiguous().t(),
         hidden_state=torch.stack([sample.hidden_state] * 2, -1)[..., 1],
     )
-    assert not odd.aux_hidden_state.is_contiguous() and not odd.hidden_state.is_contiguous() and not odd.input_ids.is_contiguous()
+    assert (
+        not odd.aux_hidden_state.is_contiguous()
+        and not odd.hidden_state.is_contiguous()
+        and not odd.input_ids.is_contiguous()
+    )
     store = write_store(tmp_path, info, odd)
     assert_stored(store.reader(store.entries[0]), sample)
 
 
-def test_dropping_written_pages_does_not_change_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropping_written_pages_does_not_change_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sink, "FLUSH_BYTES", 5000)
     advised: list[tuple[int, int]] = []
     real = os.posix_fadvise
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: advised.append((start, size)) or real(fd, start, size, advice))
+    monkeypatch.setattr(
+        os,
+        "posix_fadvise",
+        lambda fd, start, size, advice: advised.append((start, size)) or real(fd, start, size, advice),
+    )
     sample = make_sample("s", 1000, INFO)
     store = write_store(tmp_path, INFO, sample)
     assert_stored(store.reader(store.entries[0]), sample)
     assert len(advised) > 5 and all(start >= 0 and size >= 5000 for start, size in advised)
-    assert advised[2][0] <= advised[1][0] + advised[1][1]  # each call covers the range that the call before started to write
+    assert (
+        advised[2][0] <= advised[1][0] + advised[1][1]
+    )  # each call covers the range that the call before started to write
 
 
 def test_several_threads_can_add_at_once(tmp_path: Path) -> None:
@@ -198,13 +217,19 @@ def test_opening_a_folder_that_is_not_a_store_names_it(tmp_path: Path) -> None:
 
 BAD_SAMPLES = {
     "has no tokens": {"input_ids": torch.empty(0, dtype=torch.int32)},
-    r"input_ids is torch\.int64 \[5\], this store holds torch\.int32 \[5\]": {"input_ids": torch.zeros(5, dtype=torch.int64)},
-    r"input_ids leave the target's vocabulary 0\.\.999": {"input_ids": torch.full((5,), 1000, dtype=torch.int32)},
+    r"input_ids is torch\.int64 \[5\], this store holds torch\.int32 \[5\]": {
+        "input_ids": torch.zeros(5, dtype=torch.int64)
+    },
+    r"input_ids leave the target's vocabulary 0\.\.999": {
+        "input_ids": torch.full((5,), 1000, dtype=torch.int32)
+    },
     "input_ids leave the target's vocabulary": {"input_ids": torch.full((5,), -1, dtype=torch.int32)},
     "loss_mask holds 2": {"loss_mask": torch.full((5,), 2, dtype=torch.uint8)},
     r"loss_mask is torch\.uint8 \[4\]": {"loss_mask": torch.zeros(4, dtype=torch.uint8)},
     r"hidden_state is torch\.float32 .* nothing is cast": {"hidden_state": torch.zeros(5, 8)},
-    r"aux_hidden_state is torch\.bfloat16 \[5, 16\]": {"aux_hidden_state": torch.zeros(5, 16, dtype=torch.bfloat16)},
+    r"aux_hidden_state is torch\.bfloat16 \[5, 16\]": {
+        "aux_hidden_state": torch.zeros(5, 16, dtype=torch.bfloat16)
+    },
     "target_logsumexp is": {"target_logsumexp": torch.zeros(6)},
 }
 

@@ -1,4 +1,4 @@
-"""Flipped bits, truncated files, killed writers, full disks, forks: a read is right or an error names the file."""
+"""Flipped bits, truncated files, killed writers, full disks: a read is right or an error names the file."""
 
 from __future__ import annotations
 
@@ -65,7 +65,11 @@ def test_changes_that_adler32_misses_are_detected_by_the_crc32(store: Store) -> 
     with store.reader(store.entries[0]) as reader:
         index = reader._open().wide["hidden_state"]
     content = bytearray(path.read_bytes())
-    at = next(i for i in itertools.count(int(index.offsets[0, 0]) + 20) if content[i] < 255 and content[i + 1] > 1 and content[i + 2] < 255)
+    at = next(
+        i
+        for i in itertools.count(int(index.offsets[0, 0]) + 20)
+        if content[i] < 255 and content[i + 1] > 1 and content[i + 2] < 255
+    )
     for position, change in enumerate((1, -2, 1)):
         content[at + position] += change
     path.write_bytes(content)
@@ -79,11 +83,15 @@ def test_every_truncated_file_is_detected(store: Store, knows_size: bool) -> Non
     content = path.read_bytes()
     for size in random.Random(1).sample(range(len(content)), 60):
         path.write_bytes(content[:size])
-        assert is_detected(SampleReader(path, store.entries[0] if knows_size else None, store.info, threads=1)), f"cut to {size} bytes"
+        assert is_detected(
+            SampleReader(path, store.entries[0] if knows_size else None, store.info, threads=1)
+        ), f"cut to {size} bytes"
 
 
 @pytest.mark.parametrize("name", [STORE_JSON, MANIFEST_NAME])
-def test_every_flipped_bit_of_the_manifest_or_store_json_is_detected_or_harmless(store: Store, name: str) -> None:
+def test_every_flipped_bit_of_the_manifest_or_store_json_is_detected_or_harmless(
+    store: Store, name: str
+) -> None:
     path = store.root / name
     content = path.read_bytes()
     for bit in random.Random(4).sample(range(8 * len(content)), 600):
@@ -94,7 +102,9 @@ def test_every_flipped_bit_of_the_manifest_or_store_json_is_detected_or_harmless
             assert str(path) in str(error)
             continue
         if not damaged.entries:
-            assert flipped(content, bit)[-1:] != b"\n"  # the only line looks incomplete, so the store seems empty
+            assert (
+                flipped(content, bit)[-1:] != b"\n"
+            )  # the only line looks incomplete, so the store seems empty
             continue
         assert damaged.entries == store.entries
         assert damaged.info == store.info
@@ -105,7 +115,9 @@ def test_swapped_chunks_are_detected_although_each_is_intact(store: Store) -> No
     path = store.root / store.entries[0].path
     with store.reader(store.entries[0]) as reader:
         index = reader._open().wide["aux_hidden_state"]
-    first, second = (slice(int(index.offsets[0, n]), int(index.offsets[0, n] + index.sizes[0, n])) for n in (0, 1))
+    first, second = (
+        slice(int(index.offsets[0, n]), int(index.offsets[0, n] + index.sizes[0, n])) for n in (0, 1)
+    )
     content = bytearray(path.read_bytes())
     if first.stop - first.start != second.stop - second.start:
         pytest.skip("the streams differ in length")
@@ -130,7 +142,10 @@ def test_a_full_disk_is_an_error_and_the_store_and_its_writer_stay_usable(tmp_pa
     with StoreWriter(tmp_path, INFO) as writer:
         size = writer.add(SAMPLE).bytes
         for attempt in range(25):
-            with disk_of(rng.randrange(size)), pytest.raises(OSError, match=r"File too large: '.*writing.*h5'"):
+            with (
+                disk_of(rng.randrange(size)),
+                pytest.raises(OSError, match=r"File too large: '.*writing.*h5'"),
+            ):
                 writer.add(make_sample(f"lost-{attempt}", TOKENS, INFO))
             assert not list((tmp_path / "writing").iterdir())
         writer.add(make_sample("lost-0", TOKENS, INFO))
@@ -193,7 +208,9 @@ def assert_intact(root: Path) -> int:
     return len(store.entries)
 
 
-def test_a_writer_killed_at_any_call_leaves_an_intact_store_that_the_next_writer_continues(tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_call_leaves_an_intact_store_that_the_next_writer_continues(
+    tmp_path: Path,
+) -> None:
     write_store(tmp_path, INFO)
     written = 0
     # A sample takes 58 calls. The delicate ones (fsync, rename, manifest line) begin at the 40th.
@@ -228,7 +245,10 @@ def read_all(reader: SampleReader) -> None:
 def test_an_open_reader_works_in_a_forked_or_spawned_process(store: Store, context: str) -> None:
     reader = store.reader(store.entries[0])
     reader.read_rows("hidden_state", [(0, 70)])
-    children = [multiprocessing.get_context(context).Process(target=read_all, args=(reader,)) for _ in range(2 if context == "fork" else 1)]
+    children = [
+        multiprocessing.get_context(context).Process(target=read_all, args=(reader,))
+        for _ in range(2 if context == "fork" else 1)
+    ]
     for child in children:
         child.start()
     assert_stored(reader, SAMPLE)

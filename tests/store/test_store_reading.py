@@ -1,4 +1,4 @@
-"""The files are plain HDF5 that any reader understands, and a row range costs only the chunks that hold it."""
+"""Any HDF5 reader understands the files, and a row range costs only the chunks that hold it."""
 
 from __future__ import annotations
 
@@ -46,10 +46,20 @@ def row_ranges() -> st.SearchStrategy[list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(num_tokens=st.integers(1, 3 * CHUNK_ROWS), hidden_size=st.integers(1, 20), num_aux=st.integers(1, 4), seed=st.integers(0, 99))
+@given(
+    num_tokens=st.integers(1, 3 * CHUNK_ROWS),
+    hidden_size=st.integers(1, 20),
+    num_aux=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape_and_any_bits_come_back(
-    tmp_path_factory: pytest.TempPathFactory, dtype: str, num_tokens: int, hidden_size: int, num_aux: int, seed: int
+    tmp_path_factory: pytest.TempPathFactory,
+    dtype: str,
+    num_tokens: int,
+    hidden_size: int,
+    num_aux: int,
+    seed: int,
 ) -> None:
     info = make_info(hidden_size, num_aux, dtype)
     sample = make_sample("any", num_tokens, info, seed, labels=seed % 2 == 0)
@@ -96,7 +106,12 @@ def test_h5dump_prints_the_numbers(tmp_path: Path) -> None:
     sample = make_sample("s", 3, BF16)
     sample.hidden_state = torch.arange(24).view(3, 8).bfloat16() / 4
     store = write_store(tmp_path, BF16, sample)
-    shown = subprocess.run(["h5dump", "-d", "hidden_state", "-y", "-w", "200", file_of(store)], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["h5dump", "-d", "hidden_state", "-y", "-w", "200", file_of(store)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75" in shown.stdout
 
 
@@ -109,7 +124,9 @@ def test_hidden_states_are_chunked_by_layer_and_filtered_by_shuffle_and_gzip(sto
             assert plist.get_nfilters() == 2
             assert plist.get_filter(0)[0] == h5py.h5z.FILTER_SHUFFLE
             assert plist.get_fill_time() == h5py.h5d.FILL_TIME_NEVER
-            assert dataset.id.get_num_chunks() == -(-TOKENS // CHUNK_ROWS) * (3 if name == "aux_hidden_state" else 1)
+            assert dataset.id.get_num_chunks() == -(-TOKENS // CHUNK_ROWS) * (
+                3 if name == "aux_hidden_state" else 1
+            )
 
 
 def test_the_header_describes_the_file(store: Store) -> None:
@@ -123,10 +140,16 @@ def test_the_header_describes_the_file(store: Store) -> None:
         assert file.attrs["encoder"].startswith(b"eagle_ds")
 
 
-def test_each_chunk_is_read_and_inflated_once_for_any_ranges(reader: SampleReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_chunk_is_read_and_inflated_once_for_any_ranges(
+    reader: SampleReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inflated: list[int] = []
     real = reader_module.inflate
-    monkeypatch.setattr(reader_module, "inflate", lambda stream, size, crc32: inflated.append(size) or real(stream, size, crc32))
+    monkeypatch.setattr(
+        reader_module,
+        "inflate",
+        lambda stream, size, crc32: inflated.append(size) or real(stream, size, crc32),
+    )
     ranges = [(0, 3), (60, 70), (1, 2), (65, 66), (130, 130)]
     reader.read_small("input_ids")
     before = reader.stats
@@ -137,7 +160,9 @@ def test_each_chunk_is_read_and_inflated_once_for_any_ranges(reader: SampleReade
     assert reader.stats.bytes_used - before.bytes_used == rows.nbytes
 
 
-def test_the_statistics_count_the_bytes_read_from_the_file(reader: SampleReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_statistics_count_the_bytes_read_from_the_file(
+    reader: SampleReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fetched: list[int] = []
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda *call: fetched.append(len(block := real(*call))) or block)
@@ -166,7 +191,11 @@ def test_a_rank_of_eight_inflates_little_more_than_its_rows(num_tokens: int, mos
     for rank in range(8):
         start, stop = rank * share, (rank + 1) * share
         ahead = min(num_tokens, stop + 7)
-        reads = [read for batch in chunk_reads(aux, [(start, stop)]) + chunk_reads(hidden, [(start, ahead)]) for read in batch]
+        reads = [
+            read
+            for batch in chunk_reads(aux, [(start, stop)]) + chunk_reads(hidden, [(start, ahead)])
+            for read in batch
+        ]
         assert len(reads) * CHUNK_ROWS / (3 * share + ahead - start) <= most
 
 
@@ -179,7 +208,10 @@ def test_rows_are_read_directly_into_the_given_tensor(reader: SampleReader) -> N
     assert not out[15:].any()
 
 
-@pytest.mark.parametrize("out", [torch.empty(9, 8, dtype=torch.bfloat16), torch.empty(10, 8), torch.empty(10, 24, dtype=torch.bfloat16)])
+@pytest.mark.parametrize(
+    "out",
+    [torch.empty(9, 8, dtype=torch.bfloat16), torch.empty(10, 8), torch.empty(10, 24, dtype=torch.bfloat16)],
+)
 def test_a_destination_that_does_not_fit_is_refused(reader: SampleReader, out: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"out is .*, expected torch\.bfloat16 \[10, 8\] on the CPU"):
         reader.read_rows("hidden_state", [(0, 10)], out)
@@ -187,7 +219,9 @@ def test_a_destination_that_does_not_fit_is_refused(reader: SampleReader, out: t
 
 @pytest.mark.parametrize("wrong", [(-1, 3), (5, 4), (0, TOKENS + 1)])
 def test_rows_outside_the_sample_are_refused(reader: SampleReader, wrong: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"rows {wrong[0]}:{wrong[1]} of hidden_state are outside 0:{TOKENS}"):
+    with pytest.raises(
+        ValueError, match=rf"rows {wrong[0]}:{wrong[1]} of hidden_state are outside 0:{TOKENS}"
+    ):
         reader.read_rows("hidden_state", [wrong])
 
 
@@ -207,15 +241,23 @@ def rewritten(store: Store, path: Path, **options: object) -> SampleReader:
         for name, dataset in source.items():
             kind = dataset.id.get_type()
             wide = name in WIDE_NAMES
-            rows = read_rows_h5py(file_of(store), name, [(0, TOKENS)]).view(torch.int16).numpy() if wide else dataset[()]
+            rows = (
+                read_rows_h5py(file_of(store), name, [(0, TOKENS)]).view(torch.int16).numpy()
+                if wide
+                else dataset[()]
+            )
             settings = {"compression": "gzip", **(options if wide else {})}
             target = copy.create_dataset(name, dataset.shape, dtype=h5py.Datatype(kind), **settings)
             target.id.write(h5py.h5s.ALL, h5py.h5s.ALL, rows, kind)
     return SampleReader(path)
 
 
-@pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"fletcher32": True}, {"chunks": (10, 8), "compression_opts": 1}])
-def test_files_rewritten_with_another_gzip_pipeline_are_read_by_plain_h5py(store: Store, tmp_path: Path, options: dict) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"shuffle": True}, {"fletcher32": True}, {"chunks": (10, 8), "compression_opts": 1}]
+)
+def test_files_rewritten_with_another_gzip_pipeline_are_read_by_plain_h5py(
+    store: Store, tmp_path: Path, options: dict
+) -> None:
     assert_stored(rewritten(store, tmp_path / "copy.h5", **options), make_sample("s", TOKENS, BF16))
 
 
@@ -267,7 +309,9 @@ def edit(file: h5py.File, change: str) -> None:
         ("dtype", "aux_hidden_state has another type than float16"),
     ],
 )
-def test_a_file_of_another_kind_is_refused_with_the_reason(store: Store, tmp_path: Path, change: str, said: str) -> None:
+def test_a_file_of_another_kind_is_refused_with_the_reason(
+    store: Store, tmp_path: Path, change: str, said: str
+) -> None:
     path = Path(shutil.copy(file_of(store), tmp_path / "other.h5"))
     with h5py.File(path, "r+") as file:
         edit(file, change)

@@ -1,4 +1,4 @@
-"""tools/inspect_hdf5.py shows what a store contains, finds and names damage, and exports SpecForge's files."""
+"""tools/inspect_hdf5.py shows a store's contents, finds and names damage, and exports SpecForge's files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,14 @@ def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def store(tmp_path: Path) -> Path:
     for number, length in enumerate(LENGTHS):
         write_specforge(tmp_path / "src", number, features(length, seed=number, hidden=64))
-    options = ConvertOptions(tmp_path / "src", tmp_path / "store", 1, target_name="tiny-8B", aux_layer_ids=AUX_IDS, vocab_size=VOCAB)
+    options = ConvertOptions(
+        tmp_path / "src",
+        tmp_path / "store",
+        1,
+        target_name="tiny-8B",
+        aux_layer_ids=AUX_IDS,
+        vocab_size=VOCAB,
+    )
     assert convert(options).converted == len(LENGTHS)
     return tmp_path / "store"
 
@@ -77,7 +84,14 @@ def test_the_summary_of_a_store_shows_counts_target_and_datasets(store: Path, ru
     code, text = run(store)
     trained = sum(sum(1 for row in range(length) if row % 16 >= 8) for length in LENGTHS)
     assert code == 0
-    for words in ("samples │ 6", f"{sum(LENGTHS):,}", f"{trained:,}, {trained / sum(LENGTHS):.1%}", "tiny-8B", "1, 3, 4", "64, bfloat16"):
+    for words in (
+        "samples │ 6",
+        f"{sum(LENGTHS):,}",
+        f"{trained:,}, {trained / sum(LENGTHS):.1%}",
+        "tiny-8B",
+        "1, 3, 4",
+        "64, bfloat16",
+    ):
         assert words in text, words
     for name in ("input_ids", "loss_mask", "aux_hidden_state", "hidden_state"):
         assert name in text
@@ -97,7 +111,9 @@ def test_one_file_is_summarized_too(store: Path, run) -> None:
     assert code == 0 and "1,000" in text and "tiny-8B" in text
 
 
-@pytest.mark.parametrize("lengths", [[1], [5, 5], [1, 2, 3, 1000], [2048] * 9, list(range(1, 5000, 7)), [131072, 20]])
+@pytest.mark.parametrize(
+    "lengths", [[1], [5, 5], [1, 2, 3, 1000], [2048] * 9, list(range(1, 5000, 7)), [131072, 20]]
+)
 def test_the_histogram_counts_every_sample_once(lengths: list[int]) -> None:
     bins = histogram(np.array(lengths))
     assert sum(count for *_, count in bins) == len(lengths)
@@ -111,11 +127,15 @@ def test_the_histogram_is_drawn_as_text_and_as_a_picture(store: Path, run, tmp_p
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_store_is_read(store: Path, tmp_path: Path, run) -> None:
+def test_an_output_that_cannot_be_written_is_refused_before_the_store_is_read(
+    store: Path, tmp_path: Path, run
+) -> None:
     (tmp_path / "file").touch()
     for option, path in (("--plot", tmp_path / "file" / "lengths.png"), ("--export-ckpt", tmp_path / "file")):
         code, text = run(store, option, path)
-        assert code == 1 and text.startswith(f"error: {option} {path}: {tmp_path / 'file'} is a file, where a folder was expected")
+        assert code == 1 and text.startswith(
+            f"error: {option} {path}: {tmp_path / 'file'} is a file, where a folder was expected"
+        )
 
 
 def test_an_intact_store_passes_verify(store: Path, run) -> None:
@@ -123,8 +143,12 @@ def test_an_intact_store_passes_verify(store: Path, run) -> None:
     assert code == 0 and "6 files verified, 0 damaged" in text
 
 
-@pytest.mark.parametrize(("name", "row", "rows"), [("aux_hidden_state", 700, "640 to 704"), ("hidden_state", 0, "0 to 64")])
-def test_verify_names_the_damaged_file_and_rows_and_continues(store: Path, run, name: str, row: int, rows: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "row", "rows"), [("aux_hidden_state", 700, "640 to 704"), ("hidden_state", 0, "0 to 64")]
+)
+def test_verify_names_the_damaged_file_and_rows_and_continues(
+    store: Path, run, name: str, row: int, rows: str
+) -> None:
     path = store / entry_of(store, 3).path
     flip(path, name, row)
     code, text = run(store, "--verify")
@@ -149,19 +173,29 @@ def test_missing_and_truncated_files_are_named_without_verify_too(store: Path, r
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[:-100])
     code, text = run(store)
-    assert code == 3 and f"damaged: {paths[0]}: the file is missing" in text and f"damaged: {paths[1]}: " in text
+    assert (
+        code == 3 and f"damaged: {paths[0]}: the file is missing" in text and f"damaged: {paths[1]}: " in text
+    )
     assert "over 4 files" in text
 
 
-def test_an_export_to_a_full_disk_is_a_one_line_error_and_leaves_no_partial_file(store: Path, run, tmp_path: Path) -> None:
+def test_an_export_to_a_full_disk_is_a_one_line_error_and_leaves_no_partial_file(
+    store: Path, run, tmp_path: Path
+) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # the sample of 1000 tokens needs half a megabyte
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (300_000, limits[1])
+    )  # the sample of 1000 tokens needs half a megabyte
     try:
         code, text = run(store, "--export-ckpt", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 1 and "cannot be written" in text and "Traceback" not in text
-    assert [path.name for path in sorted((tmp_path / "out").rglob("*.*"))] == ["data_0.ckpt", "data_1.ckpt", "data_2.ckpt"]
+    assert [path.name for path in sorted((tmp_path / "out").rglob("*.*"))] == [
+        "data_0.ckpt",
+        "data_1.ckpt",
+        "data_2.ckpt",
+    ]
 
 
 def test_a_damaged_small_dataset_is_found(store: Path, run) -> None:
@@ -190,22 +224,45 @@ def test_exported_checkpoints_come_back_bit_for_bit(store: Path, run, tmp_path: 
     for number, item in enumerate(iter_source(tmp_path / "out")):
         raw = torch.load(item.path, weights_only=True)
         made: Features = features(LENGTHS[number], seed=number, hidden=64)
-        assert item.id == f"rows_0-5000/data_{number}" and list(raw) == ["input_ids", "loss_mask", "hidden_state", "aux_hidden_state"]
+        assert item.id == f"rows_0-5000/data_{number}" and list(raw) == [
+            "input_ids",
+            "loss_mask",
+            "hidden_state",
+            "aux_hidden_state",
+        ]
         assert torch.equal(raw["input_ids"], made.input_ids) and torch.equal(raw["loss_mask"], made.loss_mask)
-        assert torch.equal(raw["hidden_state"], made.last[None]) and torch.equal(raw["aux_hidden_state"], made.aux[None])
-    again = ConvertOptions(tmp_path / "out", tmp_path / "again", 1, target_name="tiny-8B", aux_layer_ids=AUX_IDS, vocab_size=VOCAB)
+        assert torch.equal(raw["hidden_state"], made.last[None]) and torch.equal(
+            raw["aux_hidden_state"], made.aux[None]
+        )
+    again = ConvertOptions(
+        tmp_path / "out",
+        tmp_path / "again",
+        1,
+        target_name="tiny-8B",
+        aux_layer_ids=AUX_IDS,
+        vocab_size=VOCAB,
+    )
     assert convert(again).converted == len(LENGTHS)
-    assert {e.id: e.trained_spans for e in Store(tmp_path / "again").entries} == {e.id: e.trained_spans for e in Store(store).entries}
+    assert {e.id: e.trained_spans for e in Store(tmp_path / "again").entries} == {
+        e.id: e.trained_spans for e in Store(store).entries
+    }
 
 
 def test_chosen_samples_are_exported_and_unknown_ones_refused(store: Path, run, tmp_path: Path) -> None:
-    code, _ = run(store, "--export-ckpt", tmp_path / "out", "--ids", "rows_0-5000/data_2", "rows_0-5000/data_4")
-    assert code == 0 and [item.path.name for item in iter_source(tmp_path / "out")] == ["data_2.ckpt", "data_4.ckpt"]
+    code, _ = run(
+        store, "--export-ckpt", tmp_path / "out", "--ids", "rows_0-5000/data_2", "rows_0-5000/data_4"
+    )
+    assert code == 0 and [item.path.name for item in iter_source(tmp_path / "out")] == [
+        "data_2.ckpt",
+        "data_4.ckpt",
+    ]
     code, text = run(store, "--export-ckpt", tmp_path / "out", "--ids", "data_2")
     assert code == 1 and "'data_2' is not a sample" in text and "rows_0-5000/data_0" in text
 
 
-def test_a_killed_process_of_verify_is_a_one_line_error(store: Path, run, tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_of_verify_is_a_one_line_error(
+    store: Path, run, tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(*_: object) -> Iterator[None]:
         raise BrokenProcessPool
         yield
