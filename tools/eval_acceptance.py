@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
     from eagle_ds.config.recipe import Recipe
-    from eagle_ds.drafts.folder import DraftOnDisk
+    from eagle_ds.drafts.loading import DraftOnDisk
     from eagle_ds.evaluation.acceptance import Measurement
     from eagle_ds.evaluation.decoding_pool import DecodingJob
 
@@ -98,7 +98,7 @@ def main() -> int:
 def run(args: argparse.Namespace) -> None:
     from eagle_ds.config.outputs import check_output_folder
     from eagle_ds.config.recipe import load_recipe
-    from eagle_ds.drafts.folder import load_draft, recipe_of, run_of
+    from eagle_ds.drafts.loading import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
 
     enter_repository(args)
@@ -189,7 +189,7 @@ def measure_drafts(
 def starting_point(draft: DraftOnDisk, recipe: Recipe | None) -> DraftOnDisk:
     """Return the draft as it was before training: the one that its recipe starts from, else random weights.
     """
-    from eagle_ds.drafts.folder import initial_draft, untrained_draft
+    from eagle_ds.drafts.loading import initial_draft, untrained_draft
 
     if recipe and recipe.draft.init_from:
         return initial_draft(recipe)

@@ -232,7 +232,6 @@ OURS, OTHERS = "#2f6fb2", "#b8c0c8"
 def io_figure(document: Mapping[str, Any]) -> bytes:
     """Draw size, write speed and read time of each format, at the longest length in ``document`` (io.json).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     longest = max(record["num_tokens"] for record in document["measurements"])
@@ -243,7 +242,6 @@ def io_figure(document: Mapping[str, Any]) -> bytes:
     seconds = [record["read_warm"]["wall_s"] for record in records]
     reading = f"one rank of {records[0]['ranks']} reads its rows, s"
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3, sharey=True)
     _bars(left, "file size, % of raw", names, sizes, "%.1f", "linear")
     _bars(middle, "written, MB/s per core", names, speeds, "%.0f", "log")

@@ -20,8 +20,8 @@ from eagle_ds.capture.hf import load_model
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer, messages_of, record_id
 from eagle_ds.data.conversations import ConversationFile
-from eagle_ds.drafts.cached import CachedDraft
-from eagle_ds.drafts.folder import DraftOnDisk
+from eagle_ds.drafts.cached_draft import CachedDraft
+from eagle_ds.drafts.loading import DraftOnDisk
 from eagle_ds.evaluation import decoding
 from eagle_ds.evaluation.decoding import CachedTarget, Decoded, DecodeSettings, Round
 from eagle_ds.target.files import resolve_target
@@ -222,9 +222,7 @@ class Interval:
     resamples: int = RESAMPLES
 
 
-def bootstrap(
-    answers: Sequence[Decoded], baseline: Sequence[Decoded] | None = None, seed: int = 0
-) -> Interval:
+def bootstrap(answers: Sequence[Decoded], baseline: Sequence[Decoded] | None = None) -> Interval:
     """Bootstrap the acceptance length, or its difference from ``baseline``'s, over prompts.
 
     Both lists answer the same prompts. Each resample draws the same prompts for both, so the interval of the
@@ -235,7 +233,7 @@ def bootstrap(
 
     count = len(answers)
     # Each row of draws is one resample: indices of prompts, drawn with replacement.
-    draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
     low, high = np.quantile(lengths(draws), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(lengths(np.arange(count)[None])[0]), float(low), float(high))
 

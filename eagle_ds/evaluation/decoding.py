@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from eagle_ds.capture.hf import decoder_layers
-from eagle_ds.drafts.cached import CachedDraft
+from eagle_ds.drafts.cached_draft import CachedDraft
 
 PREFILL_TOKENS = 4096  # prompts are read in pieces of this many tokens, to bound the attention's memory
 

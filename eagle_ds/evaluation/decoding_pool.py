@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from eagle_ds.drafts.cached import CachedDraft
-from eagle_ds.drafts.folder import DraftOnDisk
+from eagle_ds.drafts.cached_draft import CachedDraft
+from eagle_ds.drafts.loading import DraftOnDisk
 from eagle_ds.evaluation.acceptance import LoadedTarget, Measurement, Progress, Prompt, TargetFiles, measure
 from eagle_ds.evaluation.decoding import DecodeSettings
 from eagle_ds.store.processes import WorkerProcess, receive_all
@@ -43,9 +43,7 @@ class DecodingJob:
         return target, {name: target.cache(draft) for name, draft in self.drafts.items()}
 
 
-def measure_job(
-    job: DecodingJob, prompts: Sequence[Prompt], processes: int, progress: Progress
-) -> Measurement:
+def measure_job(job: DecodingJob, prompts: list[Prompt], processes: int, progress: Progress) -> Measurement:
     """Measure like ``acceptance.measure``, with the prompts shared among ``processes``.
 
     ``progress`` is called with the number of new tokens.

@@ -75,14 +75,8 @@ class Compared:
     curve: Curve
     absolute: tuple[float, ...]  # difference of the losses, by step
     relative: tuple[float, ...]  # the same, divided by the first run's loss
-
-    @property
-    def largest_absolute(self) -> Largest:
-        return Largest.of(self.absolute, self.curve.steps)
-
-    @property
-    def largest_relative(self) -> Largest:
-        return Largest.of(self.relative, self.curve.steps)
+    largest_absolute: Largest
+    largest_relative: Largest
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison for JSON."""
@@ -103,8 +97,7 @@ def compare(curves: Sequence[Curve]) -> list[Compared]:
     """Compare every run, the first included, with the first. Raises ValueError if steps or data differ."""
     first = curves[0]
     for curve in curves[1:]:
-        _check_same_steps(first, curve)
-        _check_same_data(first, curve)
+        _check_comparable(first, curve)
     return [_against(first, curve) for curve in curves]
 
 
@@ -138,21 +131,19 @@ def _against(first: Curve, curve: Curve) -> Compared:
     # A difference from a loss of 0 is infinitely large, no difference is 0 even there.
     pairs = zip(absolute, first.losses, strict=True)
     relative = tuple((d / abs(a) if a else math.inf) if d else 0.0 for d, a in pairs)
-    return Compared(curve, absolute, relative)
+    largest = [Largest.of(values, curve.steps) for values in (absolute, relative)]
+    return Compared(curve, absolute, relative, *largest)
 
 
-def _check_same_steps(first: Curve, curve: Curve) -> None:
-    if first.steps == curve.steps:
-        return
-    alone = min(set(first.steps) ^ set(curve.steps))
-    raise ValueError(
-        f"{curve.label} has {len(curve.steps)} logged steps up to {curve.steps[-1]}, {first.label} has "
-        f"{len(first.steps)} up to {first.steps[-1]} (step {alone} is in only one of them); run both with "
-        "the same training.max_steps and log_interval"
-    )
-
-
-def _check_same_data(first: Curve, curve: Curve) -> None:
+def _check_comparable(first: Curve, curve: Curve) -> None:
+    """Raise ValueError unless both runs have the same steps over the same data."""
+    if first.steps != curve.steps:
+        alone = min(set(first.steps) ^ set(curve.steps))
+        raise ValueError(
+            f"{curve.label} has {len(curve.steps)} logged steps up to {curve.steps[-1]}, {first.label} has "
+            f"{len(first.steps)} up to {first.steps[-1]} (step {alone} is in only one of them); run both "
+            "with the same training.max_steps and log_interval"
+        )
     for a, b in zip(first.lines, curve.lines, strict=True):
         for name in SAME_DATA:
             if name in a and name in b and a[name] != b[name]:

@@ -214,11 +214,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     """Return a figure of ``size`` inches and its axes, in the project's style, without pyplot's global state.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns).flat)
     for one in axes:
         one.grid(color=GRID, linewidth=0.8)

@@ -21,7 +21,7 @@ import numpy as np
 from eagle_ds.config.recipe import Recipe, load_recipe
 from eagle_ds.config.run_folder import ACCEPTANCE, EVAL_LOG, EXPORTED, RECIPE_FILE, REPORT, STEP_LOG
 from eagle_ds.config.settings import read_json
-from eagle_ds.drafts.served import ServeCommands
+from eagle_ds.drafts.serving_format import ServeCommands
 from eagle_ds.reporting.figures import acceptance_figure, learning_figure, smooth, speed_figure
 
 log = logging.getLogger(__name__)
@@ -65,11 +65,9 @@ class Run:
         if not (folder / RECIPE_FILE).is_file():
             found = f"{folder} is not a run folder: it has no {RECIPE_FILE}"
             raise ValueError(f"{found}; give the folder that a recipe made, such as runs/NAME")
-        measured = folder / ACCEPTANCE
-        recipe, acceptance = load_recipe(
-            folder / RECIPE_FILE
-        ), read_json(measured) if measured.is_file() else None
-        return cls(folder, recipe, read_lines(folder / STEP_LOG), read_lines(folder / EVAL_LOG), acceptance)
+        measured, logs = folder / ACCEPTANCE, [read_lines(folder / name) for name in (STEP_LOG, EVAL_LOG)]
+        acceptance = read_json(measured) if measured.is_file() else None
+        return cls(folder, load_recipe(folder / RECIPE_FILE), *logs, acceptance)
 
     @property
     def exported(self) -> Path:
@@ -154,9 +152,7 @@ def _acceptance_headlines(run: Run) -> list[tuple[str, str]]:
         interval = f"{100 * gain['level']:.0f}% interval [{gain['low']:+.2f}, {gain['high']:+.2f}]"
         found.append((f"{gain['value']:+.2f}", f"gain, {interval}"))
     if "speedup" in drafts[-1]:
-        found.append(
-            (f"{drafts[-1]['speedup']:.2f}x", "decoding speed / plain decoding (both in transformers)")
-        )
+        found.append((f"{drafts[-1]['speedup']:.2f}x", "decoding speed / plain decoding (transformers)"))
     return found
 
 
@@ -169,9 +165,7 @@ def _training_headlines(run: Run) -> list[tuple[str, str]]:
         lengths = f"{first['simulated_length']:.2f} → {best['simulated_length']:.2f}"
         steps = f"step {first['step']} → {best['step']} (best)"
         found.append((lengths, f"simulated acceptance length on held-out data, {steps}"))
-        found.append(
-            (f"{first['kl']:.2f} → {last['kl']:.2f}", "KL on held-out data, first → last evaluation")
-        )
+        found.append((f"{first['kl']:.2f} → {last['kl']:.2f}", "KL on held-out data, first → last"))
     if run.train:
         found.append((f"{run.train[-1]['step']:,}", f"steps, {_duration(training_seconds(run.train))}"))
         found.append((f"{_median(run.train, 'tokens_per_s'):,.0f}", "tokens/s, median"))

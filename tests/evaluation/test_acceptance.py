@@ -11,7 +11,7 @@ import torch
 
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.chat import ChatEncoder
-from eagle_ds.drafts.folder import build_draft, untrained_draft
+from eagle_ds.drafts.loading import build_draft, untrained_draft
 from eagle_ds.evaluation import acceptance
 from eagle_ds.evaluation.acceptance import (
     Measurement,

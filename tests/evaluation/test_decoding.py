@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from eagle_ds.capture.hf import StateExtractor
 from eagle_ds.data.batch import TokenLabels
 from eagle_ds.data.vocab import VocabMap
-from eagle_ds.drafts.folder import DraftOnDisk
+from eagle_ds.drafts.loading import DraftOnDisk
 from eagle_ds.evaluation.decoding import (
     CachedDraft,
     CachedTarget,
