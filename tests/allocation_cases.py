@@ -1,8 +1,8 @@
 """A training step on the CPU that allocates what a GPU would, and what the allocator saw of it.
 
-A GPU's fused kernels (norms, rope, SwiGLU, attention, the loss's rows) are replaced by ones that allocate the same tensors
-and compute nothing; autograd, checkpointing, the unroll, the exchange and the loss's chunks are the real ones. Sizes keep
-the proportions of a Llama-3.1-8B draft.
+A GPU's fused kernels (norms, rope, SwiGLU, attention, the loss's rows) are replaced by ones that allocate the
+same tensors and compute nothing; autograd, checkpointing, the unroll, the exchange and the loss's chunks are
+the real ones. Sizes keep the proportions of a Llama-3.1-8B draft.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from tests.micro_batch import WholeSequence, kept_bytes, prefix_for, rank_batch
 
 ROWS, TILE, TURN = 1024, 64, 32
 D = 256
-UNITS = {"hidden_size": D, "intermediate_size": 7 * D // 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
+UNITS = {
+    "hidden_size": D, "intermediate_size": 7 * D // 2, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "head_dim": 32
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ class AllocationCase:
         return Recipe.model_validate(
             {
                 "name": "allocations",
-                "target": {"model": "none", "hidden_size": self.target_width or D, "num_layers": 8, "vocab_size": 1000},
+                "target": {
+                    "model": "none", "hidden_size": self.target_width or D, "num_layers": 8,
+                    "vocab_size": 1000
+                },
                 "draft": {**UNITS, "vocab_size": 500, "rope_theta": 100.0},
                 "data": {"store": "none", "max_length": ROWS},
                 "training": {"recompute": self.recompute, "offload_activations": self.offload},
@@ -75,7 +81,7 @@ CASES = tuple(
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes beyond model and inputs: measured up to the end of the loss and over all, and predicted for both."""
+    """Bytes beyond model and inputs, measured and predicted: until the loss is done, and in all."""
 
     loss: int
     peak: int
@@ -101,7 +107,10 @@ def held_bytes(case: AllocationCase) -> Held:
 
 
 def beyond_model_and_inputs(parts: Parts) -> int:
-    before = ("process", "weights", "target's embedding and head", "gradients accumulated", "optimizer state", "hidden states")
+    before = (
+        "process", "weights", "target's embedding and head", "gradients accumulated", "optimizer state",
+        "hidden states"
+    )
     return sum(size for name, size in parts.items() if name not in before)
 
 
@@ -114,25 +123,38 @@ class _Step:
         self.model = Eagle3Draft(arch)
         mask = np.zeros(ROWS, dtype=np.uint8)
         mask[rg.rows(self.sharding.documents[0].trained_spans)] = 1
-        info = TokenLabels(np.zeros(ROWS, dtype=np.int32), mask, np.zeros(ROWS, dtype=np.int32), np.zeros(ROWS, dtype=np.float32))
-        self.batch = rank_batch(self.sharding, 0, WholeSequence([info], torch.zeros(ROWS, 3 * wide), torch.zeros(ROWS, wide)), "serving")
-        offloads = recipe.training.offload_activations
-        self.offload = ActivationOffload(torch.device("cpu"), min_bytes=ROWS, slab_bytes=1 << 14) if offloads else None
-        self.head = TargetHead(torch.zeros(500, wide), torch.ones(1000, dtype=torch.bool), torch.zeros(500, dtype=torch.int64))
+        ids, logsumexp = np.zeros(ROWS, dtype=np.int32), np.zeros(ROWS, dtype=np.float32)
+        labels = [TokenLabels(ids, mask, ids, logsumexp)]
+        whole = WholeSequence(labels, torch.zeros(ROWS, 3 * wide), torch.zeros(ROWS, wide))
+        self.batch = rank_batch(self.sharding, 0, whole, "serving")
+        self.offload: ActivationOffload | None = None
+        if recipe.training.offload_activations:
+            self.offload = ActivationOffload(torch.device("cpu"), min_bytes=ROWS, slab_bytes=1 << 14)
+        self.head = TargetHead(
+            torch.zeros(500, wide), torch.ones(1000, dtype=torch.bool), torch.zeros(500, dtype=torch.int64)
+        )
 
     def forward(self) -> Tensor:
         batch = self.batch
         counted = counted_rows(batch.trained, batch.target_token, batch.target_index, self.head.t2d)
         targets = HeadTargets(
-            self.head, batch.target_hidden, batch.target_logsumexp, batch.target_token, batch.target_index, batch.trained, counted
+            self.head, batch.target_hidden, batch.target_logsumexp, batch.target_token, batch.target_index,
+            batch.trained, counted,
         )
         settings, training = LossSettings(torch.ones(self.sharding.ttt_steps)), self.recipe.training
         prefix = prefix_for(self.model, self.sharding, kernel=AllocatingAttention())
-        return self.model(batch, prefix, lambda *states: head_loss(*states, targets, settings), training.recompute, self.offload)[0]
+
+        def loss_of(*states: Any) -> Any:
+            return head_loss(*states, targets, settings)
+
+        return self.model(batch, prefix, loss_of, training.recompute, self.offload)[0]
 
 
 def _traced(step: _Step) -> tuple[int, int, int]:
-    """(peak bytes of the forward, peak of all) that the CPU's allocator saw, and bytes in slabs, which were there before."""
+    """Return the peak bytes of the forward and of the whole step, and the bytes in host memory.
+
+    The peaks are those of the CPU's allocator. Slabs were allocated before, so they are not part of them.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         loss = step.forward()
         with record_function("backward begins"):
@@ -176,7 +198,8 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 
 def _norm_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *, dx: Tensor | None = None
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *,
+    dx: Tensor | None = None,
 ) -> Tensor:
     return torch.zeros_like(weight)
 
@@ -195,7 +218,9 @@ class _Norm(torch.autograd.Function):
 
 class _NormInto(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, column: int, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, column: int, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None
+    ) -> Tensor:
         ctx.mark_dirty(z)
         ctx.table = rows is not None
         ctx.save_for_backward(weight, x if rows is None else rows)
@@ -239,18 +264,22 @@ class AllocatingAttention:
         return torch.zeros_like(q), torch.zeros(q.shape[:2])
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Any, scale: float, dk: Tensor, dv: Tensor
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Any,
+        scale: float, dk: Tensor, dv: Tensor,
     ) -> Tensor:
         workspace = torch.empty(q.shape), torch.empty_like(k), torch.empty_like(v)
         dq = torch.zeros_like(q)
         del workspace
         return dq
 
-    def diagonal_forward(self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    def diagonal_forward(
+        self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float
+    ) -> tuple[Tensor, Tensor]:
         return (torch.zeros_like(out), torch.zeros_like(lse)) if diagonals else (out, lse)
 
     def diagonal_backward(
-        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float, dq: Tensor
+        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float,
+        dq: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
         return (torch.zeros_like(dq) if diagonals else dq), [torch.zeros_like(x) for x in diagonals]
 

@@ -1,7 +1,10 @@
-"""A pool of processes, by default over gloo, that outlives many cases: starting one costs seconds, a case milliseconds.
+"""A pool of processes, connected by gloo unless told otherwise, that runs many test cases.
 
-``run(function, world, *args)`` calls ``function(rank, world, *args)`` on the first ``world`` processes, each in a process
-group of exactly that size, and returns their results; the first exception is raised here with its traceback.
+Starting a process takes seconds, a case milliseconds.
+
+``run(function, world, *args)`` calls ``function(rank, world, *args)`` on the first ``world`` processes, each
+in a process group of exactly that size, and returns their results. Exceptions are raised here, with their
+tracebacks.
 """
 
 from __future__ import annotations
@@ -28,18 +31,24 @@ def _serve(rank: int, pipe: Connection, backend: str, device: str) -> None:
     from eagle_ds.bench.process_groups import register_staged
 
     register_staged()
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of g++ for an op that nothing here calls
+    # Without this DeepSpeed compiles for a minute an op that nothing here calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     while (job := pipe.recv()) is not None:
         function, world, store, args = job
         try:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world)
+            )
             if world > 1:
-                torch_dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
+                torch_dist.init_process_group(
+                    backend, init_method=f"file://{store}", rank=rank, world_size=world
+                )
                 comm.init_distributed(backend, dist_init_required=False, verbose=False)
-                torch_dist.barrier()  # a rank that fails at once must not close a connection that another is still opening
+                # A rank that fails at once must not close a connection that another rank is still opening.
+                torch_dist.barrier()
             pipe.send((True, function(rank, world, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
@@ -49,8 +58,11 @@ def _serve(rank: int, pipe: Connection, backend: str, device: str) -> None:
 
 
 class GlooPool:
-    """``size`` idle processes, by default for gloo on the CPU. On ``device`` "cuda" rank r has GPU r modulo the GPUs there are: for
-    nccl they must suffice, for staged several processes share one. Use as a context manager."""
+    """``size`` processes that wait for jobs; use it as a context manager.
+
+    On ``device`` "cuda" rank r has GPU r modulo the number of GPUs. The nccl backend needs a GPU for
+    each process; with the staged backend several processes share one.
+    """
 
     def __init__(self, size: int, backend: str = "gloo", device: str = "cpu") -> None:
         context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
@@ -67,7 +79,7 @@ class GlooPool:
         self._jobs = 0
 
     def run(self, function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-        """Results of ranks 0 .. world - 1."""
+        """Return the results of ranks 0 .. world - 1."""
         self._jobs += 1
         for pipe in self._pipes[:world]:
             pipe.send((function, world, f"{self._folder.name}/{self._jobs}", args))
@@ -100,7 +112,7 @@ class GlooPool:
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
+    """Return a TCP port that is free at the moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

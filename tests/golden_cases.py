@@ -1,4 +1,4 @@
-"""The golden files: one EAGLE-3 training step each, as a peer's trainer computed it (see tests/golden/README.md)."""
+"""The golden files: one EAGLE-3 training step each, computed by a peer's trainer (tests/golden/README.md)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ class GoldenCase:
     def document(self) -> Document:
         mask = self.arrays["in.loss_mask"].numpy()
         edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
-        return Document(len(mask), tuple((int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)))
+        spans = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+        return Document(len(mask), tuple(spans))
 
     def token_facts(self) -> TokenLabels:
-        return TokenLabels(self.arrays["in.input_ids"].numpy().astype(np.int32), self.arrays["in.loss_mask"].numpy().astype(np.uint8))
+        ids, mask = self.arrays["in.input_ids"].numpy(), self.arrays["in.loss_mask"].numpy()
+        return TokenLabels(ids.astype(np.int32), mask.astype(np.uint8))

@@ -33,7 +33,7 @@ DECAY = 0.8
 
 @dataclass(frozen=True)
 class Case:
-    """One global batch: ``sequences[dp_rank]`` is a pack of (length, mask) documents, a mask being a string of 0 and 1."""
+    """One global batch. ``sequences[dp_rank]`` is a pack: a loss mask (0s and 1s) for each document."""
 
     sequences: tuple[tuple[str, ...], ...]
     arch: DraftArch = TINY
@@ -90,12 +90,15 @@ class Case:
         ]
         width = self.arch.target_hidden_size
         widths = (self.arch.num_aux * width, width)
-        aux, hidden = (torch.from_numpy(rng.standard_normal((sum(sizes), w))).to(self.torch_dtype) for w in widths)
+        aux, hidden = (
+            torch.from_numpy(rng.standard_normal((sum(sizes), w))).to(self.torch_dtype) for w in widths
+        )
         return WholeSequence(info, aux, hidden)
 
     def head(self) -> WholeHead:
         rng = np.random.default_rng(self.seed + 1)
-        full = torch.from_numpy(rng.standard_normal((self.arch.target_vocab_size, self.arch.target_hidden_size))).to(self.torch_dtype)
+        shape = (self.arch.target_vocab_size, self.arch.target_hidden_size)
+        full = torch.from_numpy(rng.standard_normal(shape)).to(self.torch_dtype)
         kept = np.sort(rng.choice(self.arch.target_vocab_size, self.arch.draft_vocab_size, replace=False))
         t2d = torch.zeros(self.arch.target_vocab_size, dtype=torch.bool)
         t2d[kept] = True
@@ -112,7 +115,10 @@ def document(mask: str) -> Document:
 
 
 def reference_step(case: Case) -> tuple[Tensor, ReferenceSums, dict[str, Tensor]]:
-    """(loss over the global batch, sums, gradient of every parameter) by the dense program, in float64 on the case's rounded values."""
+    """Return loss, sums and the gradient of every parameter for the global batch, by the dense reference.
+
+    Computed in float64, from values rounded to the case's dtype.
+    """
     model, head = case.model(), case.head()
     head = replace(head, full=head.full.double(), draft_rows=head.draft_rows.double())
     weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
@@ -125,7 +131,8 @@ def reference_step(case: Case) -> tuple[Tensor, ReferenceSums, dict[str, Tensor]
     loss = (uniform_decay(DECAY, case.steps) * sums.loss / counted).sum()
     names = list(weights)
     grads = torch.autograd.grad(loss, [weights[n] for n in names], allow_unused=True)
-    return loss.detach(), sums, {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(names, grads, strict=True)}
+    found = {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(names, grads, strict=True)}
+    return loss.detach(), sums, found
 
 
 def _all_documents(case: Case, weights: dict[str, Tensor], head: WholeHead, mix: Tensor) -> ReferenceSums:
@@ -152,4 +159,5 @@ def _all_documents(case: Case, weights: dict[str, Tensor], head: WholeHead, mix:
                 )
             )
             start += len(mask)
-    return ReferenceSums(**{f: torch.stack([getattr(p, f) for p in parts]).sum(0) for f in ReferenceSums.__dataclass_fields__})
+    names = ReferenceSums.__dataclass_fields__
+    return ReferenceSums(**{name: torch.stack([getattr(p, name) for p in parts]).sum(0) for name in names})

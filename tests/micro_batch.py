@@ -1,4 +1,4 @@
-"""One micro-batch through the real code, for tests: from whole arrays to loss, metric sums and gradients."""
+"""Run one micro-batch through the real code: from whole arrays to loss, metric sums and gradients."""
 
 from __future__ import annotations
 
@@ -38,14 +38,15 @@ class WholeHead(TargetHead):
 
 
 def rank_batch(sharding: SequenceSharding, rank: int, whole: WholeSequence, alignment: str) -> Batch:
-    """The rows that a store would give to ``rank``."""
+    """Return the rows of the whole arrays that ``rank`` would read from a store."""
     wanted = ((whole.aux, sharding.aux_rows(rank)), (whole.hidden, sharding.target_rows(rank)))
     aux, hidden = (x[torch.from_numpy(rg.rows(rows))] for x, rows in wanted)
     return assemble(sharding, rank, whole.info, aux, hidden, alignment=alignment)
 
 
 def prefix_for(
-    model: Eagle3Draft, sharding: SequenceSharding, groups: ProcessGroups = SOLO, kernel: AttentionBackend | None = None, recompute: str = "none"
+    model: Eagle3Draft, sharding: SequenceSharding, groups: ProcessGroups = SOLO,
+    kernel: AttentionBackend | None = None, recompute: str = "none",
 ) -> PrefixAttention:
     arch = model.arch
     exchange = SequenceExchange(sharding, groups, arch.num_attention_heads, arch.num_key_value_heads)
@@ -58,7 +59,9 @@ def prefix_for(
 def make_targets(batch: Batch, head: WholeHead) -> HeadTargets:
     token, logsumexp = argmax_and_logsumexp(batch.target_hidden, head.full, widen=False)
     counted = counted_rows(batch.trained, token, batch.target_index, head.t2d)
-    return HeadTargets(head, batch.target_hidden, logsumexp, token, batch.target_index, batch.trained, counted)
+    return HeadTargets(
+        head, batch.target_hidden, logsumexp, token, batch.target_index, batch.trained, counted
+    )
 
 
 def run_step(
@@ -72,7 +75,7 @@ def run_step(
     recompute: str = "none",
     **settings: object,
 ) -> tuple[Tensor, LossSums]:
-    """Forward and backward; gradients are left on the model."""
+    """Run forward and backward. The gradients are in the model afterwards."""
     targets = make_targets(batch, head)
     spec = LossSettings(weights, **settings)
     prefix = prefix_for(model, batch.sharding, groups, kernel, recompute)
@@ -87,7 +90,7 @@ def kept_bytes(offload: ActivationOffload) -> int:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """L2 norm of the difference over that of ``expected``."""
+    """Return the L2 norm of the difference / that of ``expected``."""
     scale = expected.double().norm()
     return float((found.double() - expected.double()).norm() / (scale if scale > 0 else 1.0))
 

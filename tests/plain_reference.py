@@ -1,6 +1,7 @@
-"""A second, dense implementation of DESIGN section 2, for tests: one document at a time, every row, every mask written out.
+"""A second implementation of DESIGN section 2, for tests: dense, one document at a time, with every mask.
 
-Nothing here is shared with the package but the rotary frequencies, which ``test_rope.py`` checks against transformers.
+Nothing here is shared with the package but the rotary frequencies, which ``test_rope.py`` checks against
+transformers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from eagle_ds.model.arch import DraftArch
 
 @dataclass
 class ReferenceSums:
-    """Per step, summed over all documents."""
+    """Sums over all documents, one number for each TTT step."""
 
     loss: Tensor
     counted: Tensor
@@ -49,18 +50,22 @@ def _shift(x: Tensor, n: int) -> Tensor:
 
 
 def unroll(w: dict[str, Tensor], arch: DraftArch, ids: Tensor, aux: Tensor, steps: int) -> list[Tensor]:
-    """States g_1..g_T of all rows of one document, before the final norm."""
+    """Return the states g_1 .. g_T of all rows of one document, before the final norm."""
     eps, size, heads = arch.rms_norm_eps, len(ids), arch.num_attention_heads
     if arch.norm_before_fc:
         aux = _norm(aux, w["input_norm.weight"], eps)
     if arch.fc_norm:
-        aux = torch.cat([_norm(part, w[f"fc_norm.{i}.weight"], eps) for i, part in enumerate(aux.chunk(arch.num_aux, -1))], -1)
+        aux = torch.cat([
+            _norm(part, w[f"fc_norm.{i}.weight"], eps) for i, part in enumerate(aux.chunk(arch.num_aux, -1))
+        ], -1)
     g, position = aux @ w["fc.weight"].t(), torch.arange(size)
     keys, values, states = [], [], []
     for k in range(steps):
-        z = torch.cat([_norm(w["embed_tokens.weight"][_shift(ids, 1 + k)], w["midlayer.input_layernorm.weight"], eps),
-                       _norm(g, w["midlayer.hidden_norm.weight"], eps)], -1)  # fmt: skip
-        q, key, value = (_linear(w, f"midlayer.self_attn.{n}_proj", z).view(size, -1, arch.head_dim) for n in "qkv")
+        e = _norm(w["embed_tokens.weight"][_shift(ids, 1 + k)], w["midlayer.input_layernorm.weight"], eps)
+        z = torch.cat([e, _norm(g, w["midlayer.hidden_norm.weight"], eps)], -1)
+        q, key, value = (
+            _linear(w, f"midlayer.self_attn.{n}_proj", z).view(size, -1, arch.head_dim) for n in "qkv"
+        )
         q, key = _rope(q, position + k, arch), _rope(key, position + k, arch)
         keys.append(key.repeat_interleave(heads // key.shape[1], 1))
         values.append(value.repeat_interleave(heads // value.shape[1], 1))
@@ -85,17 +90,17 @@ def unroll(w: dict[str, Tensor], arch: DraftArch, ids: Tensor, aux: Tensor, step
 
 
 def trained_at(mask: np.ndarray, p: int, k: int, alignment: str) -> bool:
-    """DESIGN section 2, read literally."""
+    """Whether row p is trained at step k, exactly as DESIGN section 2 says it."""
     if alignment == "feature":
         return p + k < len(mask) - 1 and bool(mask[p + k])
     return p + 2 + k < len(mask) and all(mask[p + 1 : p + 3 + k])
 
 
 def document_sums(
-    w: dict[str, Tensor], arch: DraftArch, head: Tensor, t2d: Tensor, ids: Tensor, mask: np.ndarray, aux: Tensor, hidden: Tensor,
-    steps: int, alignment: str, kind: str, mix: Tensor | None,
-) -> ReferenceSums:  # fmt: skip
-    """Sums over one document. ``mix`` [T] is the weight w of the lambda loss."""
+    w: dict[str, Tensor], arch: DraftArch, head: Tensor, t2d: Tensor, ids: Tensor, mask: np.ndarray,
+    aux: Tensor, hidden: Tensor, steps: int, alignment: str, kind: str, mix: Tensor | None,
+) -> ReferenceSums:
+    """Compute the sums of one document; ``mix`` [T] is the weight w of the lambda loss."""
     eps = arch.rms_norm_eps
     target_logits, kept = hidden @ head.t(), t2d.nonzero().squeeze(-1)
     token = target_logits.argmax(-1)
@@ -107,7 +112,8 @@ def document_sums(
         trained = torch.tensor([trained_at(mask, p, k, alignment) for p in range(len(ids))])
         z, t = _shift(target_logits, 1 + k), _shift(token, 1 + k)
         counted = trained & t2d[t]
-        log_p, log_q, q_full = torch.log_softmax(logits, -1), torch.log_softmax(z[:, kept], -1), torch.softmax(z, -1)[:, kept]
+        log_p, log_q = torch.log_softmax(logits, -1), torch.log_softmax(z[:, kept], -1)
+        q_full = torch.softmax(z, -1)[:, kept]
         alpha = torch.minimum(q_full, log_p.exp()).sum(-1)
         cross = -(log_q.exp() * log_p).sum(-1)
         if kind == "kl":

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 CHATML = (
-    "{% for message in messages %}{% if loop.first and message.role != 'system' %}<|im_start|>system\nYou are tiny.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
+    "<|im_start|>system\nYou are tiny.<|im_end|>\n{% endif %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Llama 3: writes the BOS, trims contents, ends a turn without a line break, and 3.2 writes today's date.
 LLAMA3 = (
-    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ strftime_now('%d %b %Y') }}\n\n<|eot_id|>"
-    "{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}"
+    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
+    "Today Date: {{ strftime_now('%d %b %Y') }}\n\n<|eot_id|>"
+    "{% for message in messages %}"
+    "<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}"
     "<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
@@ -23,9 +26,11 @@ QWEN3 = (
     "{% if message.role == 'assistant' %}{% if '</think>' in content %}"
     "{% set ns.thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "{% if loop.last %}{% set content = '<think>\n' + ns.thought + '\n</think>\n\n' + content %}{% endif %}{% endif %}"
+    "{% if loop.last %}"
+    "{% set content = '<think>\n' + ns.thought + '\n</think>\n\n' + content %}{% endif %}{% endif %}"
     "<|im_start|>{{ message.role }}\n{{ content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 # DeepSeek: full-width bars, nothing between marker and text.
@@ -38,15 +43,18 @@ DEEPSEEK = (
 # gpt-oss: a channel after the header, the last turn ends in <|return|> and the others in <|end|>.
 HARMONY = (
     "<|start|>system<|message|>Current date: {{ strftime_now('%Y-%m-%d') }}<|end|>"
-    "{% for message in messages %}<|start|>{{ message.role }}{% if message.role == 'assistant' %}<|channel|>final{% endif %}"
-    "<|message|>{{ message.content }}{% if loop.last and message.role == 'assistant' %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
+    "{% for message in messages %}<|start|>{{ message.role }}"
+    "{% if message.role == 'assistant' %}<|channel|>final{% endif %}"
+    "<|message|>{{ message.content }}"
+    "{% if loop.last and message.role == 'assistant' %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 # Mistral: no generation prompt at all, roles must alternate.
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]{% else %} {{ message.content }}</s>{% endif %}{% endfor %}"
+    "{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content }}</s>{% endif %}{% endfor %}"
 )
 PLAIN = (
     "{% for message in messages %}### {{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -74,23 +82,31 @@ TEMPLATES = {
 
 
 def byte_tokenizer(kind: str = "chatml", sentencepiece: bool = False) -> Any:
-    """A fast tokenizer over bytes with the special tokens and the template of ``kind``; ids: specials first.
+    """Make a fast tokenizer over bytes, with special tokens (the first ids) and template of ``kind``.
 
-    ``sentencepiece``: puts a space before every text it is given and has a token for each ASCII character only.
+    ``sentencepiece``: puts a space before every text it is given and has a token for each ASCII character
+    only.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     bos, eos, others = SPECIAL[kind]
-    letters = ["▁", *map(chr, range(32, 127)), "\n", "<unk>"] if sentencepiece else sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if sentencepiece:
+        letters = ["▁", *map(chr, range(32, 127)), "\n", "<unk>"]
     vocab = {token: i for i, token in enumerate([bos, eos, *others, *letters])}
     merges = [] if sentencepiece else [("a", "n"), ("an", "s"), ("Ċ", "Ċ")]
     for left, right in merges:
         vocab[left + right] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>" if sentencepiece else None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace() if sentencepiece else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>" if sentencepiece else None)
+    )
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace() if sentencepiece else by_bytes
     tokenizer.decoder = decoders.Metaspace() if sentencepiece else decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (bos, eos, *others)])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (bos, eos, *others)]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=bos,
@@ -103,8 +119,10 @@ def byte_tokenizer(kind: str = "chatml", sentencepiece: bool = False) -> Any:
     return fast
 
 
-def save_tiny_llama(folder: Path, layers: int = 8, tie: bool = False, seed: int = 0, kind: str = "chatml", **config: Any) -> Path:
-    """A random Llama of a few thousand parameters with a byte tokenizer, as a Hugging Face folder.  H 32, V 280."""
+def save_tiny_llama(
+    folder: Path, layers: int = 8, tie: bool = False, seed: int = 0, kind: str = "chatml", **config: Any
+) -> Path:
+    """Save a random Llama of a few thousand parameters, H = 32, V = 280, with a byte tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,7 @@
-"""The fused loss: independent of its chunk size, equal to autograd through the plain formula, its GPU twin equal to it."""
+"""The fused loss does not depend on its chunk size, and its gradients are those of autograd.
+
+The Triton kernels of the GPU give what the plain reference gives.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,12 @@ def run(chunk_bytes: int, kind: str = "kl") -> tuple[torch.Tensor, list[torch.Te
     batch, head = rank_batch(CASE.sharding(0), 0, CASE.whole(0), "serving"), CASE.head()
     generator = torch.Generator().manual_seed(1)
     rows = batch.target_index.shape[0]
-    states = [torch.randn(rows, TINY.hidden_size, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(CASE.steps)]
-    norm, weight = (torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in ((24,), (19, 24)))
-    settings = LossSettings(torch.tensor([0.5, 0.4, 0.3, 0.2], dtype=torch.float64), kind, chunk_bytes=chunk_bytes)
+    shapes = [(rows, TINY.hidden_size)] * CASE.steps + [(24,), (19, 24)]
+    *states, norm, weight = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
+    )
+    weights = torch.tensor([0.5, 0.4, 0.3, 0.2], dtype=torch.float64)
+    settings = LossSettings(weights, kind, chunk_bytes=chunk_bytes)
     loss, _ = head_loss(states, norm, weight, 1e-5, make_targets(batch, head), settings)
     (3 * loss).backward()
     return loss.detach(), [norm.grad, weight.grad, *(s.grad for s in states)]
@@ -39,7 +45,8 @@ def test_chunk_size_changes_nothing(kind: str) -> None:
 def test_gradient_of_the_row_formula_is_autograds(kind: str) -> None:
     torch.manual_seed(0)
     logits = (2 * torch.randn(6, 13, dtype=torch.float64)).requires_grad_()
-    target, row, mix = torch.randn(4, 13, dtype=torch.float64), torch.tensor([0, 1, 1, 3, 2, 0]), torch.tensor(0.3, dtype=torch.float64)
+    target, row = torch.randn(4, 13, dtype=torch.float64), torch.tensor([0, 1, 1, 3, 2, 0])
+    mix, weight = torch.tensor(0.3, dtype=torch.float64), torch.full((6,), 0.7, dtype=torch.float64)
     lse_draft = torch.logsumexp(target, -1)
     lse_full = lse_draft + 0.2
     log_p, q = torch.log_softmax(logits, -1), torch.exp(target - lse_draft[:, None])[row]
@@ -49,7 +56,7 @@ def test_gradient_of_the_row_formula_is_autograds(kind: str) -> None:
     (expected,) = torch.autograd.grad(0.7 * loss.sum(), logits)
     found = torch.empty_like(expected)
     got = PlainKernels.row_losses(
-        logits.detach(), target, row, lse_draft, lse_full, kind, mix.expand(6), torch.full((6,), 0.7, dtype=torch.float64), found
+        logits.detach(), target, row, lse_draft, lse_full, kind, mix.expand(6), weight, found
     )
     assert relative_error(got[0], cross.detach()) < 1e-13 and relative_error(got[1], alpha.detach()) < 1e-13
     assert torch.equal(got[2], logits.argmax(-1)) and relative_error(found, expected) < 1e-13
@@ -59,9 +66,11 @@ def test_a_batch_without_counted_rows_has_zero_loss_and_zero_gradients() -> None
     batch, head = rank_batch(CASE.sharding(0), 0, CASE.whole(0), "serving"), CASE.head()
     targets = make_targets(batch, head)
     targets = replace(targets, counted=torch.zeros_like(targets.counted))
-    states = [torch.randn(len(batch.target_index), 24, dtype=torch.float64).requires_grad_() for _ in range(CASE.steps)]
+    shape = (len(batch.target_index), 24)
+    states = [torch.randn(shape, dtype=torch.float64).requires_grad_() for _ in range(CASE.steps)]
     weight = torch.randn(19, 24, dtype=torch.float64).requires_grad_()
-    loss, sums = head_loss(states, torch.ones(24, dtype=torch.float64), weight, 1e-5, targets, LossSettings(torch.ones(CASE.steps)))
+    norm = torch.ones(24, dtype=torch.float64)
+    loss, sums = head_loss(states, norm, weight, 1e-5, targets, LossSettings(torch.ones(CASE.steps)))
     loss.backward()
     assert loss == 0 and not weight.grad.any() and not states[0].grad.any() and not sums["counted"].any()
 
@@ -74,7 +83,8 @@ def test_the_triton_twin_agrees(kind: str, vocab: int) -> None:
 
     torch.manual_seed(0)
     logits, target = (2 * torch.randn(n, vocab, device="cuda") for n in (65, 40))
-    row, mix, weight = torch.randint(0, 40, (65,), device="cuda"), torch.rand(65, device="cuda"), torch.rand(65, device="cuda")
+    row = torch.randint(0, 40, (65,), device="cuda")
+    mix, weight = torch.rand(65, device="cuda"), torch.rand(65, device="cuda")
     sums, fused_sums = PlainKernels.label_sums(target), TritonKernels.label_sums(target)
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(fused_sums, sums, strict=True))
     plain, fused = (torch.empty(65, vocab, device="cuda") for _ in range(2))

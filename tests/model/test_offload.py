@@ -1,4 +1,7 @@
-"""Offloading activations changes nothing but where they lie: the same numbers, each storage moved once, and back before it is wanted."""
+"""Offload changes only where activations are: results are equal, and each storage is moved once.
+
+Storages are back on the device before the backward needs them.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,16 @@ from tests.micro_batch import gradients, kept_bytes, make_targets, prefix_for, r
 
 CPU = torch.device("cpu")
 CASE = Case((("0" * 9 + "1" * 30 + "000" + "1" * 11,),))
-VARIANTS = {"plain": TINY, "normed": replace(TINY, norm_output=True, fc_norm=True), "window": replace(TINY, sliding_window=7)}
+VARIANTS = {
+    "plain": TINY,
+    "normed": replace(TINY, norm_output=True, fc_norm=True),
+    "window": replace(TINY, sliding_window=7),
+}
 
 
-def forward(case: Case, recompute: str, offload: ActivationOffload | None) -> tuple[draft.Eagle3Draft, Tensor]:
+def forward(
+    case: Case, recompute: str, offload: ActivationOffload | None
+) -> tuple[draft.Eagle3Draft, Tensor]:
     model, batch, head = case.model(), rank_batch(case.sharding(0), 0, case.whole(0), "serving"), case.head()
     targets, settings = make_targets(batch, head), LossSettings(torch.ones(case.steps, dtype=torch.float64))
     prefix = prefix_for(model, batch.sharding)
@@ -42,13 +51,14 @@ def test_loss_and_gradients_are_the_same_bit_for_bit(recompute: str, variant: st
     model, loss = forward(case, recompute, None)
     loss.backward()
     offload = ActivationOffload(CPU, min_bytes=0, slab_bytes=slab_bytes)
-    for _ in range(2):  # the second time in slabs that hold the first's
+    for _ in range(2):  # the second time the slabs still hold the first's data
         other, same = forward(case, recompute, offload)
         assert kept_bytes(offload) > 0
         same.backward()
         assert torch.equal(same, loss)
         expected, found = gradients(model), gradients(other)
-        assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -58,14 +68,15 @@ def test_a_full_recomputation_moves_states_queries_and_outputs_each_once() -> No
     _, loss = forward(CASE, "full", offload)
     sharding, arch, steps = CASE.sharding(0), CASE.arch, CASE.steps
     n, s, d, heads = sharding.num_queries, sharding.num_tokens, arch.hidden_size, arch.num_attention_heads
-    states = (s + n + (steps - 1) * n) * d  # fused states, g_0, and g_k up to the one that the last step starts from
+    # fused states, g_0, and g_k up to the one that the last step starts from
+    states = (s + n + (steps - 1) * n) * d
     attention = steps * n * (2 * heads * arch.head_dim + heads)
     assert kept_bytes(offload) == 8 * (states + attention)
     loss.backward()
 
 
 @pytest.mark.parametrize("by", ["backward", "dropping the graph"])
-def test_nothing_is_kept_and_all_slabs_are_free_afterwards(by: str) -> None:
+def test_all_slabs_are_free_afterwards(by: str) -> None:
     offload = ActivationOffload(CPU, min_bytes=0, slab_bytes=512)
     for _ in range(3):
         _, loss = forward(CASE, "mlp", offload)
@@ -88,7 +99,7 @@ def test_small_storages_integers_and_parameters_stay() -> None:
     assert torch.equal(w.grad, torch.full_like(w, w.grad[0, 0]))
 
 
-def test_what_was_saved_before_a_change_in_place_is_what_comes_back() -> None:
+def test_data_saved_before_an_in_place_change_comes_back_unchanged() -> None:
     offload, w = ActivationOffload(CPU, min_bytes=0), torch.tensor([2.0], requires_grad=True)
     x = torch.ones(300)
     with offload.saving():
@@ -100,7 +111,7 @@ def test_what_was_saved_before_a_change_in_place_is_what_comes_back() -> None:
 
 
 class Watched(ActivationOffload):
-    """Notes in which order storages are asked for, and whether they were on their way by then."""
+    """Records for each storage, as the backward asks for it, whether it had been fetched by then."""
 
     def __init__(self) -> None:
         super().__init__(CPU, min_bytes=0)
@@ -113,13 +124,13 @@ class Watched(ActivationOffload):
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
-def test_after_the_first_every_storage_is_on_its_way_before_it_is_asked_for(recompute: str) -> None:
+def test_every_storage_but_the_first_is_fetched_before_it_is_asked_for(recompute: str) -> None:
     offload = Watched()
     forward(CASE, recompute, offload)[1].backward()
     assert not offload.asked[0] and sum(not ahead for ahead in offload.asked) == 1, offload.asked
 
 
-def test_a_storage_that_is_fetched_ahead_and_never_read_is_let_go() -> None:
+def test_a_storage_that_is_fetched_and_never_read_is_released() -> None:
     offload, w = ActivationOffload(CPU, min_bytes=0), torch.ones(300, requires_grad=True)
     with offload.saving():
         first = (w * torch.ones(300)).exp()
@@ -131,8 +142,8 @@ def test_a_storage_that_is_fetched_ahead_and_never_read_is_let_go() -> None:
     assert kept_bytes(offload) == 0 and len(offload.slabs._free) == taken
 
 
-def test_a_stored_tensor_knows_its_storage_from_the_next_at_the_same_address() -> None:
-    """Memory that is freed after it was moved is soon another tensor's."""
+def test_a_new_storage_at_the_address_of_a_freed_one_is_not_mistaken_for_it() -> None:
+    """Memory that is freed after it was moved is soon reused for another tensor."""
     offload, w = ActivationOffload(CPU, min_bytes=0), torch.ones(1, requires_grad=True)
     with offload.saving():
         total = sum((torch.full((1000,), float(n)) * w).sum() for n in range(20))
@@ -141,7 +152,7 @@ def test_a_stored_tensor_knows_its_storage_from_the_next_at_the_same_address() -
     assert float(w.grad) == 1000 * sum(range(20))
 
 
-def test_stored_gives_its_slabs_back_by_itself() -> None:
+def test_slabs_are_free_again_when_autograd_drops_the_view() -> None:
     offload = ActivationOffload(CPU, min_bytes=0)
     packed = offload._pack(torch.ones(500))
     assert isinstance(packed, View) and isinstance(packed.stored, Stored) and not offload.slabs._free

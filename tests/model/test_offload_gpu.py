@@ -1,4 +1,4 @@
-"""Offload on a GPU: copies beside the computation never hand it memory too early or too late, and the memory is as predicted."""
+"""Offload on a GPU: overlapping copies never race with the computation, and peak memory is as predicted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ D, ROWS = 1024, 32768
 BF16 = {"bf16": {"enabled": True}}
 NOISE = 5e-3  # relative L2 of a bfloat16 gradient, from sums in another order
 PEAK_BOUND = 0.10
-SIZES = {"hidden_size": D, "intermediate_size": 7 * D // 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+SIZES = {
+    "hidden_size": D, "intermediate_size": 7 * D // 2, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "head_dim": 128
+}
 
 
 def make_recipe(recompute: str, offload: bool) -> Recipe:
@@ -53,7 +56,7 @@ def make_recipe(recompute: str, offload: bool) -> Recipe:
 
 @dataclass
 class Taken:
-    """What one step gave, and the most that it held beyond what was there before."""
+    """Results of one step, and its peak memory beyond what was allocated before."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
@@ -75,13 +78,20 @@ class GpuStep:
         ids = torch.randint(0, 8000, (ROWS,), generator=generator, dtype=torch.int32).numpy()
         mask = torch.ones(ROWS, dtype=torch.uint8).numpy()
         aux, hidden = (torch.randn(ROWS, width, generator=generator).bfloat16() for width in (3 * D, D))
-        self.batch = rank_batch(self.sharding, 0, WholeSequence([TokenLabels(ids, mask)], aux, hidden), "serving").to(self.device)
+        self.batch = rank_batch(
+            self.sharding, 0, WholeSequence([TokenLabels(ids, mask)], aux, hidden), "serving"
+        ).to(self.device)
         full = (torch.randn(8000, D, generator=generator) * D**-0.5).to(self.device, torch.bfloat16)
-        inside = torch.ones(8000, dtype=torch.bool, device=self.device)  # every pair counts, as the prediction has it
-        self.head = WholeHead(full[:4000], inside, torch.zeros(4000, dtype=torch.int64, device=self.device), full)
+        # Every pair counts, as the prediction assumes.
+        inside = torch.ones(8000, dtype=torch.bool, device=self.device)
+        self.head = WholeHead(
+            full[:4000], inside, torch.zeros(4000, dtype=torch.int64, device=self.device), full
+        )
         self.targets = make_targets(self.batch, self.head)
         self.kernel = choose_attention(self.device, torch.bfloat16, arch.head_dim)
-        self.offload = ActivationOffload(self.device, slab_bytes=1 << 22) if recipe.training.offload_activations else None
+        self.offload: ActivationOffload | None = None
+        if recipe.training.offload_activations:
+            self.offload = ActivationOffload(self.device, slab_bytes=1 << 22)
 
     def take(self) -> Taken:
         self.model.zero_grad(set_to_none=True)
@@ -89,9 +99,11 @@ class GpuStep:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         settings = LossSettings(torch.full((7,), 1 / ROWS, device=self.device))
-        prefix = prefix_for(self.model, self.sharding, kernel=self.kernel, recompute=self.recipe.training.recompute)
+        recompute = self.recipe.training.recompute
+        prefix = prefix_for(self.model, self.sharding, kernel=self.kernel, recompute=recompute)
         loss, _ = self.model(
-            self.batch, prefix, lambda *states: head_loss(*states, self.targets, settings), self.recipe.training.recompute, self.offload
+            self.batch, prefix, lambda *states: head_loss(*states, self.targets, settings),
+            recompute, self.offload,
         )
         loss.backward()
         torch.cuda.synchronize()
@@ -102,7 +114,7 @@ class GpuStep:
 def test_steps_with_offload_give_the_gradients_of_steps_without(recompute: str) -> None:
     plain = GpuStep(make_recipe(recompute, offload=False)).take()
     step = GpuStep(make_recipe(recompute, offload=True))
-    for _ in range(5):  # a race need not show at once
+    for _ in range(5):  # a race may not show at once
         taken = step.take()
         assert float(taken.loss) == pytest.approx(float(plain.loss), rel=1e-5)
         for name, gradient in taken.gradients.items():
@@ -115,5 +127,6 @@ def test_the_peak_is_as_predicted(offload: bool) -> None:
     step = GpuStep(make_recipe("full", offload))
     step.take()
     found = step.take().peak_bytes
-    predicted = max(map(beyond_model_and_inputs, MemoryModel(step.recipe, BF16, 1, step.sharding, prefetched=0).by_stage().values()))
+    stages = MemoryModel(step.recipe, BF16, 1, step.sharding, prefetched=0).by_stage()
+    predicted = max(map(beyond_model_and_inputs, stages.values()))
     assert predicted == pytest.approx(found, rel=PEAK_BOUND)

@@ -14,12 +14,16 @@ from tests.micro_batch import WholeHead, gradients, make_targets, rank_batch, ru
 
 
 def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, LossSums, dict[str, Tensor]]:
-    """(loss, sums, gradients) of the global batch, all-reduced; every rank returns the same."""
+    """Return loss, sums and gradients of the global batch, all-reduced: the same on every rank."""
     topology = Topology(world, rank, case.ulysses, case.ring)
     groups = make_groups(topology) if world > 1 else SOLO
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if case.device == "cuda" else torch.device("cpu")
+    device = torch.device("cpu")
+    if case.device == "cuda":
+        device = torch.device("cuda", rank % torch.cuda.device_count())
     model, head = case.model().to(device), _moved(case.head(), device)
-    batch = rank_batch(case.sharding(topology.dp_rank), topology.sp_rank, case.whole(topology.dp_rank), case.alignment).to(device)
+    batch = rank_batch(
+        case.sharding(topology.dp_rank), topology.sp_rank, case.whole(topology.dp_rank), case.alignment
+    ).to(device)
     counted = _summed(make_targets(batch, head).counted.sum(0).double(), world)
     weights = uniform_decay(DECAY, case.steps).to(device) / counted.clamp(min=1)
     kernel = choose_attention(device, case.torch_dtype, case.arch.head_dim)

@@ -23,8 +23,10 @@ LONE = "0000000000111"
 PACK = ("00111111", "0000011111111111100", "0111", "01", "0000000001111111110")
 NONE_TRAINED = "00000000000000000"
 
-LAYOUTS = [(1, 1, "gather"), (2, 1, "gather"), (1, 2, "gather"), (1, 2, "p2p"), (4, 1, "gather"), (2, 2, "gather"), (2, 2, "p2p"),
-           (1, 4, "gather"), (1, 4, "p2p")]  # fmt: skip
+LAYOUTS = [
+    (1, 1, "gather"), (2, 1, "gather"), (1, 2, "gather"), (1, 2, "p2p"), (4, 1, "gather"), (2, 2, "gather"),
+    (2, 2, "p2p"), (1, 4, "gather"), (1, 4, "p2p"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +55,21 @@ def check(pool: GlooPool, case: Case) -> None:
 def test_every_layout_gives_the_reference(
     pool: GlooPool, ulysses: int, ring: int, mode: str, trained_rows_only: bool, masks: tuple[str, ...]
 ) -> None:
-    check(pool, Case((masks,), ulysses=ulysses, ring=ring, ring_mode=mode, trained_rows_only=trained_rows_only))
+    layout = {"ulysses": ulysses, "ring": ring, "ring_mode": mode}
+    check(pool, Case((masks,), **layout, trained_rows_only=trained_rows_only))
 
 
 @pytest.mark.parametrize(("ulysses", "ring", "mode"), LAYOUTS)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_changes_no_layout(pool: GlooPool, ulysses: int, ring: int, mode: str, recompute: str) -> None:
+def test_recomputing_changes_no_layout(
+    pool: GlooPool, ulysses: int, ring: int, mode: str, recompute: str
+) -> None:
     check(pool, Case((PACK,), ulysses=ulysses, ring=ring, ring_mode=mode, recompute=recompute))
 
 
-@pytest.mark.parametrize(("ulysses", "ring", "mode"), [(1, 1, "gather"), (2, 1, "gather"), (1, 2, "p2p"), (1, 2, "gather")])
+@pytest.mark.parametrize(
+    ("ulysses", "ring", "mode"), [(1, 1, "gather"), (2, 1, "gather"), (1, 2, "p2p"), (1, 2, "gather")]
+)
 def test_data_parallel_composes_with_every_layout(pool: GlooPool, ulysses: int, ring: int, mode: str) -> None:
     check(pool, Case(((ONE,), PACK), ulysses=ulysses, ring=ring, ring_mode=mode))
 
@@ -75,7 +82,8 @@ def test_awkward_masks(pool: GlooPool, ulysses: int, ring: int, mode: str, mask:
 
 @pytest.mark.parametrize(("ulysses", "ring", "mode"), LAYOUTS)
 def test_peer_alignment_under_every_layout(pool: GlooPool, ulysses: int, ring: int, mode: str) -> None:
-    check(pool, Case(((HOLES, "0110", LATE),), ulysses=ulysses, ring=ring, ring_mode=mode, alignment="feature"))
+    layout = {"ulysses": ulysses, "ring": ring, "ring_mode": mode}
+    check(pool, Case(((HOLES, "0110", LATE),), **layout, alignment="feature"))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
@@ -84,13 +92,18 @@ def test_every_ratio_of_query_to_kv_heads(pool: GlooPool, kv_heads: int, ulysses
     check(pool, Case(((ONE,),), arch=replace(TINY, num_key_value_heads=kv_heads), ulysses=ulysses, ring=ring))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "ulysses"), [(12, 4, 3), (12, 3, 4), (12, 3, 2), (6, 2, 3), (9, 3, 3)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ulysses"), [(12, 4, 3), (12, 3, 4), (12, 3, 2), (6, 2, 3), (9, 3, 3)]
+)
 def test_ratios_that_do_not_divide(pool: GlooPool, heads: int, kv_heads: int, ulysses: int) -> None:
-    check(pool, Case(((ONE,),), arch=replace(TINY, num_attention_heads=heads, num_key_value_heads=kv_heads), ulysses=ulysses))
+    arch = replace(TINY, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    check(pool, Case(((ONE,),), arch=arch, ulysses=ulysses))
 
 
 def test_ulysses_that_cannot_work_is_refused_with_what_can(pool: GlooPool) -> None:
-    with pytest.raises(AssertionError, match=r"ulysses=4 does not divide 6 query heads; use one of \[1, 2, 3, 6\]"):
+    with pytest.raises(
+        AssertionError, match=r"ulysses=4 does not divide 6 query heads; use one of \[1, 2, 3, 6\]"
+    ):
         pool.run(layout_step, 4, Case(((ONE,),), arch=replace(TINY, num_attention_heads=6), ulysses=4))
 
 
@@ -109,7 +122,8 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize(("ulysses", "ring", "mode"), [(1, 1, "gather"), (2, 2, "p2p"), (2, 2, "gather")])
 def test_draft_variants(pool: GlooPool, variant: str, ulysses: int, ring: int, mode: str) -> None:
-    check(pool, Case(((HOLES, ONE),), arch=replace(TINY, **VARIANTS[variant]), ulysses=ulysses, ring=ring, ring_mode=mode))
+    arch = replace(TINY, **VARIANTS[variant])
+    check(pool, Case(((HOLES, ONE),), arch=arch, ulysses=ulysses, ring=ring, ring_mode=mode))
 
 
 @pytest.mark.parametrize("kind", ["alpha", "lambda"])
@@ -127,10 +141,14 @@ def test_a_sequence_without_trained_rows_beside_one_with(pool: GlooPool) -> None
     check(pool, Case(((ONE,), (NONE_TRAINED,)), ulysses=2))
 
 
-masks = st.lists(st.text("01", min_size=1, max_size=40), min_size=1, max_size=4).filter(lambda ms: any("111" in m for m in ms))
+masks = st.lists(st.text("01", min_size=1, max_size=40), min_size=1, max_size=4)
+masks = masks.filter(lambda ms: any("111" in m for m in ms))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     sequences=masks,
     layout=st.sampled_from(LAYOUTS),
@@ -140,8 +158,10 @@ masks = st.lists(st.text("01", min_size=1, max_size=40), min_size=1, max_size=4)
     window=st.sampled_from([None, 3, 9]),
     seed=st.integers(0, 1000),
 )
-def test_random_problems(pool: GlooPool, sequences: list[str], layout: tuple, trained_rows_only: bool, alignment: str, kv_heads: int,
-                         window: int | None, seed: int) -> None:  # fmt: skip
+def test_random_problems(
+    pool: GlooPool, sequences: list[str], layout: tuple, trained_rows_only: bool, alignment: str,
+    kv_heads: int, window: int | None, seed: int,
+) -> None:
     ulysses, ring, mode = layout
     arch = replace(TINY, num_key_value_heads=kv_heads, sliding_window=window)
     check(pool, Case((tuple(sequences),), arch, ulysses, ring, mode, trained_rows_only, alignment, seed=seed))

@@ -1,4 +1,4 @@
-"""Every Ulysses rank gets the KV heads that its query heads read, and no layout that cannot work is accepted."""
+"""Every Ulysses rank gets the KV heads that its query heads read; layouts that cannot work are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def test_each_query_head_finds_its_kv_head_in_its_ranks_slots(kv_heads: int, uly
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"ulysses=5 does not divide 12 query heads; use one of \[1, 2, 3, 4, 6, 12\]"):
+    with pytest.raises(
+        ValueError, match=r"ulysses=5 does not divide 12 query heads; use one of \[1, 2, 3, 4, 6, 12\]"
+    ):
         HeadSharding(12, 4, 5)
     with pytest.raises(ValueError, match="5 key/value heads do not divide 12 query heads"):
         HeadSharding(12, 5)

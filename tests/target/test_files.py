@@ -32,7 +32,7 @@ def copy(untied, tmp_path) -> Path:
     return Path(shutil.copytree(untied, tmp_path / "copy"))
 
 
-def test_facts_are_read_from_a_config_of_transformers_5(untied):
+def test_sizes_are_read_from_a_config_of_transformers_5(untied):
     info = TargetInfo.from_folder(untied)
     assert (info.hidden_size, info.num_layers, info.vocab_size, info.head_dim) == (32, 8, 280, 8)
     assert info.rope_theta == 10000.0 and info.rope_scaling is None and info.aux_ids == (1, 3, 4)
@@ -45,8 +45,14 @@ def test_facts_are_read_from_a_config_of_transformers_5(untied):
         ({"rope_theta": 5e5}, (5e5, None)),
         ({}, (1e4, None)),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, (1e6, None)),
-        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, (5e5, {"rope_type": "linear", "factor": 2.0})),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4, "rope_theta": 1e6}}, (1e6, {"rope_type": "yarn", "factor": 4})),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            (5e5, {"rope_type": "linear", "factor": 2.0}),
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4, "rope_theta": 1e6}},
+            (1e6, {"rope_type": "yarn", "factor": 4}),
+        ),
     ],
 )
 def test_rope_is_read_under_the_old_and_the_new_key(config, expected):
@@ -61,7 +67,9 @@ def test_stop_tokens_join_both_configs(copy):
 def test_only_the_shared_tensors_are_loaded(untied):
     weights = load_target_weights(untied, dtype=torch.float64)
     whole = load_file(untied / "model.safetensors")
-    for name, full in {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight", "norm": "model.norm.weight"}.items():
+    for name, full in {
+        "embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight", "norm": "model.norm.weight"
+    }.items():
         assert torch.equal(weights[name], whole[full].double())
 
 
@@ -71,7 +79,7 @@ def test_a_tied_head_is_the_embedding(tied):
     assert torch.equal(load_target_weights(tied, ("lm_head",))["lm_head"], weights["embed_tokens"])
 
 
-def test_look_alike_tensors_are_not_taken(copy):
+def test_tensors_with_similar_names_are_not_loaded(copy):
     tensors = load_file(copy / "model.safetensors")
     tensors["model.layers.61.shared_head.head.weight"] = tensors.pop("lm_head.weight")
     save_file(tensors, copy / "model.safetensors")
@@ -110,7 +118,7 @@ def test_a_recipe_that_states_other_sizes_is_refused(untied):
         TargetInfo.from_folder(untied).check_against(TargetConfig(**{**right, "hidden_size": 64}))
 
 
-def test_missing_targets_name_the_way_out(tmp_path):
+def test_the_error_for_a_missing_target_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"tools/fetch_embedded_target\.py"):
         resolve_target(str(tmp_path / "SmolLM2-135M-Instruct"))
     with pytest.raises(ValueError, match=r"no config\.json"):
@@ -133,7 +141,9 @@ def remove(folder: Path) -> None:
 
 
 def point_nowhere(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}})
+    )
 
 
 @pytest.mark.parametrize("damage", [cut_short, garble, remove, point_nowhere])

@@ -16,7 +16,7 @@ def test_labels_computed_row_by_row_are_those_of_the_whole_vocabulary() -> None:
 
 
 def test_labels_computed_in_blocks_of_rows_and_vocabulary_are_those_of_the_whole_logits() -> None:
-    """7 positions and 11 rows of the head at a time, from bfloat16 states and head, with products in float32."""
+    """7 positions and 11 rows of the head at a time; bfloat16 operands, products in float32."""
     hidden, head = torch.randn(23, 16).bfloat16(), torch.randn(50, 16).bfloat16()
     token, logsumexp = argmax_and_logsumexp(hidden, head, 4 * 11 * 7, vocab_rows=11)
     logits = hidden.float() @ head.float().T
@@ -34,8 +34,11 @@ def test_the_first_of_equal_logits_wins(vocab_rows: int | None) -> None:
 
 
 def test_no_positions_give_no_labels() -> None:
-    token, logsumexp = argmax_and_logsumexp(torch.zeros(0, 4, dtype=torch.bfloat16), torch.randn(5, 4).bfloat16())
-    assert token.dtype == torch.int64 and logsumexp.dtype == torch.float32 and len(token) == len(logsumexp) == 0
+    token, logsumexp = argmax_and_logsumexp(
+        torch.zeros(0, 4, dtype=torch.bfloat16), torch.randn(5, 4).bfloat16()
+    )
+    assert token.dtype == torch.int64 and logsumexp.dtype == torch.float32
+    assert len(token) == len(logsumexp) == 0
 
 
 def test_without_widening_a_product_on_the_cpu_is_rounded_to_the_states_type() -> None:
