@@ -28,8 +28,8 @@ what the lines mean:
     saved           1 - stored bytes / raw bytes; bfloat16 hidden states usually save about a third
 
 Without --verify only the manifest and a few hundred files at most are opened, so damage elsewhere is not
-found. To repair a damaged sample, delete its file and run the command that wrote the store again: it writes what is
-missing.
+found. To repair a damaged sample, delete its file and run the command that wrote the store again: it writes
+what is missing.
 
 exit codes:
     0  no damage found
