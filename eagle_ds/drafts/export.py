@@ -1,7 +1,8 @@
-"""Write a draft as the folder that SGLang and vLLM serve, and prove it by reading it back.
+"""Export a draft to the folder that SGLang and vLLM serve, and verify it by reading it back.
 
-The folder appears under its name only after an independent reader (``served_check.py``) has computed the same logits from
-it as the training model does, and no tensor in it was left unread.
+The folder is written under a temporary name. It gets its final name only after an independent reader
+(``independent_reader.py``) has computed the same logits from it as the training model and has read every
+tensor.
 """
 
 from __future__ import annotations
@@ -22,22 +23,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle_ds.config.outputs import check_output_folder
-from eagle_ds.drafts.cached import CachedDraft
-from eagle_ds.drafts.folder import DraftOnDisk, load_served_draft
-from eagle_ds.drafts.served import ServeCommands, served_config, served_name
-from eagle_ds.drafts.served_check import Probe, ServedReader
+from eagle_ds.drafts.cached_draft import CachedDraft
+from eagle_ds.drafts.independent_reader import Probe, ServedReader
+from eagle_ds.drafts.loading import DraftOnDisk, build_draft, load_served_draft
+from eagle_ds.drafts.serving_format import ServeCommands, served_config, served_name
 from eagle_ds.target.info import TargetInfo
 
 log = logging.getLogger(__name__)
 
 WRITER = {"format": "pt", "writer": "eagle_ds"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-TOLERANCE = 2e-3  # relative, float32 against float32 over angles of a few thousand; a wrong name or key gives about 1
+# Relative difference allowed between two float32 computations with rope angles of a few thousand. A wrong
+# name or key gives about 1.
+TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What the exported folder says beside the draft itself. ``layers``: outputs of the target's layers that it reads."""
+    """What the exported folder says in addition to the draft itself.
+
+    ``layers``: target layers whose outputs the draft reads. ``num_steps``: draft tokens in the serving
+    command of its README.
+    """
 
     target: str
     layers: Sequence[int]
@@ -48,9 +55,9 @@ class ExportSettings:
 
 
 def export_draft(draft: DraftOnDisk, out: str | Path, settings: ExportSettings) -> Path:
-    """Write ``draft`` to the folder ``out``, verified, under a temporary name first. An earlier export there is replaced.
+    """Write ``draft`` to the folder ``out`` and verify it. An earlier export there is replaced.
 
-    Raises ValueError, one sentence, where the draft cannot be served as it is, or ``out`` holds something else.
+    Raises ValueError, one sentence, if engines cannot serve the draft, or if ``out`` holds something else.
     """
     out = Path(out)
     _check_servable(draft, settings)
@@ -65,37 +72,46 @@ def export_draft(draft: DraftOnDisk, out: str | Path, settings: ExportSettings) 
         _put_in_place(temp, out)
     except OSError as failure:
         if failure.errno == errno.ENOSPC:
-            raise ValueError(f"the disk of {out.parent} is full; the draft needs {_bytes(draft, settings) / 1e9:.2f} GB there") from failure
+            needed = f"the draft needs {_bytes(draft, settings) / 1e9:.2f} GB there"
+            raise ValueError(f"the disk of {out.parent} is full; {needed}") from failure
         raise
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-    log.info("wrote %s: logits read back from it differ by %.1e (relative)", out, error)
+    log.info("wrote %s and verified it: its logits differ by %.1e (relative)", out, error)
     return out
 
 
 def _check_servable(draft: DraftOnDisk, settings: ExportSettings) -> None:
-    arch = draft.arch
+    """Raise ValueError if an engine would refuse the draft or read it wrongly."""
+    arch, layers, trained = draft.arch, list(settings.layers), list(draft.layer_outputs or ())
     if settings.dtype not in DTYPES:
         raise ValueError(f"dtype {settings.dtype} is not one of {', '.join(DTYPES)}")
-    if len(settings.layers) != arch.num_aux:
-        raise ValueError(f"the draft reads {arch.num_aux} target layers, but {list(settings.layers)} names {len(settings.layers)}")
-    if draft.layer_outputs and tuple(draft.layer_outputs) != tuple(settings.layers):
-        raise ValueError(f"the draft was trained on layers {list(draft.layer_outputs)}, not on {list(settings.layers)}; leave the layers out")
+    if len(layers) != arch.num_aux:
+        raise ValueError(f"the draft reads {arch.num_aux} target layers, but {layers} names {len(layers)}")
+    if trained and trained != layers:
+        wrong = f"the draft was trained on layers {trained}, not on {layers}"
+        raise ValueError(f"{wrong}; leave --aux-layer-ids out")
     if arch.hidden_size % arch.num_attention_heads:
         raise ValueError(
-            f"engines read config.json with transformers, which refuses a draft whose hidden_size {arch.hidden_size} is no multiple of its "
-            f"{arch.num_attention_heads} heads; train with another number of heads"
+            "engines read config.json with transformers, which refuses a draft whose hidden_size "
+            f"{arch.hidden_size} is no multiple of its {arch.num_attention_heads} heads; train with another"
         )
     if arch.attention_bias and not settings.vllm:
-        raise ValueError("SGLang drops attention biases without a word; export with --vllm, or train with draft.attention_bias false")
+        raise ValueError(
+            "SGLang drops attention biases without a warning; "
+            "export with --vllm, or train with draft.attention_bias false"
+        )
     if settings.info:
-        for name, stated in (("hidden_size", arch.target_hidden_size), ("vocab_size", arch.target_vocab_size)):
-            if getattr(settings.info, name) != stated:
-                raise ValueError(f"target {settings.target} has {name} {getattr(settings.info, name)}, but the draft was made for {stated}")
+        sizes = {"hidden_size": arch.target_hidden_size, "vocab_size": arch.target_vocab_size}
+        for name, stated in sizes.items():
+            found = getattr(settings.info, name)
+            if found != stated:
+                wrong = f"target {settings.target} has {name} {found}, but the draft was made for {stated}"
+                raise ValueError(f"{wrong}; give the draft's own target with --target")
 
 
 def _check_replaceable(out: Path) -> None:
-    """Nothing there, an empty folder, or an earlier export of ours."""
+    """Raise ValueError unless ``out`` is absent, an empty folder, or an earlier export of this project."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
@@ -113,6 +129,8 @@ def _write(draft: DraftOnDisk, folder: Path, settings: ExportSettings, out: Path
     config = served_config(draft.arch, settings.layers, settings.info, settings.dtype, settings.vllm)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_read_me(draft, settings, out), encoding="utf-8")
+    # mkdtemp makes private files; a served folder is readable by all. fsync: the rename must not outrun the
+    # data.
     for path in folder.iterdir():
         os.chmod(path, 0o644)
         with open(path, "rb") as stream:
@@ -120,25 +138,43 @@ def _write(draft: DraftOnDisk, folder: Path, settings: ExportSettings, out: Path
 
 
 def served_tensors(draft: DraftOnDisk, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything that goes into model.safetensors, by served name."""
+    """Return every tensor of model.safetensors by its served name."""
     tensors = {served_name(name): tensor.to(dtype).contiguous() for name, tensor in draft.state.items()}
-    return tensors | {"d2t": draft.vocab.d2t.to(torch.int64).contiguous(), "t2d": draft.vocab.t2d.to(torch.bool).contiguous()}
+    tensors["d2t"] = draft.vocab.d2t.to(torch.int64).contiguous()
+    tensors["t2d"] = draft.vocab.t2d.to(torch.bool).contiguous()
+    return tensors
 
 
 def _read_me(draft: DraftOnDisk, settings: ExportSettings, out: Path) -> str:
     commands = ServeCommands(settings.target, out, settings.num_steps, draft.arch.sliding_window)
     engine, command = ("vLLM", commands.vllm) if settings.vllm else ("SGLang", commands.sglang)
-    return (
-        f"# EAGLE-3 draft for {settings.target}\n\n"
-        f"Trained on up to {draft.arch.max_position_embeddings} tokens; reads the outputs of target layers {list(settings.layers)}; proposes "
-        f"{draft.arch.draft_vocab_size} of {draft.arch.target_vocab_size} tokens.\n\nServe it with {engine}:\n\n```bash\n{command}\n```\n"
-    )
+    return f"""\
+# EAGLE-3 draft for {settings.target}
+
+This draft model speeds up its target by speculative decoding. It reads the target's hidden states, so it
+is served together with the target.
+
+- Trained on sequences of up to {draft.arch.max_position_embeddings} tokens.
+- Reads the outputs of target layers {list(settings.layers)} (numbered from 0).
+- Proposes {draft.arch.draft_vocab_size} of the target's {draft.arch.target_vocab_size} tokens.
+
+Serve both with {engine}:
+
+```bash
+{command}
+```
+"""
 
 
 def verify_export(draft: DraftOnDisk, folder: Path, dtype: torch.dtype) -> float:
-    """Relative difference of the logits that the folder gives from the training model's, at every row and a drafting step.
+    """Compare the logits that the folder gives with the training model's, at every row and one drafting step.
 
-    Raises ValueError if it is not float32 noise, or if engines would leave a tensor of the folder unread.
+    Returns:
+        The relative difference.
+
+    Raises:
+        ValueError: the difference is more than float32 rounding, or engines would not read some tensor of the
+            folder.
     """
     state, arch, vocab = load_served_draft(folder)
     reader = ServedReader(folder)
@@ -146,37 +182,45 @@ def verify_export(draft: DraftOnDisk, folder: Path, dtype: torch.dtype) -> float
     probe = Probe.random(arch.num_aux * arch.target_hidden_size, arch.hidden_size, spread)
     expected, found = training_logits(draft, probe, dtype), reader.logits(probe)
     error = float((found - expected).norm() / expected.norm())
-    embedding = {"embed_tokens.weight"} if arch.trains_embedding else set()  # engines read it; the probe brings its own
-    unused = reader.unused() - embedding - {"d2t"}
-    if unused:
-        raise ValueError(f"{folder}: engines would not read {', '.join(sorted(unused))}")
-    if not torch.equal(reader.token_ids(), draft.vocab.target_ids) or not torch.equal(vocab.t2d, draft.vocab.t2d):
+    # Engines read it; the probe brings its own
+    embedding = {"embed_tokens.weight"} if arch.trains_embedding else set()
+    unread = reader.unused() - embedding - {"d2t"}
+    if unread:
+        raise ValueError(f"{folder}: engines would not read {', '.join(sorted(unread))}")
+    same_ids = torch.equal(reader.token_ids(), draft.vocab.target_ids)
+    if not same_ids or not torch.equal(vocab.t2d, draft.vocab.t2d):
         raise ValueError(f"{folder}: the vocabulary map read back is not the draft's")
-    if arch.trains_embedding and not torch.equal(state["embed_tokens.weight"], draft.state["embed_tokens.weight"].to(dtype).float()):
+    written = draft.state["embed_tokens.weight"].to(dtype).float() if arch.trains_embedding else None
+    if written is not None and not torch.equal(state["embed_tokens.weight"], written):
         raise ValueError(f"{folder}: the embedding read back is not the draft's")
     if not error < TOLERANCE:
-        raise ValueError(f"{folder}: logits read back differ by {error:.2e} from the training model's, where {TOLERANCE:.0e} is rounding")
+        limit = f"rounding explains at most {TOLERANCE:.0e}"
+        raise ValueError(f"{folder}: its logits differ by {error:.2e} from the training model's; {limit}")
     return error
 
 
 @torch.inference_mode()
 def training_logits(draft: DraftOnDisk, probe: Probe, dtype: torch.dtype) -> Tensor:
-    """[S + 1, Vd]: what the training model says to the probe, in float32 with weights rounded to ``dtype``."""
+    """Return the training model's logits [S + 1, Vd] for the probe, in float32 with weights rounded to
+    ``dtype``.
+    """
     rounded = {name: tensor.to(dtype) for name, tensor in draft.state.items()}
-    unused_embedding = torch.zeros(1, draft.arch.hidden_size)
-    cached = CachedDraft(DraftOnDisk(rounded, draft.arch, draft.vocab, draft.folder).build(unused_embedding, torch.float32), draft.vocab)
+    # The probe brings embeddings, so this is never read
+    no_embedding = torch.zeros(1, draft.arch.hidden_size)
+    model = build_draft(draft.arch, rounded, no_embedding, torch.float32)
+    cached = CachedDraft(model, draft.vocab)
     logits = []
     for row in range(len(probe.positions)):
         one = slice(row, row + 1)
         cached.extend_embedded(probe.aux[one], probe.embedded[one], probe.positions[one])
-        row_logits, handed_on = cached.step(0, cached.state, None)
+        row_logits, next_state = cached.step(0, cached.state, None)
         logits.append(row_logits)
-    logits.append(cached.step(1, handed_on, probe.embedded[-1:])[0])
+    logits.append(cached.step(1, next_state, probe.embedded[-1:])[0])
     return torch.cat(logits)
 
 
 def _put_in_place(temp: Path, out: Path) -> None:
-    """Rename into place; an earlier export steps aside first and is removed last."""
+    """Rename ``temp`` to ``out``. An earlier export is moved away first and removed at the end."""
     if not out.exists():
         os.rename(temp, out)
         return

@@ -1,4 +1,6 @@
-"""A served folder is the trained draft: engines find every value where they look, and nothing else is ever left behind."""
+"""Export and loading of drafts: engines find every value where they look, and a failed export leaves no
+files.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from torch import Tensor
 from eagle_ds.config.recipe import RopeScaling
 from eagle_ds.drafts import export
 from eagle_ds.drafts.export import ExportSettings, export_draft, verify_export
-from eagle_ds.drafts.folder import DraftOnDisk, initial_draft, load_draft, load_served_draft
-from eagle_ds.drafts.served import ServeCommands
+from eagle_ds.drafts.loading import DraftOnDisk, initial_draft, load_draft, load_served_draft
+from eagle_ds.drafts.serving_format import ServeCommands
 from eagle_ds.target.info import TargetInfo
 from tests.draft_cases import LAYERS, LLAMA3, PLAIN, VARIANTS, random_draft, recipe_for, variant, write_run
 
@@ -91,7 +93,7 @@ def test_each_engine_finds_the_layers_in_its_own_place_and_numbering(tmp_path: P
 
 
 @pytest.mark.parametrize(("outputs", "sglang"), [((1, 29, 57), [1, 29, 57]), ((2, 30, 58), [3, 31, 59])])
-def test_sglangs_deepseek_class_gets_ids_that_it_reads_right(tmp_path: Path, outputs: tuple[int, ...], sglang: list[int]) -> None:
+def test_sglangs_deepseek_class_gets_ids_that_select_the_same_layers(tmp_path: Path, outputs: tuple[int, ...], sglang: list[int]) -> None:
     info = target_info(model_type="deepseek_v3", num_layers=61)
     folder = exported(tmp_path, random_draft(layers=outputs), layers=outputs, info=info)
     assert config_of(folder)["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == sglang
@@ -118,7 +120,7 @@ def test_old_and_new_readers_of_the_rope_keys_agree(tmp_path: Path, name: str, a
     assert load_served_draft(folder)[1] == variant(name)
 
 
-def test_the_exported_length_is_the_trained_one_and_tokens_are_the_targets(tmp_path: Path) -> None:
+def test_config_holds_the_trained_length_and_the_targets_tokens(tmp_path: Path) -> None:
     config = config_of(exported(tmp_path, info=target_info()))
     assert config["max_position_embeddings"] == 4096
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
@@ -129,11 +131,12 @@ def test_serving_commands_count_as_the_engines_do(tmp_path: Path) -> None:
     commands = ServeCommands("org/target", "a draft", num_steps=4, sliding_window=512)
     assert "--speculative-num-steps 4 --speculative-eagle-topk 1 --speculative-num-draft-tokens 5" in commands.sglang
     assert "--speculative-draft-model-path 'a draft'" in commands.sglang
-    assert "--speculative-draft-window-size 511" in commands.sglang  # SGLang sees keys up to that distance, itself besides
+    # SGLang sees the row itself and keys up to that distance
+    assert "--speculative-draft-window-size 511" in commands.sglang
     assert json.loads(commands.vllm.split("'")[1]) == {"method": "eagle3", "model": "a draft", "num_speculative_tokens": 4}
 
 
-# -- what verification sees --------------------------------------------------------------------------------------------
+# -- what verification detects --------------------------------------------------------------------------------------------
 
 
 def swap(first: str, second: str) -> Callable[[dict[str, Tensor]], None]:
@@ -160,7 +163,7 @@ def swap(first: str, second: str) -> Callable[[dict[str, Tensor]], None]:
         lambda folder: edit_tensors(folder, lambda tensors: tensors["d2t"].add_(torch.arange(100))),
     ],
 )
-def test_a_folder_that_means_another_draft_is_refused(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_verification_refuses_a_folder_that_describes_another_draft(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     arch = dataclasses.replace(PLAIN, norm_output=True, fc_norm=True, rope_theta=100000.0)
     draft = random_draft(arch)
     folder = exported(tmp_path, draft)
@@ -169,7 +172,7 @@ def test_a_folder_that_means_another_draft_is_refused(tmp_path: Path, damage: Ca
         verify_export(draft, folder, torch.bfloat16)
 
 
-# -- what is left behind -----------------------------------------------------------------------------------------------
+# -- failed and repeated exports -----------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_leaves_the_earlier_export_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +196,7 @@ def test_a_failed_verification_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     assert os.listdir(tmp_path) == []
 
 
-def test_an_earlier_export_is_replaced_and_a_stranger_is_not(tmp_path: Path) -> None:
+def test_an_earlier_export_is_replaced_and_other_folders_are_not(tmp_path: Path) -> None:
     exported(tmp_path)
     folder = exported(tmp_path, random_draft(seed=1))
     assert torch.equal(load_draft(folder).vocab.d2t, random_draft(seed=1).vocab.d2t)
@@ -212,22 +215,22 @@ def test_an_earlier_export_is_replaced_and_a_stranger_is_not(tmp_path: Path) -> 
         ({"draft": random_draft(dataclasses.replace(PLAIN, num_attention_heads=6))}, "32 is no multiple of its 6 heads"),
         ({"layers": (1, 2)}, "reads 3 target layers"),
         ({"layers": (1, 2, 6)}, "was trained on layers"),
-        ({"facts": target_info(hidden_size=64)}, "hidden_size 64, but the draft was made for 32"),
+        ({"info": target_info(hidden_size=64)}, "hidden_size 64, but the draft was made for 32"),
         ({"dtype": "int8"}, "dtype int8"),
     ],
 )
-def test_what_cannot_be_served_is_refused_first(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_draft_that_cannot_be_served_is_refused_before_writing(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         exported(tmp_path, **change)
     assert os.listdir(tmp_path) == []
 
 
-def test_vllm_takes_attention_biases(tmp_path: Path) -> None:
+def test_attention_biases_can_be_exported_for_vllm(tmp_path: Path) -> None:
     draft = random_draft(dataclasses.replace(PLAIN, attention_bias=True))
     assert verify_export(draft, exported(tmp_path, draft, vllm=True), torch.bfloat16) < 1e-5
 
 
-# -- the way back ------------------------------------------------------------------------------------------------------
+# -- training from an exported or published draft ------------------------------------------------------------------------------------------------------
 
 
 def test_training_starts_from_our_export_with_its_own_tensors_norms_and_rope(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -244,7 +247,7 @@ def test_training_starts_from_our_export_with_its_own_tensors_norms_and_rope(tmp
     assert torch.equal(start.vocab.d2t, draft.vocab.d2t)
 
 
-def test_rope_is_overridden_on_purpose_only_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rope_is_overridden_only_on_request_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = exported(tmp_path)
     recipe = recipe_for(variant("llama3 rope"), tmp_path, init_from=str(folder), override_rope=True)
     with caplog.at_level(logging.INFO):
@@ -256,7 +259,9 @@ def test_rope_is_overridden_on_purpose_only_and_said(tmp_path: Path, caplog: pyt
 
 
 def published(folder: Path, draft: DraftOnDisk, **config: Any) -> Path:
-    """As others publish: one pickle of tensors, names of another time, no rope base, no head_dim, an embedding nobody needs."""
+    """Write a draft as other projects publish it: a pickle of tensors, older names, no rope base, no
+    head_dim, an unused embedding.
+    """
     folder.mkdir()
     tensors = load_file(exported(folder, draft, dtype="float16") / "model.safetensors")
     kept = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items() if name != "t2d"}
@@ -268,7 +273,7 @@ def published(folder: Path, draft: DraftOnDisk, **config: Any) -> Path:
     return folder
 
 
-def test_a_published_draft_is_read_with_the_defaults_that_engines_take(tmp_path: Path) -> None:
+def test_a_published_draft_is_read_with_the_engines_defaults(tmp_path: Path) -> None:
     draft = random_draft(dataclasses.replace(PLAIN, head_dim=8))
     state, arch, vocab = load_served_draft(published(tmp_path / "p", draft))
     assert (arch.rope_theta, arch.rope_scaling, arch.head_dim, arch.max_position_embeddings) == (10000.0, None, 8, 2048)
@@ -279,6 +284,8 @@ def test_a_published_draft_is_read_with_the_defaults_that_engines_take(tmp_path:
 
 
 class Evil:
+    """A pickle of this runs a command when it is loaded."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch harmed",)
 
@@ -299,7 +306,7 @@ class Evil:
         ({"hidden_size": 30}, "hidden_size 30 is no multiple of its 4 heads, and its config.json gives no head_dim"),
     ],
 )
-def test_a_published_draft_that_is_built_otherwise_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_a_published_draft_of_another_architecture_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     folder = published(tmp_path / "p", random_draft(dataclasses.replace(PLAIN, head_dim=8)), **config)
     with pytest.raises(ValueError, match=message):
         load_draft(folder)
@@ -323,7 +330,7 @@ def test_a_pickle_that_holds_code_is_not_run(tmp_path: Path, monkeypatch: pytest
         ({}, {"aux_layer_ids": (1, 2, 6)}, r"reads the outputs of target layers \[1, 2, 5\]"),
     ],
 )
-def test_a_recipe_of_another_shape_is_refused(tmp_path: Path, arch: dict[str, Any], target: dict[str, Any], message: str) -> None:
+def test_a_recipe_that_contradicts_init_from_is_refused(tmp_path: Path, arch: dict[str, Any], target: dict[str, Any], message: str) -> None:
     recipe = recipe_for(dataclasses.replace(PLAIN, **arch), tmp_path, init_from=str(exported(tmp_path)))
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update=target)})
     with pytest.raises(ValueError, match=message):
@@ -331,7 +338,7 @@ def test_a_recipe_of_another_shape_is_refused(tmp_path: Path, arch: dict[str, An
 
 
 @pytest.mark.parametrize("broken", ["missing", "empty", "no tensors", "torn"])
-def test_what_is_no_draft_is_named(tmp_path: Path, broken: str) -> None:
+def test_a_folder_without_a_readable_draft_is_named(tmp_path: Path, broken: str) -> None:
     folder = tmp_path / "draft"
     if broken != "missing":
         folder.mkdir()

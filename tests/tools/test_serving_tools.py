@@ -1,4 +1,4 @@
-"""From a checkpoint to a served folder, its acceptance and a report, by the commands that users type."""
+"""The tools that users type after training: export, acceptance measurement, and report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from eagle_ds.drafts.folder import load_draft
+from eagle_ds.drafts.loading import load_draft
 from tests.draft_cases import LAYERS, PLAIN, random_draft, recipe_for, write_run
 from tests.tiny_targets import save_tiny_llama
 
@@ -32,7 +32,7 @@ def load_tool(name: str) -> ModuleType:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch):
-    """Run a tool in this process; its exit code."""
+    """Run a tool in this process and return its exit code."""
 
     def run(name: str, *arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -76,8 +76,8 @@ def test_a_run_is_exported_measured_and_reported(run_dir: Path, call, capsys: py
 
 
 @pytest.mark.parametrize("name", ["compare_runs", "eval_acceptance", "export_draft", "make_report"])
-def test_a_tool_that_does_not_train_does_without_deepspeed(name: str) -> None:
-    """It takes time to import, and speaks up where there is no GPU."""
+def test_tools_that_do_not_train_do_not_import_deepspeed(name: str) -> None:
+    """DeepSpeed is slow to import and prints warnings on a machine without a GPU."""
     root = Path(__file__).resolve().parents[2]
     code = f"import runpy, sys; runpy.run_path('tools/{name}.py'); sys.exit('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False)
@@ -95,7 +95,7 @@ def test_an_exported_draft_decodes_as_its_checkpoint(run_dir: Path, tmp_path: Pa
     assert found["differences"][0]["value"] == 0.0
 
 
-def test_a_draft_that_was_trained_further_is_compared_with_where_it_began(run_dir: Path, tmp_path: Path, call) -> None:
+def test_baseline_untrained_of_a_run_with_init_from_is_that_draft(run_dir: Path, tmp_path: Path, call) -> None:
     assert call("export_draft", run_dir, "--dtype", "float32", "--out", tmp_path / "served") == 0
     recipe = json.loads((run_dir / "recipe.json").read_text())
     recipe["draft"]["init_from"] = str(tmp_path / "served")
@@ -106,7 +106,7 @@ def test_a_draft_that_was_trained_further_is_compared_with_where_it_began(run_di
     assert found["drafts"][0]["acceptance_by_position"] == found["drafts"][1]["acceptance_by_position"]
 
 
-def test_a_target_that_transformers_cannot_load_is_one_sentence(run_dir: Path, target: Path, tmp_path: Path, call, capsys) -> None:
+def test_a_target_that_transformers_cannot_load_is_a_one_sentence_error(run_dir: Path, target: Path, tmp_path: Path, call, capsys) -> None:
     shutil.copytree(target, tmp_path / "odd")
     config = json.loads((tmp_path / "odd" / "config.json").read_text())
     (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
@@ -116,7 +116,7 @@ def test_a_target_that_transformers_cannot_load_is_one_sentence(run_dir: Path, t
     assert not (run_dir / "acceptance.json").exists()
 
 
-def test_a_disk_that_fills_up_leaves_no_result(run_dir: Path, call, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_result_file(run_dir: Path, call, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -126,7 +126,7 @@ def test_a_disk_that_fills_up_leaves_no_result(run_dir: Path, call, capsys, monk
     assert not (run_dir / "acceptance.json").exists()
 
 
-def test_bfloat16_counts_its_divergences(run_dir: Path, call) -> None:
+def test_answers_that_differ_in_bfloat16_are_counted_with_their_gap(run_dir: Path, call) -> None:
     settings = ("--num-prompts", 2, "--max-new-tokens", 12, "--dtype", "bfloat16", "--num-draft-tokens", 2)
     assert call("eval_acceptance", "--recipe", run_dir / "recipe.json", *settings) == 0
     (draft,) = json.loads((run_dir / "acceptance.json").read_text())["drafts"]
@@ -146,10 +146,10 @@ def test_bfloat16_counts_its_divergences(run_dir: Path, call) -> None:
         ("eval_acceptance", [], "no draft given"),
         ("eval_acceptance", ["--recipe", "{tmp}/nothing.json"], "cannot read"),
         ("eval_acceptance", ["--draft", "{run}", "--prompts", "{tmp}/none.jsonl"], "does not exist"),
-        ("eval_acceptance", ["--draft", "{run}", "--max-prompt-tokens", "3"], "gives no prompt"),
+        ("eval_acceptance", ["--draft", "{run}", "--max-prompt-tokens", "3"], "has no usable prompt"),
         ("eval_acceptance", ["--draft", "{run}", "--target", "{tmp}"], "has no config.json"),
         ("eval_acceptance", ["--draft", "{run}", "--aux-layer-ids", "1", "2", "9"], "ascending layer outputs"),
-        ("make_report", ["{tmp}"], "is no run folder"),
+        ("make_report", ["{tmp}"], "is not a run folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_1(
@@ -162,10 +162,10 @@ def test_bad_input_is_one_sentence_and_exit_code_1(
     assert sorted(path.name for path in run_dir.iterdir()) == before
 
 
-def test_an_exported_draft_alone_can_be_turned_into_the_other_engines_form(run_dir: Path, tmp_path: Path, call) -> None:
+def test_an_exported_draft_can_be_exported_again_for_the_other_engine(run_dir: Path, tmp_path: Path, call) -> None:
     assert call("export_draft", run_dir, "--dtype", "float32", "--out", tmp_path / "served") == 0
     again = ("export_draft", tmp_path / "served", "--vllm", "--dtype", "float32", "--out", tmp_path / "v")
-    assert call(*again) == 1  # which target it is for stands nowhere
+    assert call(*again) == 1  # nothing says which target it is for
     (run_dir / "recipe.json").rename(tmp_path / "recipe.json")  # now the export lies in a run folder
     assert call(*again) == 0
     again, first = load_draft(tmp_path / "v"), load_draft(tmp_path / "served")

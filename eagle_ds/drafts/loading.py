@@ -1,7 +1,9 @@
-"""Drafts on disk, read without DeepSpeed: a checkpoint of a run, a folder that we exported, or a published EAGLE-3 draft.
+"""Load a draft from disk: a checkpoint of a run, an exported folder, or a published EAGLE-3 draft.
 
-Whatever it was read from, a draft is the same three things: tensors under training names in float32, the architecture
-that its own files describe, and its vocabulary map.
+Needs no DeepSpeed.
+
+Every source gives the same three things: float32 tensors under their training names, the architecture that
+the draft's own files describe, and its vocabulary map.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from eagle_ds.config.recipe import Recipe, load_recipe
 from eagle_ds.config.run_folder import RECIPE_FILE, draft_candidates
 from eagle_ds.config.settings import read_json
 from eagle_ds.data.vocab import VocabMap
-from eagle_ds.drafts.served import (
+from eagle_ds.drafts.serving_format import (
     EMBEDDING,
     VOCABULARY,
     arch_of_config,
@@ -40,12 +42,16 @@ log = logging.getLogger(__name__)
 
 ARCH_FILE, STATE_FILE, VOCAB_FILE = "arch.json", "draft_state.safetensors", "vocab.safetensors"
 ROPE_FIELDS = ("rope_theta", "rope_scaling")
-OWN_FIELDS = ("rms_norm_eps", "fc_norm", "norm_output", "norm_before_fc", *ROPE_FIELDS)  # a draft brings these; the rest must agree
+# With init_from these come from the draft; all other fields must equal the recipe's.
+OWN_FIELDS = ("rms_norm_eps", "fc_norm", "norm_output", "norm_before_fc", *ROPE_FIELDS)
 
 
 @dataclass(frozen=True)
 class DraftOnDisk:
-    """A draft as its files describe it. ``layer_outputs``: target layers that it reads, None where its files do not say."""
+    """A draft as its files describe it.
+
+    ``layer_outputs``: the target layers that it reads; None if its files do not say.
+    """
 
     state: dict[str, Tensor]
     arch: DraftArch
@@ -53,15 +59,23 @@ class DraftOnDisk:
     folder: Path
     layer_outputs: tuple[int, ...] | None = None
 
-    def build(self, embedding: Tensor | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> Eagle3Draft:
-        """The module, ready to run. ``embedding``: the target's [V, H], read only where the draft has none of its own."""
+    def build(
+        self, embedding: Tensor | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Eagle3Draft:
+        """Build the module for inference.
+
+        ``embedding``: the target's [V, H], used only by a draft without its own.
+        """
         return build_draft(self.arch, self.state, embedding, dtype, device)
 
 
 def build_draft(
-    arch: DraftArch, state: Mapping[str, Tensor], embedding: Tensor | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+    arch: DraftArch, state: Mapping[str, Tensor], embedding: Tensor | None,
+    dtype: torch.dtype, device: torch.device | str = "cpu",
 ) -> Eagle3Draft:
-    """A draft in ``dtype`` with the given tensors, and the target's embedding where it shares it."""
+    """Build a draft for inference in ``dtype`` from its tensors and, if it shares it, the target's embedding
+    [V, H].
+    """
     draft = Eagle3Draft(arch).to(device=device, dtype=dtype)
     draft.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
     if not arch.trains_embedding:
@@ -71,13 +85,15 @@ def build_draft(
 
 
 def load_draft(path: str | Path) -> DraftOnDisk:
-    """The draft at ``path``: an exported or published folder, a checkpoint, or a run folder (its best, else newest checkpoint).
+    """Load the draft at ``path``: an exported or published folder, a checkpoint, or a run (its best, else
+    newest checkpoint).
 
-    Raises ValueError, one sentence, where there is none or it cannot be read.
+    Raises ValueError, one sentence, if there is no draft or it cannot be read.
+
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"draft {path} is not a folder; give an exported draft, a checkpoint, or a run folder")
+        raise ValueError(f"draft {path} is not a folder; give an exported draft, a checkpoint, or a run")
     if (folder / "config.json").is_file():
         state, arch, vocab = load_served_draft(folder)
         return DraftOnDisk(state, arch, vocab, folder, served_layers(folder))
@@ -85,20 +101,23 @@ def load_draft(path: str | Path) -> DraftOnDisk:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """``folder`` itself where it is a checkpoint, else a run's best one, else its newest."""
+    """Return ``folder`` if it is a checkpoint, else the run's best checkpoint, else its newest."""
     for candidate in draft_candidates(folder):
         if (candidate / ARCH_FILE).is_file():
             return candidate
-    raise ValueError(f"{folder} holds no draft: no config.json (exported), no {ARCH_FILE} (checkpoint), nor one in best/ or checkpoints/")
+    looked_for = f"no config.json (exported), no {ARCH_FILE} (checkpoint), and none in best/ or checkpoints/"
+    raise ValueError(f"{folder} holds no draft: {looked_for}")
 
 
 def load_checkpoint(folder: Path) -> DraftOnDisk:
-    """A checkpoint of a run: ``draft_state.safetensors``, ``arch.json`` and ``vocab.safetensors``."""
+    """Load a run's checkpoint: ``draft_state.safetensors``, ``arch.json`` and ``vocab.safetensors``."""
     tree = read_json(folder / ARCH_FILE)
     try:
-        arch = TypeAdapter(DraftArch).validate_python({field.name: tree[field.name] for field in fields(DraftArch) if field.name in tree})
+        known = {field.name: tree[field.name] for field in fields(DraftArch) if field.name in tree}
+        arch = TypeAdapter(DraftArch).validate_python(known)
     except ValidationError as error:
-        raise ValueError(f"{folder / ARCH_FILE} does not describe a draft: {error.errors()[0]['msg']}") from error
+        reason = error.errors()[0]["msg"]
+        raise ValueError(f"{folder / ARCH_FILE} does not describe a draft: {reason}") from error
     state = {name: tensor.float() for name, tensor in _read_safetensors(folder / STATE_FILE).items()}
     _check_tensors(state, arch, folder)
     try:
@@ -110,7 +129,7 @@ def load_checkpoint(folder: Path) -> DraftOnDisk:
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run folder that a checkpoint or an export lies in (or that ``folder`` is), None outside a run."""
+    """Return the run folder that ``folder`` is or lies in (a checkpoint or an export); None outside a run."""
     for candidate in (folder, folder.parent, folder.parent.parent):
         if (candidate / RECIPE_FILE).is_file():
             return candidate
@@ -118,16 +137,18 @@ def run_of(folder: Path) -> Path | None:
 
 
 def recipe_of(folder: Path) -> Recipe | None:
-    """The resolved recipe of the run that ``folder`` lies in, None outside a run."""
+    """Return the recipe of the run that ``folder`` is or lies in; None outside a run."""
     run_dir = run_of(folder)
     return load_recipe(run_dir / RECIPE_FILE) if run_dir else None
 
 
 def load_served_draft(folder: str | Path) -> tuple[dict[str, Tensor], DraftArch, VocabMap]:
-    """(tensors under training names in float32, architecture, vocabulary map) of an exported or published draft.
+    """Load an exported or published draft: float32 tensors under training names, architecture, vocabulary
+    map.
 
-    Rope and norms are those of its own config.json; a missing rope base means 10000, as it does to engines. With D = H its
-    copy of the target's embedding, if it has one, is left out. Raises ValueError, one sentence, for anything unaccounted for.
+    Rope and norms are those of its own config.json; a missing rope base means 10000, as in the engines. With
+    D = H a copy of the target's embedding is ignored. Raises ValueError, one sentence, for anything that is
+    not understood.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -138,27 +159,32 @@ def load_served_draft(folder: str | Path) -> tuple[dict[str, Tensor], DraftArch,
     tensors = {training_name(name): tensor for name, tensor in read_tensors(folder).items()}
     vocab = _vocabulary({name: tensors.pop(name) for name in VOCABULARY if name in tensors}, arch, folder)
     if not arch.trains_embedding and tensors.pop(EMBEDDING, None) is not None:
-        log.info("%s brings an embedding as wide as the target's; the target's own is used, as serving engines do", folder)
+        log.info("%s has a copy of the target's embedding; the target's own is used, as engines do", folder)
     state = {name: tensor.float() for name, tensor in tensors.items()}
     _check_tensors(state, arch, folder)
     return state, arch, vocab
 
 
 def served_layers(folder: Path, target: TargetInfo | None = None) -> tuple[int, ...] | None:
-    """Layer outputs that a served draft reads, None where its config.json does not say."""
+    """Return the target layers whose outputs a served draft reads; None if its config.json does not say."""
     config = read_json(folder / "config.json")
     ids = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     if ids:
-        return tuple(layer_outputs(ids, target.model_type if target else None, target.num_layers if target else None))
+        known = (target.model_type, target.num_layers) if target else (None, None)
+        return tuple(layer_outputs(ids, *known))
+    # VLLM's: inputs of layers, one more than outputs
     entering = config.get("eagle_aux_hidden_state_layer_ids")
     return tuple(layer - 1 for layer in entering) if entering else None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a Hugging Face folder: safetensors, whole or in shards, else pytorch_model.bin (never unpickling code)."""
+    """Read every tensor of a Hugging Face folder: its safetensors files, else pytorch_model.bin without
+    unpickling code.
+    """
     paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not paths:
-        raise ValueError(f"draft {folder} has neither *.safetensors nor pytorch_model.bin; fetch its weights too")
+        wrong = f"draft {folder} has neither *.safetensors nor pytorch_model.bin"
+        raise ValueError(f"{wrong}; download its weights too")
     tensors: dict[str, Tensor] = {}
     for path in paths:
         tensors |= _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -176,23 +202,28 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged, or holds more than tensors and is not opened for that reason") from error
+        wrong = f"{path} is damaged, or holds more than tensors; such a file could run code and is not opened"
+        raise ValueError(wrong) from error
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise ValueError(f"{path} holds no dictionary of tensors")
     return loaded
 
 
 def _vocabulary(maps: dict[str, Tensor], arch: DraftArch, folder: Path) -> VocabMap:
-    """The map of d2t and t2d; the identity where there is none and the sizes allow it."""
+    """Build the vocabulary map from d2t and t2d; without them the identity, if both vocabularies have one
+    size.
+    """
     if "d2t" not in maps:
         if arch.draft_vocab_size != arch.target_vocab_size:
-            raise ValueError(f"draft {folder} has {arch.draft_vocab_size} of {arch.target_vocab_size} tokens but no d2t to say which")
+            sizes = f"{arch.draft_vocab_size} of {arch.target_vocab_size} tokens"
+            raise ValueError(f"draft {folder} has {sizes} but no d2t to say which")
         return VocabMap.identity(arch.target_vocab_size)
     d2t = maps["d2t"].to(torch.int64)
     expected = {"d2t": arch.draft_vocab_size, "t2d": arch.target_vocab_size}
     for name, tensor in maps.items():
         if tuple(tensor.shape) != (expected[name],):
-            raise ValueError(f"draft {folder}: {name} has shape {list(tensor.shape)} where its config.json means [{expected[name]}]")
+            shapes = f"{list(tensor.shape)}, but its config.json says [{expected[name]}]"
+            raise ValueError(f"draft {folder}: {name} has shape {shapes}")
     try:
         if "t2d" in maps:
             return VocabMap(d2t, maps["t2d"].to(torch.bool))
@@ -202,20 +233,25 @@ def _vocabulary(maps: dict[str, Tensor], arch: DraftArch, folder: Path) -> Vocab
 
 
 def _check_tensors(state: Mapping[str, Tensor], arch: DraftArch, folder: Path) -> None:
-    """Every tensor there, none unknown, each in its shape."""
+    """Raise ValueError unless ``state`` has exactly the tensors of ``arch``, each in its shape."""
     shapes = tensor_shapes(arch)
     if missing := sorted(shapes.keys() - state.keys()):
         raise ValueError(f"draft {folder} lacks the tensors {', '.join(missing)}")
     if unknown := sorted(state.keys() - shapes.keys()):
-        raise ValueError(f"draft {folder} holds tensors that this architecture has no place for: {', '.join(unknown)}")
+        names = ", ".join(unknown)
+        raise ValueError(f"draft {folder} holds tensors that this architecture does not have: {names}")
     for name, shape in shapes.items():
         if tuple(state[name].shape) != shape:
-            raise ValueError(f"draft {folder}: {name} has shape {list(state[name].shape)} where its configuration means {list(shape)}")
+            shapes = f"{list(state[name].shape)}, but its configuration says {list(shape)}"
+            raise ValueError(f"draft {folder}: {name} has shape {shapes}")
 
 
 def untrained_draft(arch: DraftArch, vocab: VocabMap, seed: int = 0) -> DraftOnDisk:
-    """Where training starts without ``init_from``: everything random. The target's own head and final norm are no start: over
-    random states their logits are large and wrong (SmolLM2: twice the loss of a random head), and it takes steps to shrink them."""
+    """Return a draft with random weights, from which training starts without ``init_from``.
+
+    The target's own head and final norm are not a better start: on random states their logits are large and
+    wrong (SmolLM2: twice the loss of a random head), and training needs steps to shrink them.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Eagle3Draft(arch)
@@ -224,10 +260,14 @@ def untrained_draft(arch: DraftArch, vocab: VocabMap, seed: int = 0) -> DraftOnD
 
 
 def initial_draft(recipe: Recipe, target: TargetInfo | None = None) -> DraftOnDisk:
-    """What ``draft.init_from`` starts from: tensors, vocabulary and norms of that draft, sizes checked against the recipe.
+    """Load the draft of ``draft.init_from`` with its tensors, vocabulary and norms.
 
-    Rope is the draft's own unless ``draft.override_rope``; the maximum length is the recipe's, which the export then
-    states. Raises ValueError, one sentence, where a size, the vocabulary or the captured layers differ.
+    Rope is the draft's own unless ``draft.override_rope`` is set. The maximum length is the recipe's, and the
+    export states it.
+
+    Raises:
+        ValueError: one sentence, if a size, the vocabulary or the captured layers differ from the recipe's.
+
     """
     assert recipe.draft.init_from is not None
     folder = Path(recipe.draft.init_from)
@@ -240,28 +280,31 @@ def initial_draft(recipe: Recipe, target: TargetInfo | None = None) -> DraftOnDi
         own |= {name: getattr(wanted, name) for name in ROPE_FIELDS}
     for name, value in own.items():
         if value != getattr(wanted, name):
-            log.info("draft.%s is %s, as in %s; the recipe's %s is not used", name, _show(value), folder, _show(getattr(wanted, name)))
+            unused = _show(getattr(wanted, name))
+            text = "draft.%s is %s, from %s; the recipe's %s is not used"
+            log.info(text, name, _show(value), folder, unused)
     if recipe.draft.override_rope:
-        log.info("rope is the recipe's (%s) in place of the draft's own (%s), as override_rope says", _rope(wanted), _rope(found.arch))
+        text = "rope is the recipe's (%s) in place of the draft's own (%s), because override_rope is set"
+        log.info(text, _rope(wanted), _rope(found.arch))
     arch = replace(wanted, **own)
     _check_sizes(arch, found, recipe)
     return replace(found, arch=arch)
 
 
 def _check_sizes(arch: DraftArch, found: DraftOnDisk, recipe: Recipe) -> None:
-    """The draft on disk must have the recipe's sizes, read the recipe's target and the recipe's layers."""
+    """Raise ValueError unless the loaded draft has the recipe's sizes and target layers."""
     for field in fields(DraftArch):
         if field.name in (*OWN_FIELDS, "max_position_embeddings"):
             continue
         stated, actual = getattr(arch, field.name), getattr(found.arch, field.name)
         if stated != actual:
-            raise ValueError(
-                f"draft.init_from={found.folder} has {field.name} {actual} where the recipe says {stated}; write {actual}, or start afresh"
-            )
-    if found.layer_outputs and tuple(found.layer_outputs) != recipe.target.aux_ids:
+            wrong = f"draft.init_from={found.folder} has {field.name} {actual} where the recipe says {stated}"
+            raise ValueError(f"{wrong}; write {actual}, or set draft.init_from to null")
+    layers, captured = list(found.layer_outputs or ()), list(recipe.target.aux_ids)
+    if layers and layers != captured:
         raise ValueError(
-            f"draft.init_from={found.folder} reads the outputs of target layers {list(found.layer_outputs)} where the recipe captures "
-            f"{list(recipe.target.aux_ids)}; set target.aux_layer_ids to {list(found.layer_outputs)} and capture again"
+            f"draft.init_from={found.folder} reads the outputs of target layers {layers} where the recipe "
+            f"captures {captured}; set target.aux_layer_ids to {layers} and capture again"
         )
 
 

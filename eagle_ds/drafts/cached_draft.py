@@ -1,4 +1,4 @@
-"""An EAGLE-3 draft with a KV cache, as speculative decoding and the check of an export run it."""
+"""An EAGLE-3 draft with a KV cache, for speculative decoding and for verifying an export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from eagle_ds.model.draft import Eagle3Draft
 
 
 class CachedDraft:
-    """A draft with its KV cache. Rows below ``rows`` hold K_0/V_0 from true states; those above are drafting keys."""
+    """A draft with its KV cache.
+
+    Cache rows below ``rows`` hold K_0/V_0 of verified tokens, computed from the target's states. Rows above
+    hold the keys of tokens that were drafted but not verified; the next ``extend`` overwrites them.
+    """
 
     def __init__(self, draft: Eagle3Draft, vocab: VocabMap) -> None:
         self.draft = draft
@@ -20,23 +24,27 @@ class CachedDraft:
         self.target_ids = vocab.target_ids.to(self.device)
         self.rows = 0
         arch = draft.arch
-        self.keys, self.values = (weight.new_empty(0, arch.num_key_value_heads, arch.head_dim) for _ in range(2))
+        self.keys = weight.new_empty(0, arch.num_key_value_heads, arch.head_dim)  # [capacity, Hkv, d]
+        self.values = torch.empty_like(self.keys)
         self.state = self._z = self._position = weight.new_empty(0)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         self.rows = 0
 
     def extend(self, aux: Tensor, next_ids: Tensor, positions: Tensor | None = None) -> None:
-        """Fill in n verified rows: target states [n, A*H], and the token that follows each, int64 [n].
+        """Append n verified rows. ``propose`` drafts from the last one.
 
-        Rope positions are the rows' own numbers unless given. The last row is the one that ``propose`` drafts from.
+        Args:
+            aux: target states [n, A*H].
+            next_ids: the token that follows each row, int64 [n].
+            positions: rope positions, int64 [n]; by default the row numbers.
         """
         embedded = self.draft.embed_tokens(next_ids.to(self.device))
         self.extend_embedded(aux, embedded, positions)
 
     def extend_embedded(self, aux: Tensor, embedded: Tensor, positions: Tensor | None = None) -> None:
-        """As ``extend``, from embeddings [n, D]."""
+        """Append n verified rows as ``extend`` does, with the embeddings [n, D] of the next tokens."""
         count = aux.shape[0]
         if positions is None:
             positions = torch.arange(self.rows, self.rows + count, device=self.device)
@@ -47,7 +55,7 @@ class CachedDraft:
         self.state, self._z, self._position = state[-1:], z[-1:], positions[-1:]
 
     def propose(self, steps: int) -> Tensor:
-        """int64 [steps]: target ids of a greedy chain after the last row."""
+        """Draft ``steps`` tokens greedily after the last row and return their target ids, int64 [steps]."""
         tokens: list[Tensor] = []
         state, embedded = self.state, None
         for step in range(steps):
@@ -57,28 +65,36 @@ class CachedDraft:
         return torch.cat(tokens)
 
     def step(self, step: int, state: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(logits [1, Vd], state handed on [1, D]) of drafting step ``step``; ``embedded`` [1, D] from step 1 on."""
+        """Run drafting step ``step`` and return (logits [1, Vd], next hidden state [1, D]).
+
+        ``embedded``: embedding [1, D] of the last drafted token; None at step 0, whose input ``extend``
+        prepared.
+        """
         layer = self.draft.midlayer
         position = self._position + step
         z = self._z
-        if step:
+        if step:  # K/V of step 0 are K_0/V_0 of the last row, which are in the cache already
             assert embedded is not None
             z = layer.qkv_input(embedded, state)
             self._write(self.rows - 1 + step, z, position)
         raw = layer.finish(state, self._attend(layer.self_attn.project_q(z, position), step))
-        return self.draft.head.logits(raw), self.draft.hand_on(raw)
+        return self.draft.head.logits(raw), self.draft.next_state(raw)
 
     def _attend(self, q: Tensor, step: int) -> Tensor:
-        """q [1, Hq, d] over the rows that it sees; the query heads of one KV head are the rows of one small matrix."""
+        """Attend with q [1, Hq, d] to the cached rows that it sees. Returns [1, Hq, d]."""
         end = self.rows + step
         window = self.draft.arch.sliding_window
         start = min(max(end - window, 0), self.rows) if window else 0
+        # [Hkv, rows, d]. The Hq / Hkv query heads that share a KV head become the rows of one small matrix.
         keys, values = (x[start:end].transpose(0, 1) for x in (self.keys, self.values))
         grouped = q.view(keys.shape[0], -1, q.shape[-1])
         return F.scaled_dot_product_attention(grouped, keys, values, scale=q.shape[-1] ** -0.5).reshape_as(q)
 
     def _write(self, start: int, z: Tensor, positions: Tensor) -> None:
-        """Keys and values of rows ``start``.. into the cache, which doubles when it is full."""
+        """Write the keys and values of z [n, 2D] to cache rows ``start`` and following.
+
+        A full cache grows.
+        """
         k, v = self.draft.midlayer.self_attn.project_kv(z, positions)
         end = start + z.shape[0]
         if end > self.keys.shape[0]:
@@ -87,6 +103,7 @@ class CachedDraft:
 
     @staticmethod
     def _grown(old: Tensor, used: int, capacity: int) -> Tensor:
+        """Return a cache of ``capacity`` rows with the first ``used`` rows of ``old``."""
         new = old.new_empty(capacity, *old.shape[1:])
         new[:used] = old[:used]
         return new

@@ -1,11 +1,15 @@
-"""The form in which engines serve a draft: names of tensors, keys of config.json, and how to start a server.
+"""The format in which engines serve a draft: names of tensors, keys of config.json, and commands that start a
+server.
 
-A serving engine drops a tensor that it does not know and takes a default for a key that it does not find, both without a
-word; the draft then proposes noise. So this module writes every value that an engine reads, each in the place where that
-engine looks for it, and refuses to read a draft that holds anything it cannot account for.
+An engine drops a tensor that it does not know, and takes a default for a key that it does not find, both
+without a warning; the draft then proposes noise. So this module writes every value that an engine reads to
+the place where that engine looks for it, and refuses to read a draft with anything that it does not
+understand.
 
-    SGLang  reads the layer ids from ``eagle_config`` and adds 1; vLLM reads them from the top level and adds nothing.
-    both    take rope from ``rope_parameters`` (transformers 5) or from ``rope_theta`` and ``rope_scaling`` (4).
+Where engines look:
+
+    layer ids   SGLang: ``eagle_config``, and adds 1 to each. vLLM: the top level, and adds nothing.
+    rope        both: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4).
 """
 
 from __future__ import annotations
@@ -28,21 +32,33 @@ SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle3"
 VLLM_ARCHITECTURE = "Eagle3LlamaForCausalLM"
 EMBEDDING = "embed_tokens.weight"
 VOCABULARY = ("d2t", "t2d")
-HEAD_NAMES = {"head.norm_weight": "norm.weight", "head.weight": "lm_head.weight"}  # training name -> served name
-ALIASES = {"layers.0.": "midlayer.", "aux_norm_low.": "fc_norm.0.", "aux_norm_mid.": "fc_norm.1.", "aux_norm_high.": "fc_norm.2."}
+# Training name -> served name
+HEAD_NAMES = {"head.norm_weight": "norm.weight", "head.weight": "lm_head.weight"}
+ALIASES = {  # names in published drafts -> ours
+    "layers.0.": "midlayer.",
+    "aux_norm_low.": "fc_norm.0.", "aux_norm_mid.": "fc_norm.1.", "aux_norm_high.": "fc_norm.2.",
+}
 
-# SGLang's DeepSeek class adds its 1 only to lists that begin with 1, and takes any other list as states entering a layer.
+# SGLang's DeepSeek class adds 1 only to lists that begin with 1. It reads any other list as inputs of layers,
+# not outputs.
 DEEPSEEK_CLASS = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm4_moe_lite"}
-UNSUPPORTED = {"norm_before_residual": "the residual is normed", "mlp_bias": "the MLP has biases", "bias": "fc has a bias"}
+UNSUPPORTED = {
+    "norm_before_residual": "the residual is normed",
+    "mlp_bias": "the MLP has biases",
+    "bias": "fc has a bias",
+}
 
 
 def served_name(name: str) -> str:
-    """Training name of a tensor -> the name that engines know."""
+    """Return the name that engines know for a tensor's training name."""
     return HEAD_NAMES.get(name, name)
 
 
 def training_name(name: str) -> str:
-    """Name in a served or published draft -> training name; unknown names come back as they are."""
+    """Return the training name of a tensor in a served or published draft.
+
+    Unknown names are returned unchanged.
+    """
     name = name.removeprefix("model.")
     for old, new in ALIASES.items():
         if name.startswith(old):
@@ -51,26 +67,42 @@ def training_name(name: str) -> str:
 
 
 def tensor_shapes(arch: DraftArch) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a draft of this architecture has, by training name (no frozen embedding)."""
+    """Return the shape of every tensor of this architecture by training name, without a frozen embedding."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in Eagle3Draft(arch).named_parameters()}
 
 
 def sglang_layer_ids(outputs: Sequence[int], model_type: str | None) -> list[int]:
-    """Captured layer outputs -> what SGLang's class for this target must be given to capture the same."""
+    """Return the ids that SGLang's class for this target needs, to read the same layer outputs."""
     if model_type in DEEPSEEK_CLASS and outputs[0] != 1:
         return [layer + 1 for layer in outputs]
     return list(outputs)
 
 
-def layer_outputs(ids: Sequence[int], model_type: str | None = None, num_layers: int | None = None) -> list[int]:
-    """The inverse, also for lists that others wrote: SGLang's ids of this target -> captured layer outputs."""
-    entering = (model_type in DEEPSEEK_CLASS and ids[0] != 1) or (model_type == "gpt_oss" and max(ids) == num_layers)
+def layer_outputs(
+    ids: Sequence[int], model_type: str | None = None, num_layers: int | None = None
+) -> list[int]:
+    """Return the layer outputs that SGLang reads for ``ids`` with this target: the inverse of
+    ``sglang_layer_ids``.
+
+    It also understands lists that others wrote.
+
+    """
+    deepseek_inputs = model_type in DEEPSEEK_CLASS and ids[0] != 1
+    entering = deepseek_inputs or (model_type == "gpt_oss" and max(ids) == num_layers)
     return [layer - 1 for layer in ids] if entering else list(ids)
 
 
-def served_config(arch: DraftArch, outputs: Sequence[int], target: TargetInfo | None, dtype: str, vllm: bool) -> dict[str, Any]:
-    """config.json of a draft that reads the layer outputs ``outputs``. ``target``: for its token ids and its class."""
+def served_config(
+    arch: DraftArch, outputs: Sequence[int], target: TargetInfo | None, dtype: str, vllm: bool
+) -> dict[str, Any]:
+    """Return the config.json of a draft that reads the target's layer outputs ``outputs``.
+
+    Args:
+        target: gives the token ids and the model class; None leaves the token ids out.
+        dtype: type of the weights in the file.
+        vllm: write vLLM's architecture name instead of SGLang's.
+    """
     ids = sglang_layer_ids(outputs, target.model_type if target else None)
     config: dict[str, Any] = {
         "architectures": [VLLM_ARCHITECTURE if vllm else SGLANG_ARCHITECTURE],
@@ -114,7 +146,7 @@ def served_config(arch: DraftArch, outputs: Sequence[int], target: TargetInfo | 
 
 
 def rope_keys(arch: DraftArch) -> dict[str, Any]:
-    """Rope as trained, under the keys of transformers 4 and of transformers 5."""
+    """Return the rope settings under the keys of transformers 4 and of transformers 5."""
     scaling = None
     if arch.rope_scaling and arch.rope_scaling.rope_type != "default":
         scaling = _scaling_keys(arch.rope_scaling)
@@ -123,20 +155,24 @@ def rope_keys(arch: DraftArch) -> dict[str, Any]:
 
 
 def _scaling_keys(scaling: RopeScaling) -> dict[str, Any]:
-    """The keys that this kind of scaling uses. Engines have no ``attention_factor``: they multiply their own by ``attn_factor``."""
+    """Return the keys that this kind of scaling uses.
+
+    Engines do not read ``attention_factor``; they multiply their own factor by ``attn_factor``.
+    """
     of_kind = {
         "linear": {"factor"},
         "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-    }.get(scaling.rope_type, set(RopeScaling.model_fields) - {"rope_type", "low_freq_factor", "high_freq_factor"})
-    keys = {"rope_type": scaling.rope_type}
-    keys |= {name: getattr(scaling, name) for name in RopeScaling.model_fields if name in of_kind and getattr(scaling, name) is not None}
+    }
+    yarn = set(RopeScaling.model_fields) - {"rope_type", "low_freq_factor", "high_freq_factor"}
+    used = {"rope_type"} | of_kind.get(scaling.rope_type, yarn)
+    keys = {name: value for name, value in scaling if name in used and value is not None}
     if scaling.rope_type == "yarn" and scaling.attention_factor is not None:
         keys["attn_factor"] = scaling.attention_factor / _engine_magnitude(keys)
     return keys
 
 
 def _engine_magnitude(scaling: Mapping[str, Any]) -> float:
-    """The factor on cos and sin that engines derive for YaRN before ``attn_factor``."""
+    """Return the factor on cos and sin that engines derive for YaRN, before ``attn_factor``."""
 
     def magnitude(mscale: float) -> float:
         return 0.1 * mscale * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
@@ -147,7 +183,10 @@ def _engine_magnitude(scaling: Mapping[str, Any]) -> float:
 
 
 def rope_scaling_of(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) that a draft's config.json means; a missing base is 10000. ValueError for a kind that we lack."""
+    """Return (theta, scaling) of a draft's config.json; a missing base is 10000.
+
+    Raises ValueError for a kind of scaling that is not supported.
+    """
     theta, scaling = rope_of(dict(config))
     if scaling is None:
         return theta, None
@@ -160,14 +199,16 @@ def rope_scaling_of(config: Mapping[str, Any]) -> tuple[float, RopeScaling | Non
     try:
         return theta, RopeScaling(**scaling)
     except ValueError as error:
-        known = ", ".join(RopeScaling.model_fields)
-        raise ValueError(f"its rope scaling {scaling} is not one of linear, llama3 and yarn with the keys {known}") from error
+        supported = f"linear, llama3 and yarn with the keys {', '.join(RopeScaling.model_fields)}"
+        raise ValueError(f"its rope scaling {scaling} is not supported; supported are {supported}") from error
 
 
 def arch_of_config(config: Mapping[str, Any]) -> DraftArch:
-    """The architecture that a served config.json describes, with the defaults that engines take for absent keys.
+    """Return the architecture that a served config.json describes, with the engines' defaults for absent
+    keys.
 
-    Raises ValueError for a draft that is built otherwise (another depth, activation, norm placement or container).
+    Raises ValueError for a draft with another depth, activation, norm placement or container.
+
     """
     if "speculators_model_type" in config or "transformer_layer_config" in config:
         raise ValueError("it is in the speculators container; convert it to the plain EAGLE-3 layout first")
@@ -177,16 +218,19 @@ def arch_of_config(config: Mapping[str, Any]) -> DraftArch:
         raise ValueError(f"its activation is {config['hidden_act']}; only silu is supported")
     for key, meaning in UNSUPPORTED.items():
         if config.get(key):
-            raise ValueError(f"{meaning} ({key} is set), which this architecture does not do")
-    lacking = [key for key in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size") if not config.get(key)]
+            raise ValueError(f"{meaning} ({key} is set), which is not supported")
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    lacking = [key for key in needed if not config.get(key)]
     if lacking:
         raise ValueError(f"its config.json has no {', '.join(lacking)}")
     theta, scaling = rope_scaling_of(config)
     eagle = config.get("eagle_config") or {}
     heads, width = config["num_attention_heads"], config["hidden_size"]
     if not config.get("head_dim") and width % heads:
-        raise ValueError(f"its hidden_size {width} is no multiple of its {heads} heads, and its config.json gives no head_dim")
+        wrong = f"its hidden_size {width} is no multiple of its {heads} heads"
+        raise ValueError(f"{wrong}, and its config.json gives no head_dim")
     windowed = "sliding_attention" in (config.get("layer_types") or ())
+    layer_ids = eagle.get("eagle_aux_hidden_state_layer_ids") or ()
     return DraftArch(
         hidden_size=width,
         intermediate_size=config["intermediate_size"],
@@ -200,7 +244,7 @@ def arch_of_config(config: Mapping[str, Any]) -> DraftArch:
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        num_aux=config.get("num_aux_hidden_states") or len(eagle.get("eagle_aux_hidden_state_layer_ids") or ()) or 3,
+        num_aux=config.get("num_aux_hidden_states") or len(layer_ids) or 3,
         sliding_window=config.get("sliding_window") if windowed else None,
         attention_bias=bool(config.get("attention_bias", False)),
         fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm")),
@@ -211,7 +255,7 @@ def arch_of_config(config: Mapping[str, Any]) -> DraftArch:
 
 @dataclass(frozen=True)
 class ServeCommands:
-    """Shell commands that serve a target with a draft, drafting ``num_steps`` tokens in a chain."""
+    """Shell commands that serve a target with a draft that proposes a chain of ``num_steps`` tokens."""
 
     target: str
     draft: str | Path
@@ -221,11 +265,16 @@ class ServeCommands:
 
     @property
     def sglang(self) -> str:
-        """SGLang counts the target's own token among the draft tokens, and a key at distance W as inside a window of W."""
+        """Command for SGLang.
+
+        SGLang counts the target's own token among the draft tokens. Its window of W includes the key at
+        distance W.
+        """
         lines = [
             f"python -m sglang.launch_server --model-path {shlex.quote(self.target)} --dtype {self.dtype}",
             f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {shlex.quote(str(self.draft))}",
-            f"--speculative-num-steps {self.num_steps} --speculative-eagle-topk 1 --speculative-num-draft-tokens {self.num_steps + 1}",
+            f"--speculative-num-steps {self.num_steps} --speculative-eagle-topk 1 "
+            f"--speculative-num-draft-tokens {self.num_steps + 1}",
         ]
         if self.sliding_window:
             lines.append(f"--speculative-draft-window-size {self.sliding_window - 1}")
@@ -233,6 +282,8 @@ class ServeCommands:
 
     @property
     def vllm(self) -> str:
-        """For a draft that was exported with --vllm."""
-        settings = f'{{"method": "eagle3", "model": "{self.draft}", "num_speculative_tokens": {self.num_steps}}}'
-        return f"vllm serve {shlex.quote(self.target)} --dtype {self.dtype} \\\n  --speculative-config {shlex.quote(settings)}"
+        """Command for vLLM, for a draft that was exported with --vllm."""
+        tokens = f'"num_speculative_tokens": {self.num_steps}'
+        settings = f'{{"method": "eagle3", "model": "{self.draft}", {tokens}}}'
+        serve = f"vllm serve {shlex.quote(self.target)} --dtype {self.dtype}"
+        return f"{serve} \\\n  --speculative-config {shlex.quote(settings)}"
