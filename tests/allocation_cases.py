@@ -23,6 +23,7 @@ from eagle_ds.data.batch import TokenLabels, counted_rows
 from eagle_ds.estimate import tensor_sizes
 from eagle_ds.estimate.memory import MemoryModel, Parts
 from eagle_ds.estimate.sequences import document_in_turns, sharding_for
+from eagle_ds.kernels.backend import PlainOperations
 from eagle_ds.model import draft, loss, projections
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
@@ -176,32 +177,15 @@ def _as_on_a_gpu() -> Iterator[None]:
     budget = {"cuda": ROWS * D * 8, "cpu": ROWS * D * 8}
     with ExitStack() as stack:
         for place, name, value in (
-            (draft, "rms_norm", _Norm.apply),
-            (draft, "norm_into", _NormInto.apply),
-            (draft, "rope", _Rope.apply),
-            (draft, "swiglu", lambda gate, up, spent: _SwiGLU.apply(gate, up)),
-            (loss, "rms_norm", _Norm.apply),
-            (projections, "rms_norm", lambda x, weight, eps: torch.empty_like(x)),
-            (projections, "norm_into", lambda z, *_: z),
-            (projections, "rms_norm_gradients", _norm_gradients),
-            (projections, "rotate_into", lambda *_, **named: None),
-            (projections, "take_rows", lambda table, index, columns: table.new_empty(len(index), columns)),
-            (projections, "add_rows", lambda *_: None),
-            (projections, "add_product", lambda *_: None),
-            (loss, "_kernels_for", lambda weight: _RowKernels),
+            (draft, "operations_for", lambda x: _AllocatingOperations),
+            (projections, "operations_for", lambda x: _AllocatingOperations),
+            (loss, "operations_for", lambda x: _LossOperations),
             (tiles, "TILE_ROWS", TILE),
             (loss, "LOSS_CHUNK_BYTES", budget),
             (tensor_sizes, "LOSS_CHUNK_BYTES", budget),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         yield
-
-
-def _norm_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *,
-    dx: Tensor | None = None,
-) -> Tensor:
-    return torch.zeros_like(weight)
 
 
 class _Norm(torch.autograd.Function):
@@ -292,3 +276,48 @@ class _RowKernels:
     @staticmethod
     def row_losses(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         return torch.zeros(len(logits)), torch.zeros(len(logits)), torch.zeros(len(logits), dtype=torch.int64)
+
+
+class _AllocatingOperations(PlainOperations):
+    """Allocate and keep for the backward what the Triton operations do."""
+
+    rms_norm = _Norm.apply
+    norm_into = _NormInto.apply
+    rope = _Rope.apply
+
+    @staticmethod
+    def norm_rows_into(
+        z: Tensor, column: int, table: Tensor, rows: Tensor, weight: Tensor, eps: float
+    ) -> Tensor:
+        return _NormInto.apply(z, column, table, weight, eps, rows)
+
+    @staticmethod
+    def rms_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, *_: Any, **named: Any) -> Tensor:
+        return torch.zeros_like(weight)
+
+    @staticmethod
+    def rotate_into(*_: Any, **named: Any) -> None:
+        pass
+
+    @staticmethod
+    def swiglu(gate: Tensor, up: Tensor, *, overwrite: bool = False) -> Tensor:
+        return _SwiGLU.apply(gate, up)
+
+    @staticmethod
+    def take_rows(table: Tensor, index: Tensor, columns: int) -> Tensor:
+        return table.new_empty(len(index), columns)
+
+    @staticmethod
+    def add_rows(*_: Any) -> None:
+        pass
+
+    @staticmethod
+    def add_product(*_: Any) -> None:
+        pass
+
+
+class _LossOperations(_AllocatingOperations):
+    """The loss's own row kernels, and the real product, which allocates its result."""
+
+    loss = _RowKernels
+    add_product = PlainOperations.add_product
