@@ -121,20 +121,23 @@ class TransformersGenerator:
         return Answer(text, len(row[:end]), "length" if end is None else "stop")
 
 
+@dataclass(frozen=True)
 class EndpointGenerator:
     """Generates answers with any server that has OpenAI's ``POST {url}/chat/completions``:
 
     SGLang, vLLM, llama.cpp, ...
     """
 
-    def __init__(
-        self, url: str, model: str, sampling: Sampling, api_key: str | None = None, timeout_s: float = 600.0
-    ) -> None:
-        self.url = url.rstrip("/") + "/chat/completions"
-        self.model = model
-        self.sampling = sampling
-        self.api_key = api_key
-        self.timeout_s = timeout_s
+    base_url: str
+    model: str
+    sampling: Sampling
+    api_key: str | None = None
+    timeout_s: float = 600.0
+
+    @property
+    def url(self) -> str:
+        """Where requests are sent."""
+        return self.base_url.rstrip("/") + "/chat/completions"
 
     def generate(self, prompts: Sequence[list[Message]]) -> list[Answer | None]:
         """Send the prompts one after another. Raises ValueError if the server cannot be used."""

@@ -12,20 +12,9 @@
 cannot.
 """
 
+# ruff: noqa: F401 - these names are the package's interface
 from eagle_ds.convert.completion import Completer, FinalNorm
 from eagle_ds.convert.formats import RawSample, Reason, Rejected
 from eagle_ds.convert.hdf5_files import Hdf5Map
 from eagle_ds.convert.masks import ConversationMasks
 from eagle_ds.convert.sources import SourceItem, iter_source
-
-__all__ = [
-    "Completer",
-    "ConversationMasks",
-    "FinalNorm",
-    "Hdf5Map",
-    "RawSample",
-    "Reason",
-    "Rejected",
-    "SourceItem",
-    "iter_source",
-]

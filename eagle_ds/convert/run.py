@@ -15,7 +15,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -91,9 +91,9 @@ def convert(
     seen, unreadable = survey(found.items, options.workers)
     if seen is None or (options.strict and found.duplicates):
         options.destination.mkdir(parents=True, exist_ok=True)
-        with _RejectedLog(options.destination / REJECTED_NAME, summary) as log:
+        with _rejected_log(options.destination, summary) as reject:
             for rejected in unreadable:
-                log.add(rejected)
+                reject(rejected)
     else:
         summary.info, completer = resolve_options(options, seen)
         completer = replace(completer, masks=index_masks(options))
@@ -146,8 +146,9 @@ def _convert_samples(
     Writes nothing before it holds the store's lock.
     """
     deleter = _SourceDeleter(found) if options.delete_source else None
-    log_path = worker.root / REJECTED_NAME
-    with StoreWriter(worker.root, worker.info, workers=1) as writer, _RejectedLog(log_path, summary) as log:
+    with StoreWriter(
+        worker.root, worker.info, workers=1
+    ) as writer, _rejected_log(worker.root, summary) as reject:
         entries = {entry.id: entry for entry in read_manifest(worker.root)[0] if entry.id in writer.done_ids}
         jobs = [
             Job(item, entries.get(item.id)) for item in found.items if worker.verify or item.id not in entries
@@ -157,7 +158,7 @@ def _convert_samples(
         with closing(run_jobs(jobs, worker, options.workers)) as outcomes:
             for number, outcome in enumerate(outcomes, start=1):
                 if outcome.rejected is not None:
-                    log.add(outcome.rejected)
+                    reject(outcome.rejected)
                 else:
                     _record_outcome(outcome, worker.verify, writer, summary, deleter)
                 done_bytes += outcome.job.item.file_bytes
@@ -262,32 +263,24 @@ def _file_version(path: Path) -> tuple[int, int] | None:
     return info.st_size, info.st_mtime_ns
 
 
-class _RejectedLog:
-    """``rejected.jsonl``: one line for each rejected file, written at once.
+@contextmanager
+def _rejected_log(root: Path, summary: Summary) -> Iterator[Callable[[Rejected], None]]:
+    """Open ``rejected.jsonl``, write what ``summary`` holds already, and give a function that adds more.
 
-    Every run starts it anew, as it tries again.
+    Every run starts the file anew, because it tries the rejected files again.
     """
+    # Line buffering: each line is on disk at once.
+    with (root / REJECTED_NAME).open("w", encoding="utf-8", buffering=1) as file:
 
-    def __init__(self, path: Path, summary: Summary) -> None:
-        """Open the file and write what ``summary`` holds already."""
-        self._file = path.open("w", encoding="utf-8")
-        self._summary = summary
+        def write(rejected: Rejected) -> None:
+            line = {"path": rejected.path, "reason": str(rejected.reason), "detail": rejected.detail}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+        def reject(rejected: Rejected) -> None:
+            logger.warning("rejected %s", rejected)
+            summary.rejected.append(rejected)
+            write(rejected)
+
         for rejected in summary.rejected:
-            self._write(rejected)
-
-    def add(self, rejected: Rejected) -> None:
-        """Log the rejection, write its line, and count it in the summary."""
-        logger.warning("rejected %s", rejected)
-        self._summary.rejected.append(rejected)
-        self._write(rejected)
-
-    def _write(self, rejected: Rejected) -> None:
-        line = {"path": rejected.path, "reason": str(rejected.reason), "detail": rejected.detail}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> _RejectedLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+            write(rejected)
+        yield reject

@@ -29,33 +29,17 @@ ENCODED_CHUNKS = 16  # of each probe, to predict size and time
 HEAD_PROBE_ROWS = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class Survey:
-    """What the probed files hold.
-
-    If they differ, the values are those of most files. Hidden states are "raw" bytes.
-    """
+    """What one file holds, or most of several files; sizes and seconds are then sums."""
 
     hidden_size: int
     num_aux: int
     dtype: str
     before_norm: bool
     has_mask: bool
-    raw_per_file_byte: float
-    read_s_per_file_byte: float
-
-
-@dataclass
-class _Probe:
-    """What one file holds, and the seconds to read it."""
-
     file_bytes: int
-    hidden_size: int
-    num_aux: int
-    dtype: str
-    before_norm: bool
-    has_mask: bool
-    raw_bytes: int
+    raw_bytes: int  # hidden states in memory
     read_s: float
 
 
@@ -79,23 +63,23 @@ def survey(items: Sequence[SourceItem], workers: int = 1) -> tuple[Survey | None
     with ThreadPoolExecutor(workers) as pool:  # inflating releases the interpreter's lock
         results = list(pool.map(_try_probe, (items[index] for index in spread)))
     for index in sorted(set(range(len(items))) - set(spread)):
-        if any(isinstance(result, _Probe) for result in results):
+        if any(isinstance(result, Survey) for result in results):
             break
         results.append(_try_probe(items[index]))
-    probes = [result for result in results if isinstance(result, _Probe)]
+    probes = [result for result in results if isinstance(result, Survey)]
     if not probes:
         return None, [result for result in results if isinstance(result, Rejected)]
     return _summarise(probes), []
 
 
-def _try_probe(item: SourceItem) -> _Probe | Rejected:
+def _try_probe(item: SourceItem) -> Survey | Rejected:
     try:
         return _probe(item)
     except Rejected as error:
         return error.at(item.place)
 
 
-def _probe(item: SourceItem) -> _Probe:
+def _probe(item: SourceItem) -> Survey:
     begin = time.perf_counter()
     raw = item.read(checksums=False)
     read_s = time.perf_counter() - begin
@@ -105,10 +89,12 @@ def _probe(item: SourceItem) -> _Probe:
         detail = f"hidden_state is {raw.last.dtype} {list(raw.last.shape)}, expected floating-point states"
         raise Rejected(Reason.DTYPE, detail)
     num_aux, has_mask = raw.aux.shape[1] // width, raw.loss_mask is not None
-    return _Probe(item.file_bytes, width, num_aux, dtype, raw.before_norm, has_mask, raw.nbytes, read_s)
+    return Survey(
+        width, num_aux, dtype, raw.before_norm, has_mask, item.file_bytes, raw.nbytes, read_s
+    )
 
 
-def _summarise(probes: list[_Probe]) -> Survey:
+def _summarise(probes: list[Survey]) -> Survey:
     def most_frequent(name: str) -> object:
         counts = Counter(getattr(probe, name) for probe in probes)
         if len(counts) > 1:
@@ -116,12 +102,13 @@ def _summarise(probes: list[_Probe]) -> Survey:
             logger.warning("files differ in %s: %s; %s", name, dict(counts), advice)
         return counts.most_common(1)[0][0]
 
-    file_bytes = sum(probe.file_bytes for probe in probes) or 1
+    def total(name: str) -> float:
+        return sum(getattr(probe, name) for probe in probes)
+
     return Survey(
         **{name: most_frequent(name) for name in ("hidden_size", "num_aux", "dtype", "before_norm")},
+        **{name: total(name) for name in ("file_bytes", "raw_bytes", "read_s")},
         has_mask=any(probe.has_mask for probe in probes),
-        raw_per_file_byte=sum(probe.raw_bytes for probe in probes) / file_bytes,
-        read_s_per_file_byte=sum(probe.read_s for probe in probes) / file_bytes,
     )
 
 
@@ -135,12 +122,13 @@ def predict(
     """
     ratio, encode_s_per_byte = _time_encoding(items, survey)
     source_bytes = sum(item.file_bytes for item in items)
-    raw_bytes = int(source_bytes * survey.raw_per_file_byte)
+    files = source_bytes / max(1, survey.file_bytes)  # all items, in units of the surveyed files
+    raw_bytes = int(files * survey.raw_bytes)
     head_s = 0.0
     if head is not None:
         row_bytes = (survey.num_aux + 1) * survey.hidden_size * TORCH_DTYPES[survey.dtype].itemsize
         head_s = raw_bytes / row_bytes * head_s_per_row(head) / workers
-    work_s = source_bytes * survey.read_s_per_file_byte + raw_bytes * encode_s_per_byte * WORK_PER_ENCODING
+    work_s = files * survey.read_s + raw_bytes * encode_s_per_byte * WORK_PER_ENCODING
     seconds = START_S + work_s / workers + head_s
     return Prediction(source_bytes, raw_bytes, int(raw_bytes * ratio), seconds, head_s)
 
