@@ -48,25 +48,39 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(tmp_path: Path, target: Path) -> Path:
-    chats = [[{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "yes"}] for i in range(5)]
+    chats = [
+        [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "yes"}]
+        for i in range(5)
+    ]
     lines = [json.dumps({"id": f"c{i}", "messages": chat}) for i, chat in enumerate(chats)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
     recipe = recipe_for(PLAIN, tmp_path, str(target))
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval_conversations": str(tmp_path / "chats.jsonl")})})
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"eval_conversations": str(tmp_path / "chats.jsonl")})}
+    )
     write_run(tmp_path, random_draft(), recipe)
     return tmp_path / "run"
 
 
-def test_a_run_is_exported_measured_and_reported(run_dir: Path, call, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_exported_measured_and_reported(
+    run_dir: Path, call, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call("export_draft", run_dir) == 0
     assert call("export_draft", run_dir, "--vllm") == 0
     assert {path.name for path in run_dir.iterdir()} >= {"draft", "draft-vllm"}
     assert "--speculative-draft-model-path" in (run_dir / "draft" / "README.md").read_text()
     assert "vllm serve" in (run_dir / "draft-vllm" / "README.md").read_text()
     settings = ("--num-prompts", 3, "--max-new-tokens", 6, "--num-draft-tokens", 3)
-    assert call("eval_acceptance", "--recipe", run_dir / "recipe.json", "--baseline", "untrained", *settings) == 0
+    assert (
+        call("eval_acceptance", "--recipe", run_dir / "recipe.json", "--baseline", "untrained", *settings)
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "trained over untrained" in printed and "paired bootstrap interval" in printed and "3 of 3 answers equal to plain" in printed
+    assert (
+        "trained over untrained" in printed
+        and "paired bootstrap interval" in printed
+        and "3 of 3 answers equal to plain" in printed
+    )
     found = json.loads((run_dir / "acceptance.json").read_text())
     assert [draft["name"] for draft in found["drafts"]] == ["untrained", "trained"]
     assert (found["num_prompts"], found["num_draft_tokens"], found["dtype"]) == (3, 3, "float32")
@@ -80,14 +94,39 @@ def test_tools_that_do_not_train_do_not_import_deepspeed(name: str) -> None:
     """DeepSpeed is slow to import and prints warnings on a machine without a GPU."""
     root = Path(__file__).resolve().parents[2]
     code = f"import runpy, sys; runpy.run_path('tools/{name}.py'); sys.exit('deepspeed' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_an_exported_draft_decodes_as_its_checkpoint(run_dir: Path, tmp_path: Path, target: Path, call) -> None:
+def test_an_exported_draft_decodes_as_its_checkpoint(
+    run_dir: Path, tmp_path: Path, target: Path, call
+) -> None:
     assert call("export_draft", run_dir, "--dtype", "float32", "--out", tmp_path / "served") == 0
-    arguments = ("--target", target, "--draft", tmp_path / "served", "--baseline", run_dir, "--prompts", tmp_path / "chats.jsonl")
-    assert call("eval_acceptance", *arguments, "--num-prompts", 2, "--max-new-tokens", 8, "--out", tmp_path / "out") == 0
+    arguments = (
+        "--target",
+        target,
+        "--draft",
+        tmp_path / "served",
+        "--baseline",
+        run_dir,
+        "--prompts",
+        tmp_path / "chats.jsonl",
+    )
+    assert (
+        call(
+            "eval_acceptance",
+            *arguments,
+            "--num-prompts",
+            2,
+            "--max-new-tokens",
+            8,
+            "--out",
+            tmp_path / "out",
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "out" / "acceptance.json").read_text())
     baseline, draft = found["drafts"]
     assert (baseline["name"], draft["name"]) == ("baseline", "draft")
@@ -95,18 +134,31 @@ def test_an_exported_draft_decodes_as_its_checkpoint(run_dir: Path, tmp_path: Pa
     assert found["differences"][0]["value"] == 0.0
 
 
-def test_baseline_untrained_of_a_run_with_init_from_is_that_draft(run_dir: Path, tmp_path: Path, call) -> None:
+def test_baseline_untrained_of_a_run_with_init_from_is_that_draft(
+    run_dir: Path, tmp_path: Path, call
+) -> None:
     assert call("export_draft", run_dir, "--dtype", "float32", "--out", tmp_path / "served") == 0
     recipe = json.loads((run_dir / "recipe.json").read_text())
     recipe["draft"]["init_from"] = str(tmp_path / "served")
     (run_dir / "recipe.json").write_text(json.dumps(recipe))
-    arguments = ("--recipe", run_dir / "recipe.json", "--baseline", "untrained", "--num-prompts", 2, "--max-new-tokens", 8)
+    arguments = (
+        "--recipe",
+        run_dir / "recipe.json",
+        "--baseline",
+        "untrained",
+        "--num-prompts",
+        2,
+        "--max-new-tokens",
+        8,
+    )
     assert call("eval_acceptance", *arguments) == 0
     found = json.loads((run_dir / "acceptance.json").read_text())
     assert found["drafts"][0]["acceptance_by_position"] == found["drafts"][1]["acceptance_by_position"]
 
 
-def test_a_target_that_transformers_cannot_load_is_a_one_sentence_error(run_dir: Path, target: Path, tmp_path: Path, call, capsys) -> None:
+def test_a_target_that_transformers_cannot_load_is_a_one_sentence_error(
+    run_dir: Path, target: Path, tmp_path: Path, call, capsys
+) -> None:
     shutil.copytree(target, tmp_path / "odd")
     config = json.loads((tmp_path / "odd" / "config.json").read_text())
     (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
@@ -116,7 +168,9 @@ def test_a_target_that_transformers_cannot_load_is_a_one_sentence_error(run_dir:
     assert not (run_dir / "acceptance.json").exists()
 
 
-def test_a_full_disk_leaves_no_result_file(run_dir: Path, call, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_result_file(
+    run_dir: Path, call, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -140,20 +194,38 @@ def test_answers_that_differ_in_bfloat16_are_counted_with_their_gap(run_dir: Pat
         ("export_draft", ["{tmp}/nowhere"], "is not a folder"),
         ("export_draft", ["{tmp}"], "holds no draft"),
         ("export_draft", ["{run}", "--target", "{tmp}/no-target"], "target"),
-        ("export_draft", ["{run}", "--out", "{run}/recipe.json/draft"], "recipe.json is a file, where a folder was expected"),
-        ("eval_acceptance", ["--draft", "{run}", "--out", "{run}/recipe.json"], "recipe.json is a file, where a folder was expected"),
+        (
+            "export_draft",
+            ["{run}", "--out", "{run}/recipe.json/draft"],
+            "recipe.json is a file, where a folder was expected",
+        ),
+        (
+            "eval_acceptance",
+            ["--draft", "{run}", "--out", "{run}/recipe.json"],
+            "recipe.json is a file, where a folder was expected",
+        ),
         ("export_draft", ["{run}", "--aux-layer-ids", "1", "2", "3"], "was trained on layers [1, 2, 5]"),
         ("eval_acceptance", [], "no draft given"),
         ("eval_acceptance", ["--recipe", "{tmp}/nothing.json"], "cannot read"),
         ("eval_acceptance", ["--draft", "{run}", "--prompts", "{tmp}/none.jsonl"], "does not exist"),
         ("eval_acceptance", ["--draft", "{run}", "--max-prompt-tokens", "3"], "has no usable prompt"),
         ("eval_acceptance", ["--draft", "{run}", "--target", "{tmp}"], "has no config.json"),
-        ("eval_acceptance", ["--draft", "{run}", "--aux-layer-ids", "1", "2", "9"], "ascending layer outputs"),
+        (
+            "eval_acceptance",
+            ["--draft", "{run}", "--aux-layer-ids", "1", "2", "9"],
+            "ascending layer outputs",
+        ),
         ("make_report", ["{tmp}"], "is not a run folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_1(
-    tool: str, arguments: list[str], message: str, run_dir: Path, tmp_path: Path, call, capsys: pytest.CaptureFixture[str]
+    tool: str,
+    arguments: list[str],
+    message: str,
+    run_dir: Path,
+    tmp_path: Path,
+    call,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = sorted(path.name for path in run_dir.iterdir())
     assert call(tool, *(argument.format(tmp=tmp_path, run=run_dir) for argument in arguments)) == 1
@@ -162,7 +234,9 @@ def test_bad_input_is_one_sentence_and_exit_code_1(
     assert sorted(path.name for path in run_dir.iterdir()) == before
 
 
-def test_an_exported_draft_can_be_exported_again_for_the_other_engine(run_dir: Path, tmp_path: Path, call) -> None:
+def test_an_exported_draft_can_be_exported_again_for_the_other_engine(
+    run_dir: Path, tmp_path: Path, call
+) -> None:
     assert call("export_draft", run_dir, "--dtype", "float32", "--out", tmp_path / "served") == 0
     again = ("export_draft", tmp_path / "served", "--vllm", "--dtype", "float32", "--out", tmp_path / "v")
     assert call(*again) == 1  # nothing says which target it is for
