@@ -1,6 +1,6 @@
-"""A second implementation of DESIGN section 2, for tests: dense, one document at a time, with every mask.
+"""A second implementation of docs/maths.md, for tests: dense, one document at a time, with every mask.
 
-Nothing here is shared with the package but the rotary frequencies, which ``test_rope.py`` checks against
+Nothing here is shared with the package but the rotary frequencies, which ``test_export.py`` checks against
 transformers.
 """
 
@@ -90,7 +90,7 @@ def unroll(w: dict[str, Tensor], arch: DraftArch, ids: Tensor, aux: Tensor, step
 
 
 def trained_at(mask: np.ndarray, p: int, k: int, alignment: str) -> bool:
-    """Whether row p is trained at step k, exactly as DESIGN section 2 says it."""
+    """Whether row p is trained at step k, exactly as docs/maths.md, section 3, says it."""
     if alignment == "feature":
         return p + k < len(mask) - 1 and bool(mask[p + k])
     return p + 2 + k < len(mask) and all(mask[p + 1 : p + 3 + k])

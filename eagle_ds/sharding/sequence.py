@@ -1,6 +1,6 @@
 """The sharding of one (packed) sequence: which rank owns which rows. Integers only.
 
-There are three kinds of rows (DESIGN: "only trained rows need queries"):
+There are three kinds of rows (docs/maths.md, section 3: only trained rows need queries):
 
     context rows   the rank computes K_0 and V_0 for them         all S rows, split evenly
     query rows     the rank unrolls the T TTT steps for them      the N trained rows, split evenly
@@ -60,7 +60,7 @@ class Document:
         object.__setattr__(self, "trained_spans", spans)  # the class is frozen
 
     def trained_rows(self, ttt_steps: int, alignment: Alignment) -> Ranges:
-        """Return the rows that are trained at some TTT step, by the loss mask m alone (DESIGN section 2).
+        """Return the rows that are trained at some TTT step, by the loss mask m alone (docs/maths.md, section 3).
 
         ``serving``: row p needs tokens p+1 (just sampled) and p+2 (predicted) trained; later steps need more.
         ``feature``: row p needs m[p+k] = 1 for some k < T, where m[S-1] is taken as 0.
