@@ -60,7 +60,7 @@ class Document:
         object.__setattr__(self, "trained_spans", spans)  # the class is frozen
 
     def trained_rows(self, ttt_steps: int, alignment: Alignment) -> Ranges:
-        """Return the rows that are trained at some TTT step, by the loss mask m alone (docs/maths.md, section 3).
+        """Return the rows that are trained at some TTT step, by the loss mask m alone (docs/maths.md).
 
         ``serving``: row p needs tokens p+1 (just sampled) and p+2 (predicted) trained; later steps need more.
         ``feature``: row p needs m[p+k] = 1 for some k < T, where m[S-1] is taken as 0.
