@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds.config.recipe import RopeScaling
+from eagle_ds.config.sections import RopeScaling
 from eagle_ds.data.batch import TokenLabels
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
@@ -71,6 +71,6 @@ class GoldenCase:
         spans = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
         return Document(len(mask), tuple(spans))
 
-    def token_facts(self) -> TokenLabels:
+    def token_labels(self) -> TokenLabels:
         ids, mask = self.arrays["in.input_ids"].numpy(), self.arrays["in.loss_mask"].numpy()
         return TokenLabels(ids.astype(np.int32), mask.astype(np.uint8))

@@ -27,7 +27,7 @@ def case(request: pytest.FixtureRequest) -> GoldenCase:
 
 
 def _whole(case: GoldenCase, dtype: torch.dtype) -> WholeSequence:
-    return WholeSequence([case.token_facts()], case.arrays["in.aux_hidden_state"].to(dtype), case.arrays["in.hidden_state"].to(dtype))
+    return WholeSequence([case.token_labels()], case.arrays["in.aux_hidden_state"].to(dtype), case.arrays["in.hidden_state"].to(dtype))
 
 
 def _head(case: GoldenCase, dtype: torch.dtype) -> WholeHead:
