@@ -1,4 +1,4 @@
-"""Drafts for tests of what happens after training: random ones of every kind, on disk in the forms that we read."""
+"""Random drafts of every variant, in memory and as a run folder, for tests of what happens after training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from eagle_ds.config.recipe import Recipe, RopeScaling
+from eagle_ds.config.recipe import Recipe
+from eagle_ds.config.sections import RopeScaling
 from eagle_ds.config.run_folder import RECIPE_FILE
 from eagle_ds.data.vocab import VocabMap
-from eagle_ds.drafts.folder import ARCH_FILE, STATE_FILE, VOCAB_FILE, DraftOnDisk
+from eagle_ds.drafts.loading import ARCH_FILE, STATE_FILE, VOCAB_FILE, DraftOnDisk
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 
@@ -29,14 +30,18 @@ PLAIN = DraftArch(
     max_position_embeddings=4096,
     rope_theta=10000.0,
 )
-LLAMA3 = RopeScaling(rope_type="llama3", factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=256)
+LLAMA3 = RopeScaling(
+    rope_type="llama3", factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=256
+)
 YARN = RopeScaling(rope_type="yarn", factor=4, original_max_position_embeddings=1024)
 VARIANTS = {
     "plain": {},
     "llama3 rope": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
     "yarn rope": {"rope_scaling": YARN},
     "yarn rope, attention factor given": {"rope_scaling": YARN.model_copy(update={"attention_factor": 1.3})},
-    "yarn rope, mscale given": {"rope_scaling": YARN.model_copy(update={"mscale": 1.0, "mscale_all_dim": 0.5})},
+    "yarn rope, mscale given": {
+        "rope_scaling": YARN.model_copy(update={"mscale": 1.0, "mscale_all_dim": 0.5})
+    },
     "linear rope": {"rope_scaling": RopeScaling(rope_type="linear", factor=4)},
     "own embedding": {"target_hidden_size": 48},
     "narrow heads": {"head_dim": 6, "num_attention_heads": 8, "num_key_value_heads": 1},
@@ -53,8 +58,10 @@ def variant(name: str) -> DraftArch:
     return dataclasses.replace(PLAIN, **VARIANTS[name])
 
 
-def random_draft(arch: DraftArch = PLAIN, seed: int = 0, layers: tuple[int, ...] | None = LAYERS) -> DraftOnDisk:
-    """Random weights, norms and biases included, so that every tensor matters."""
+def random_draft(
+    arch: DraftArch = PLAIN, seed: int = 0, layers: tuple[int, ...] | None = LAYERS
+) -> DraftOnDisk:
+    """Make a draft whose norms and biases are random too, so that every tensor changes the logits."""
     torch.manual_seed(seed)
     model = Eagle3Draft(arch)
     for name, parameter in model.named_parameters():
@@ -64,13 +71,23 @@ def random_draft(arch: DraftArch = PLAIN, seed: int = 0, layers: tuple[int, ...]
     if arch.draft_vocab_size == arch.target_vocab_size:
         vocab = VocabMap.identity(arch.target_vocab_size)
     else:
-        vocab = VocabMap.from_target_ids(torch.randperm(arch.target_vocab_size)[: arch.draft_vocab_size], arch.target_vocab_size)
+        vocab = VocabMap.from_target_ids(
+            torch.randperm(arch.target_vocab_size)[: arch.draft_vocab_size], arch.target_vocab_size
+        )
     return DraftOnDisk(state, arch, vocab, Path("random"), layers)
 
 
 def recipe_for(arch: DraftArch, root: Path, target: str = "org/target", **draft: object) -> Recipe:
-    """A recipe of this architecture whose run folder is ``root``/run."""
-    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta")
+    """Make a recipe of this architecture with the run folder ``root``/run."""
+    sizes = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+    )
     flags = ("rope_scaling", "sliding_window", "attention_bias", "fc_norm", "norm_output", "norm_before_fc")
     return Recipe.model_validate(
         {
@@ -83,7 +100,9 @@ def recipe_for(arch: DraftArch, root: Path, target: str = "org/target", **draft:
                 "vocab_size": arch.target_vocab_size,
                 "aux_layer_ids": LAYERS,
             },
-            "draft": {name: getattr(arch, name) for name in (*sizes, *flags)} | {"vocab_size": arch.draft_vocab_size} | draft,
+            "draft": {name: getattr(arch, name) for name in (*sizes, *flags)}
+            | {"vocab_size": arch.draft_vocab_size}
+            | draft,
             "data": {"store": str(root / "store"), "max_length": arch.max_position_embeddings},
             "deepspeed": str(root / "ds.json"),
             "output_dir": str(root / "run"),
@@ -92,11 +111,13 @@ def recipe_for(arch: DraftArch, root: Path, target: str = "org/target", **draft:
 
 
 def write_run(root: Path, draft: DraftOnDisk, recipe: Recipe, name: str = "best") -> Path:
-    """A run folder with one checkpoint, as the trainer leaves it."""
+    """Write a run folder with one checkpoint, as the trainer does. Returns the checkpoint."""
     folder = root / "run" / name
     folder.mkdir(parents=True, exist_ok=True)
     save_file(draft.state, folder / STATE_FILE)
-    tree = dataclasses.asdict(draft.arch) | {"rope_scaling": draft.arch.rope_scaling and draft.arch.rope_scaling.model_dump()}
+    tree = dataclasses.asdict(draft.arch) | {
+        "rope_scaling": draft.arch.rope_scaling and draft.arch.rope_scaling.model_dump()
+    }
     (folder / ARCH_FILE).write_text(json.dumps(tree))
     draft.vocab.save(folder / VOCAB_FILE)
     (root / "run" / RECIPE_FILE).write_text(recipe.model_dump_json())

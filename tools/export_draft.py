@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Export a trained draft as the folder that SGLang and vLLM serve.
+"""Export a trained draft to a folder that SGLang and vLLM can serve.
 
-    tools/export_draft.py runs/smollm2_cpu                      # its best checkpoint -> runs/smollm2_cpu/draft
+    tools/export_draft.py runs/smollm2_cpu                      # its best checkpoint -> .../draft
     tools/export_draft.py runs/llama3_128k/checkpoints/step_2000 --out drafts/llama3-128k
-    tools/export_draft.py runs/llama3_128k --vllm               # architecture name that vLLM looks for -> .../draft-vllm
+    tools/export_draft.py runs/llama3_128k --vllm               # for vLLM -> runs/llama3_128k/draft-vllm
 
-Writes model.safetensors, config.json and a README.md with the command that serves it. Needs neither DeepSpeed nor a GPU. The
-folder appears under its name only after an independent reader has computed the same logits from it; an earlier export there
-is replaced. No tokenizer is written: engines use the target's.
+Writes model.safetensors, config.json, and a README.md with the command that serves the draft. Needs neither
+DeepSpeed nor a GPU. The export is verified before the folder gets its name: an independent reader computes
+the draft's logits from the files and compares them with the training model's. An earlier export there is
+replaced. No tokenizer is written, because engines use the target's.
 
-The way back: "draft": {"init_from": "FOLDER"} in a recipe starts training from such a folder, ours or a published one.
+To train such a folder further, set "draft": {"init_from": "FOLDER"} in a recipe; published EAGLE-3 drafts
+work as well.
 """
 
 from __future__ import annotations
@@ -23,14 +25,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("draft", type=Path, help="run folder (its best, else newest checkpoint), a checkpoint, or an exported draft")
-    parser.add_argument("--out", type=Path, help="folder to write (default: draft or draft-vllm in the run folder)")
-    parser.add_argument("--vllm", action="store_true", help="write the architecture name Eagle3LlamaForCausalLM in place of SGLang's")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of weights (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "draft",
+        type=Path,
+        help="run folder (its best, else newest checkpoint), a checkpoint, or an exported draft",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder to write (default: draft or draft-vllm in the run folder)"
+    )
+    parser.add_argument(
+        "--vllm", action="store_true", help="write vLLM's architecture name instead of SGLang's"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float16", "float32"],
+        help="type of the weights (default: %(default)s)",
+    )
     parser.add_argument("--target", help="Hugging Face id or folder of the target (default: the run's)")
-    parser.add_argument("--aux-layer-ids", type=int, nargs="+", metavar="ID", help="target layers it reads, 0-based (default: the run's)")
-    parser.add_argument("--num-steps", type=int, default=3, help="draft tokens in the serving command of the README (default: %(default)s)")
+    parser.add_argument(
+        "--aux-layer-ids",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="target layers that the draft reads, from 0 (default: the run's)",
+    )
+    parser.add_argument(
+        "--num-steps",
+        type=int,
+        default=3,
+        help="draft tokens per step in the README's command (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
@@ -48,7 +76,7 @@ def main() -> int:
 def run(args: argparse.Namespace) -> Path:
     from eagle_ds.config.outputs import check_output_folder
     from eagle_ds.drafts.export import ExportSettings, export_draft
-    from eagle_ds.drafts.folder import load_draft, recipe_of, run_of
+    from eagle_ds.drafts.loading import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
     from eagle_ds.target.files import resolve_target
     from eagle_ds.target.info import TargetInfo
@@ -61,19 +89,27 @@ def run(args: argparse.Namespace) -> Path:
     target = args.target or (recipe.target.model if recipe else None)
     layers = args.aux_layer_ids or draft.layer_outputs
     if target is None or layers is None:
-        raise ValueError(f"{draft.folder} lies in no run folder with a recipe.json; give --target and --aux-layer-ids")
+        raise ValueError(
+            f"{draft.folder} is in no run folder with a recipe.json; give --target and --aux-layer-ids"
+        )
     run_dir = run_of(draft.folder)
     if args.out is None and run_dir is None:
-        raise ValueError(f"{draft.folder} lies in no run folder; give --out")
+        raise ValueError(f"{draft.folder} is in no run folder; give --out")
     try:
-        info = TargetInfo.from_folder(resolve_target(target, recipe.target.revision if recipe else None, weights=False))
+        info = TargetInfo.from_folder(
+            resolve_target(target, recipe.target.revision if recipe else None, weights=False)
+        )
     except ValueError as error:
         if args.target:
             raise
-        logging.getLogger(__name__).warning("%s; its token ids are left out and its sizes are not checked", error)
+        logging.getLogger(__name__).warning(
+            "%s; the export lacks its token ids, and its sizes are not checked", error
+        )
         info = None
     out = args.out or run_dir / ("draft-vllm" if args.vllm else "draft")
-    return export_draft(draft, out, ExportSettings(target, layers, info, args.dtype, args.vllm, args.num_steps))
+    return export_draft(
+        draft, out, ExportSettings(target, layers, info, args.dtype, args.vllm, args.num_steps)
+    )
 
 
 if __name__ == "__main__":

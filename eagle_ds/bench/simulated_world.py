@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from eagle_ds.bench.process_groups import ALONE, STAGED, register_alone, register_staged
 from eagle_ds.config.deepspeed import read_ds_json, zero_stage
-from eagle_ds.config.recipe import ParallelConfig, Recipe
+from eagle_ds.config.recipe import Recipe
+from eagle_ds.config.sections import ParallelConfig
 from eagle_ds.estimate.devices import DEVICES
 from eagle_ds.estimate.sequences import sharding_for
 from eagle_ds.estimate.step_time import floor_seconds

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from eagle_ds.config.recipe import RopeScaling
+from eagle_ds.config.sections import RopeScaling
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.target.info import TargetInfo, rope_of

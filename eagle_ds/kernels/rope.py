@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from eagle_ds.config.recipe import RopeScaling
+from eagle_ds.config.sections import RopeScaling
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eagle_ds.config.recipe import Recipe, RopeScaling
+from eagle_ds.config.recipe import Recipe
+from eagle_ds.config.sections import RopeScaling
 
 
 @dataclass(frozen=True)

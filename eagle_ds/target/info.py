@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from eagle_ds.target.files import read_config
 
 if TYPE_CHECKING:
-    from eagle_ds.config.recipe import TargetConfig
+    from eagle_ds.config.sections import TargetConfig
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A recipe is validated once, and every refusal says what to write instead."""
+"""Recipes and DeepSpeed JSONs: overrides, derived values, and errors that say what to write instead."""
 
 from __future__ import annotations
 
@@ -37,11 +37,21 @@ def minimal(tmp_path: Path) -> Path:
 
 
 def recipe(**sections: dict[str, Any]) -> Recipe:
-    return Recipe.model_validate({**MINIMAL, **{name: {**MINIMAL.get(name, {}), **values} for name, values in sections.items()}})
+    return Recipe.model_validate(
+        {**MINIMAL, **{name: {**MINIMAL.get(name, {}), **values} for name, values in sections.items()}}
+    )
 
 
 def test_overrides_reach_nested_and_absent_sections(minimal: Path) -> None:
-    tokens = ["--training.max_steps", "10", "--parallel.ring=2", "--draft.rope_scaling.factor", "4", "--data.store", "elsewhere"]
+    tokens = [
+        "--training.max_steps",
+        "10",
+        "--parallel.ring=2",
+        "--draft.rope_scaling.factor",
+        "4",
+        "--data.store",
+        "elsewhere",
+    ]
     loaded = load_recipe(minimal, tokens)
     assert (loaded.training.max_steps, loaded.parallel.ring, loaded.data.store) == (10, 2, "elsewhere")
     assert loaded.draft.rope_scaling is not None
@@ -49,69 +59,104 @@ def test_overrides_reach_nested_and_absent_sections(minimal: Path) -> None:
 
 
 def test_values_are_json_unless_the_setting_takes_text() -> None:
-    tokens = [*("--target.revision", "1e5"), *("--training.max_steps", "null"), *("--parallel.trained_rows_only", "false")]
-    assert parse_overrides(Recipe, tokens) == {"target.revision": "1e5", "training.max_steps": None, "parallel.trained_rows_only": False}
+    tokens = [
+        *("--target.revision", "1e5"),
+        *("--training.max_steps", "null"),
+        *("--parallel.trained_rows_only", "false"),
+    ]
+    assert parse_overrides(Recipe, tokens) == {
+        "target.revision": "1e5",
+        "training.max_steps": None,
+        "parallel.trained_rows_only": False,
+    }
     assert parse_overrides(Recipe, ["--training.betas", "[0.8, 0.9]"]) == {"training.betas": [0.8, 0.9]}
 
 
-def test_head_dim_is_hidden_size_by_heads_where_none_is_given() -> None:
+def test_head_dim_defaults_to_hidden_size_divided_by_heads() -> None:
     assert recipe(draft={"head_dim": None}).draft.head_dim == 64 // 32
     without = {name: value for name, value in MINIMAL["draft"].items() if name != "head_dim"}
     assert Recipe.model_validate({**MINIMAL, "draft": without}).draft.head_dim == 2
 
 
-def test_what_not_every_engine_serves_is_said_and_still_trains() -> None:
+def test_recipes_that_not_every_engine_serves_have_caveats() -> None:
     assert recipe().caveats == ()
-    assert recipe(training={"loss": "lambda"}).caveats == recipe(training={"gradient_accumulation": 2}).caveats == ()
-    assert "each of the 2 micro-batches" in recipe(training={"loss": "lambda", "gradient_accumulation": 2}).caveats[0]
+    assert (
+        recipe(training={"loss": "lambda"}).caveats
+        == recipe(training={"gradient_accumulation": 2}).caveats
+        == ()
+    )
+    assert (
+        "each of the 2 micro-batches"
+        in recipe(training={"loss": "lambda", "gradient_accumulation": 2}).caveats[0]
+    )
     assert "SGLang drops these biases" in recipe(draft={"attention_bias": True}).caveats[0]
     assert "hidden_size=72 is no multiple of 32 heads" in recipe(draft={"hidden_size": 72}).caveats[0]
 
 
 def test_a_saved_recipe_loads_to_the_same_recipe(tmp_path: Path) -> None:
-    first = recipe(training={"betas": [0.8, 0.99]}, draft={"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+    first = recipe(
+        training={"betas": [0.8, 0.99]}, draft={"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    )
     path = tmp_path / "saved.json"
     path.write_text(first.model_dump_json())
     assert load_recipe(path) == first
 
 
-def test_overriding_leaves_the_tree_it_was_given_alone() -> None:
+def test_apply_overrides_does_not_change_its_argument() -> None:
     tree = {"training": {"seed": 1}}
     apply_overrides(tree, {"training.seed": 2})
     assert tree == {"training": {"seed": 1}}
 
 
-def test_every_setting_says_what_it_is() -> None:
+def test_every_setting_has_a_description() -> None:
     assert [name for name, field in dotted_fields(Recipe) if not field.description] == []
 
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (["--training.max_step", "3"], "training.max_step is not a setting; did you mean training.max_steps?"),
+        (
+            ["--training.max_step", "3"],
+            "training.max_step is not a setting; did you mean training.max_steps?",
+        ),
         (["--ring", "2"], "ring is not a setting; did you mean parallel.ring?"),
         (["--training.ulysses", "2"], "did you mean parallel.ulysses?"),
-        (["--parallel.ulysses", "6"], "ulysses=6 does not divide 32 query heads; use 1, 2, 4, 8, 16 or 32, or raise ring"),
-        (["--draft.num_key_value_heads", "5"], "num_key_value_heads=5 does not divide 32 query heads; use 1, 2, 4, 8, 16 or 32"),
+        (
+            ["--parallel.ulysses", "6"],
+            "ulysses=6 does not divide 32 query heads; use 1, 2, 4, 8, 16 or 32, or raise ring",
+        ),
+        (
+            ["--draft.num_key_value_heads", "5"],
+            "num_key_value_heads=5 does not divide 32 query heads; use 1, 2, 4, 8, 16 or 32",
+        ),
         (["--draft.head_dim", "5"], "head_dim=5 is odd"),
-        (["--draft.hidden_size", "72", "--draft.head_dim", "null"], "no multiple of 32 query heads; use 18, 24 or 36 heads, or give"),
-        (["--draft.num_attention_heads", "0"], "draft.num_attention_heads = 0: input should be greater than 0"),
-        (["--training.offload_activations", "true", "--training.recompute", "selective"], "use recompute none, mlp or full"),
+        (
+            ["--draft.hidden_size", "72", "--draft.head_dim", "null"],
+            "no multiple of 32 query heads; use 18, 24 or 36 heads, or give",
+        ),
+        (
+            ["--draft.num_attention_heads", "0"],
+            "draft.num_attention_heads = 0: input should be greater than 0",
+        ),
+        (
+            ["--training.offload_activations", "true", "--training.recompute", "selective"],
+            "use recompute none, mlp or full",
+        ),
         (["--draft.vocab_size", "101"], "draft.vocab_size=101 is above target.vocab_size=100"),
         (["--target.num_layers", "3"], "aux_layer_ids=[1, 0, -1] must lie in 0..2"),
         (["--draft.rope_scaling.rope_type", "llama3"], "rope_type llama3 needs factor, low_freq_factor"),
         (["--training.loss", "mse"], "training.loss = \"mse\": input should be 'kl', 'alpha' or 'lambda'"),
-        (["--training.learning_rate", "fast"], "training.learning_rate = \"fast\""),
+        (["--training.learning_rate", "fast"], 'training.learning_rate = "fast"'),
         (["--training.learning_rate", "NaN"], "finite number"),
         (["--training.min_learning_rate", "1"], "min_learning_rate=1.0 is above learning_rate"),
         (["--training.best_by", "acceptance"], "best_by=acceptance needs acceptance_interval > 0"),
         (["--training.eval_interval", "5"], "needs data.eval_store"),
-        (["--name", "../up"], "name = \"../up\""),
+        (["--name", "../up"], 'name = "../up"'),
         (["--training.seed"], "--training.seed needs a value"),
         (["7"], "overrides look like --training.max_steps 10"),
     ],
 )
-def test_a_wrong_setting_is_refused_with_the_way_out(minimal: Path, tokens: list[str], message: str) -> None:
+def test_a_wrong_setting_is_refused_with_advice(minimal: Path, tokens: list[str], message: str) -> None:
     with pytest.raises(ValueError) as refused:
         load_recipe(minimal, tokens)
     assert message in str(refused.value)
@@ -121,7 +166,10 @@ def test_a_wrong_setting_is_refused_with_the_way_out(minimal: Path, tokens: list
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"training": {"max_step": 3}}', "training.max_step is not a setting; did you mean training.max_steps?"),
+        (
+            '{"training": {"max_step": 3}}',
+            "training.max_step is not a setting; did you mean training.max_steps?",
+        ),
         ("{}", "target is missing (The model that is served)"),
         ('{"name": "a", "name": "b"}', "the key name appears more than once"),
         ("[1]", "a JSON object is expected"),
@@ -138,11 +186,13 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "there.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"cannot read .*absent\.json: No such file.* in that folder are there\.json"):
+    with pytest.raises(
+        ValueError, match=r"cannot read .*absent\.json: No such file.* in that folder are there\.json"
+    ):
         load_recipe(tmp_path / "absent.json")
 
 
-def test_the_world_divides_into_sequence_groups_or_the_layouts_that_do_are_listed() -> None:
+def test_a_world_size_that_the_layout_does_not_divide_is_refused_with_layouts_that_do() -> None:
     wanted = recipe(parallel={"ulysses": 4, "ring": 3})
     assert data_parallel_size(wanted, 24) == 2
     equation = r"world_size = dp \* ulysses \* ring does not hold: 8 ranks .* 4 \* ring 3 = 12"
@@ -154,11 +204,15 @@ def test_kv_heads_need_not_divide_ulysses() -> None:
     assert recipe(parallel={"ulysses": 32}).parallel.ulysses == 32
 
 
-def test_deepspeed_gets_what_the_recipe_decides() -> None:
+def test_the_deepspeed_config_holds_what_the_recipe_decides() -> None:
     training = {"gradient_accumulation": 3, "learning_rate": 2e-4, "gradient_clipping": 1.5}
     own = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "tensorboard": {"enabled": True}}
     config = deepspeed_config(recipe(parallel={"ulysses": 2, "ring": 2}, training=training), own, 8)
-    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (6, 1, 3)
+    assert (
+        config["train_batch_size"],
+        config["train_micro_batch_size_per_gpu"],
+        config["gradient_accumulation_steps"],
+    ) == (6, 1, 3)
     assert (config["sequence_parallel_size"], config["gradient_clipping"]) == (4, 1.5)
     params = {"lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}
     assert config["optimizer"] == {"type": "AdamW", "params": params}
@@ -166,11 +220,16 @@ def test_deepspeed_gets_what_the_recipe_decides() -> None:
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["communication_data_type"] == "fp32"
     assert config["tensorboard"] == {"enabled": True, "output_path": "runs/tiny", "job_name": "tensorboard"}
-    assert config["timers"] == {"throughput": {"enabled": False}}  # that waits for the device twice a micro-batch
+    # It would wait for the GPU twice per micro-batch
+    assert config["timers"] == {"throughput": {"enabled": False}}
 
 
-def test_what_the_json_owns_is_left_alone() -> None:
-    own = {"optimizer": {"params": {"torch_adam": False}}, "communication_data_type": "bf16", "zero_optimization": {"stage": 2}}
+def test_values_that_the_json_owns_are_kept() -> None:
+    own = {
+        "optimizer": {"params": {"torch_adam": False}},
+        "communication_data_type": "bf16",
+        "zero_optimization": {"stage": 2},
+    }
     own["timers"] = {"throughput": {"enabled": True}}
     config = deepspeed_config(recipe(), own, 1)
     assert config["optimizer"]["params"]["torch_adam"] is False
@@ -182,7 +241,10 @@ def test_what_the_json_owns_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"gradient_clipping": 1.0}, r"ds\.json sets gradient_clipping = 1\.0, but the recipe decides it: 0\.5"),
+        (
+            {"gradient_clipping": 1.0},
+            r"ds\.json sets gradient_clipping = 1\.0, but the recipe decides it: 0\.5",
+        ),
         ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu = 4"),
         ({"train_batch_size": 16}, r"train_batch_size = 16, .*: 1 \(dp \* training\.gradient_accumulation\)"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type = Lamb"),
@@ -197,14 +259,22 @@ def test_a_contradiction_with_the_deepspeed_json_is_refused(own: dict[str, Any],
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"zero_optimisation": {}}, "zero_optimisation is not a key used here; did you mean zero_optimization?"),
+        (
+            {"zero_optimisation": {}},
+            "zero_optimisation is not a key used here; did you mean zero_optimization?",
+        ),
         ({"scheduler": {"type": "WarmupLR"}}, r"training\.schedule"),
         ({"fp16": {"enabled": True}}, "use bf16"),
         ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "logged and checked by it"),
-        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, r"use zero_optimization\.stage 1"),
+        (
+            {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            r"use zero_optimization\.stage 1",
+        ),
     ],
 )
-def test_a_deepspeed_json_that_cannot_work_is_refused(tmp_path: Path, own: dict[str, Any], message: str) -> None:
+def test_a_deepspeed_json_that_cannot_work_is_refused(
+    tmp_path: Path, own: dict[str, Any], message: str
+) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(own))
     with pytest.raises(ValueError, match=message):

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eagle_ds.config.recipe import RopeScaling
+from eagle_ds.config.sections import RopeScaling
 from eagle_ds.drafts import export
 from eagle_ds.drafts.export import ExportSettings, export_draft, verify_export
 from eagle_ds.drafts.loading import DraftOnDisk, initial_draft, load_draft, load_served_draft
@@ -48,7 +48,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> N
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# -- what is written ---------------------------------------------------------------------------------------------------
+# -- what is written ------------------------------------------
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -68,11 +68,18 @@ def test_tensors_have_the_engines_names_and_types(tmp_path: Path) -> None:
     tensors = load_file(exported(tmp_path) / "model.safetensors")
     assert set(tensors) == {
         *("fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"),
-        *(f"midlayer.{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")),
+        *(
+            f"midlayer.{name}.weight"
+            for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        ),
         *(f"midlayer.self_attn.{name}_proj.weight" for name in "qkvo"),
         *(f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
     }
-    assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].dtype == torch.bool and tensors["fc.weight"].dtype == torch.bfloat16
+    assert (
+        tensors["d2t"].dtype == torch.int64
+        and tensors["t2d"].dtype == torch.bool
+        and tensors["fc.weight"].dtype == torch.bfloat16
+    )
     ids = tensors["d2t"] + torch.arange(PLAIN.draft_vocab_size)
     assert torch.equal(ids, tensors["t2d"].nonzero()[:, 0])
 
@@ -93,7 +100,9 @@ def test_each_engine_finds_the_layers_in_its_own_place_and_numbering(tmp_path: P
 
 
 @pytest.mark.parametrize(("outputs", "sglang"), [((1, 29, 57), [1, 29, 57]), ((2, 30, 58), [3, 31, 59])])
-def test_sglangs_deepseek_class_gets_ids_that_select_the_same_layers(tmp_path: Path, outputs: tuple[int, ...], sglang: list[int]) -> None:
+def test_sglangs_deepseek_class_gets_ids_that_select_the_same_layers(
+    tmp_path: Path, outputs: tuple[int, ...], sglang: list[int]
+) -> None:
     info = target_info(model_type="deepseek_v3", num_layers=61)
     folder = exported(tmp_path, random_draft(layers=outputs), layers=outputs, info=info)
     assert config_of(folder)["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == sglang
@@ -103,14 +112,22 @@ def test_sglangs_deepseek_class_gets_ids_that_select_the_same_layers(tmp_path: P
 
 
 def target_info(**changes: Any) -> TargetInfo:
-    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 8, "vocab_size": 280, "num_attention_heads": 4}
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 8,
+        "vocab_size": 280,
+        "num_attention_heads": 4,
+    }
     config["eos_token_id"] = [1, 2]
     return dataclasses.replace(TargetInfo._from_config(config), **changes)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "rope" in name or name == "plain"])
 @pytest.mark.parametrize("absent", [(), ("rope_parameters",), ("rope_theta", "rope_scaling")])
-def test_old_and_new_readers_of_the_rope_keys_agree(tmp_path: Path, name: str, absent: tuple[str, ...]) -> None:
+def test_old_and_new_readers_of_the_rope_keys_agree(
+    tmp_path: Path, name: str, absent: tuple[str, ...]
+) -> None:
     from transformers import AutoConfig
 
     folder = exported(tmp_path, random_draft(variant(name)))
@@ -124,19 +141,30 @@ def test_config_holds_the_trained_length_and_the_targets_tokens(tmp_path: Path) 
     config = config_of(exported(tmp_path, info=target_info()))
     assert config["max_position_embeddings"] == 4096
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
-    assert (config["bos_token_id"], config["eos_token_id"], config["tie_word_embeddings"]) == (None, [1, 2], False)
+    assert (config["bos_token_id"], config["eos_token_id"], config["tie_word_embeddings"]) == (
+        None,
+        [1, 2],
+        False,
+    )
 
 
 def test_serving_commands_count_as_the_engines_do(tmp_path: Path) -> None:
     commands = ServeCommands("org/target", "a draft", num_steps=4, sliding_window=512)
-    assert "--speculative-num-steps 4 --speculative-eagle-topk 1 --speculative-num-draft-tokens 5" in commands.sglang
+    assert (
+        "--speculative-num-steps 4 --speculative-eagle-topk 1 --speculative-num-draft-tokens 5"
+        in commands.sglang
+    )
     assert "--speculative-draft-model-path 'a draft'" in commands.sglang
     # SGLang sees the row itself and keys up to that distance
     assert "--speculative-draft-window-size 511" in commands.sglang
-    assert json.loads(commands.vllm.split("'")[1]) == {"method": "eagle3", "model": "a draft", "num_speculative_tokens": 4}
+    assert json.loads(commands.vllm.split("'")[1]) == {
+        "method": "eagle3",
+        "model": "a draft",
+        "num_speculative_tokens": 4,
+    }
 
 
-# -- what verification detects --------------------------------------------------------------------------------------------
+# -- what verification detects ------------------------------------------
 
 
 def swap(first: str, second: str) -> Callable[[dict[str, Tensor]], None]:
@@ -149,21 +177,29 @@ def swap(first: str, second: str) -> Callable[[dict[str, Tensor]], None]:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda folder: edit_config(folder, rope_theta=500000.0, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+        lambda folder: edit_config(
+            folder, rope_theta=500000.0, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}
+        ),
         lambda folder: edit_config(folder, rope_theta=..., rope_parameters=...),
         lambda folder: edit_config(folder, norm_output=False),
         lambda folder: edit_config(folder, fc_norm=False),
         lambda folder: edit_config(folder, rms_norm_eps=1e-2),
         lambda folder: edit_config(folder, num_attention_heads=2, head_dim=32, num_key_value_heads=1),
         lambda folder: edit_tensors(folder, lambda tensors: tensors["norm.weight"].mul_(1.1)),
-        lambda folder: edit_tensors(folder, swap("midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight")),
-        lambda folder: edit_tensors(folder, swap("midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight")),
+        lambda folder: edit_tensors(
+            folder, swap("midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight")
+        ),
+        lambda folder: edit_tensors(
+            folder, swap("midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight")
+        ),
         lambda folder: edit_tensors(folder, lambda tensors: tensors.update(extra=torch.ones(1))),
         lambda folder: edit_tensors(folder, lambda tensors: tensors.pop("norm.weight")),
         lambda folder: edit_tensors(folder, lambda tensors: tensors["d2t"].add_(torch.arange(100))),
     ],
 )
-def test_verification_refuses_a_folder_that_describes_another_draft(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_verification_refuses_a_folder_that_describes_another_draft(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     arch = dataclasses.replace(PLAIN, norm_output=True, fc_norm=True, rope_theta=100000.0)
     draft = random_draft(arch)
     folder = exported(tmp_path, draft)
@@ -172,10 +208,12 @@ def test_verification_refuses_a_folder_that_describes_another_draft(tmp_path: Pa
         verify_export(draft, folder, torch.bfloat16)
 
 
-# -- failed and repeated exports -----------------------------------------------------------------------------------------------
+# -- failed and repeated exports ------------------------------------------
 
 
-def test_a_full_disk_leaves_the_earlier_export_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_earlier_export_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = exported(tmp_path)
     before = (folder / "model.safetensors").read_bytes()
 
@@ -211,15 +249,23 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"draft": random_draft(dataclasses.replace(PLAIN, attention_bias=True))}, "SGLang drops attention biases"),
-        ({"draft": random_draft(dataclasses.replace(PLAIN, num_attention_heads=6))}, "32 is no multiple of its 6 heads"),
+        (
+            {"draft": random_draft(dataclasses.replace(PLAIN, attention_bias=True))},
+            "SGLang drops attention biases",
+        ),
+        (
+            {"draft": random_draft(dataclasses.replace(PLAIN, num_attention_heads=6))},
+            "32 is no multiple of its 6 heads",
+        ),
         ({"layers": (1, 2)}, "reads 3 target layers"),
         ({"layers": (1, 2, 6)}, "was trained on layers"),
         ({"info": target_info(hidden_size=64)}, "hidden_size 64, but the draft was made for 32"),
         ({"dtype": "int8"}, "dtype int8"),
     ],
 )
-def test_a_draft_that_cannot_be_served_is_refused_before_writing(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_draft_that_cannot_be_served_is_refused_before_writing(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         exported(tmp_path, **change)
     assert os.listdir(tmp_path) == []
@@ -230,10 +276,12 @@ def test_attention_biases_can_be_exported_for_vllm(tmp_path: Path) -> None:
     assert verify_export(draft, exported(tmp_path, draft, vllm=True), torch.bfloat16) < 1e-5
 
 
-# -- training from an exported or published draft ------------------------------------------------------------------------------------------------------
+# -- training from an exported or published draft ------------------------------------------
 
 
-def test_training_starts_from_our_export_with_its_own_tensors_norms_and_rope(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_starts_from_our_export_with_its_own_tensors_norms_and_rope(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     draft = random_draft(variant("llama3 rope"))
     folder = exported(tmp_path, draft, dtype="float32")
     recipe = recipe_for(PLAIN, tmp_path, init_from=str(folder))
@@ -247,14 +295,18 @@ def test_training_starts_from_our_export_with_its_own_tensors_norms_and_rope(tmp
     assert torch.equal(start.vocab.d2t, draft.vocab.d2t)
 
 
-def test_rope_is_overridden_only_on_request_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rope_is_overridden_only_on_request_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = exported(tmp_path)
     recipe = recipe_for(variant("llama3 rope"), tmp_path, init_from=str(folder), override_rope=True)
     with caplog.at_level(logging.INFO):
         start = initial_draft(recipe)
     assert (start.arch.rope_theta, start.arch.rope_scaling) == (500000.0, LLAMA3)
     assert "in place of the draft's own (theta 10000" in caplog.text
-    folder = export_draft(start, tmp_path / "again", dataclasses.replace(SETTINGS, layers=start.layer_outputs))
+    folder = export_draft(
+        start, tmp_path / "again", dataclasses.replace(SETTINGS, layers=start.layer_outputs)
+    )
     assert config_of(folder)["rope_parameters"]["rope_type"] == "llama3"
 
 
@@ -264,9 +316,18 @@ def published(folder: Path, draft: DraftOnDisk, **config: Any) -> Path:
     """
     folder.mkdir()
     tensors = load_file(exported(folder, draft, dtype="float16") / "model.safetensors")
-    kept = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items() if name != "t2d"}
+    kept = {
+        name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items() if name != "t2d"
+    }
     torch.save(kept | {"embed_tokens.weight": torch.randn(280, 32)}, folder / "pytorch_model.bin")
-    kept_keys = ("architectures", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    kept_keys = (
+        "architectures",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
     kept_keys += ("draft_vocab_size", "rms_norm_eps", "num_hidden_layers", "hidden_act")
     stated = {key: config_of(folder / "draft")[key] for key in kept_keys} | {"max_position_embeddings": 2048}
     (folder / "config.json").write_text(json.dumps(stated | config))
@@ -276,7 +337,12 @@ def published(folder: Path, draft: DraftOnDisk, **config: Any) -> Path:
 def test_a_published_draft_is_read_with_the_engines_defaults(tmp_path: Path) -> None:
     draft = random_draft(dataclasses.replace(PLAIN, head_dim=8))
     state, arch, vocab = load_served_draft(published(tmp_path / "p", draft))
-    assert (arch.rope_theta, arch.rope_scaling, arch.head_dim, arch.max_position_embeddings) == (10000.0, None, 8, 2048)
+    assert (arch.rope_theta, arch.rope_scaling, arch.head_dim, arch.max_position_embeddings) == (
+        10000.0,
+        None,
+        8,
+        2048,
+    )
     assert torch.equal(vocab.t2d, draft.vocab.t2d)
     assert all(torch.equal(state[name], tensor.half().float()) for name, tensor in draft.state.items())
     start = initial_draft(recipe_for(draft.arch, tmp_path, init_from=str(tmp_path / "p")))
@@ -298,15 +364,23 @@ class Evil:
         ({"speculators_model_type": "eagle3"}, "speculators container"),
         ({"hidden_act": "gelu"}, "activation is gelu"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, "rope scaling"),
-        ({"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2}}, "partial rotary"),
+        (
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2}},
+            "partial rotary",
+        ),
         ({"intermediate_size": 44}, "midlayer.mlp.gate_proj.weight has shape"),
         ({"draft_vocab_size": 90}, "d2t has shape"),
         ({"attention_bias": True}, "lacks the tensors midlayer.self_attn.k_proj.bias"),
         ({"hidden_size": None}, "no hidden_size"),
-        ({"hidden_size": 30}, "hidden_size 30 is no multiple of its 4 heads, and its config.json gives no head_dim"),
+        (
+            {"hidden_size": 30},
+            "hidden_size 30 is no multiple of its 4 heads, and its config.json gives no head_dim",
+        ),
     ],
 )
-def test_a_published_draft_of_another_architecture_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_a_published_draft_of_another_architecture_is_refused(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
     folder = published(tmp_path / "p", random_draft(dataclasses.replace(PLAIN, head_dim=8)), **config)
     with pytest.raises(ValueError, match=message):
         load_draft(folder)
@@ -330,7 +404,9 @@ def test_a_pickle_that_holds_code_is_not_run(tmp_path: Path, monkeypatch: pytest
         ({}, {"aux_layer_ids": (1, 2, 6)}, r"reads the outputs of target layers \[1, 2, 5\]"),
     ],
 )
-def test_a_recipe_that_contradicts_init_from_is_refused(tmp_path: Path, arch: dict[str, Any], target: dict[str, Any], message: str) -> None:
+def test_a_recipe_that_contradicts_init_from_is_refused(
+    tmp_path: Path, arch: dict[str, Any], target: dict[str, Any], message: str
+) -> None:
     recipe = recipe_for(dataclasses.replace(PLAIN, **arch), tmp_path, init_from=str(exported(tmp_path)))
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update=target)})
     with pytest.raises(ValueError, match=message):
@@ -350,7 +426,7 @@ def test_a_folder_without_a_readable_draft_is_named(tmp_path: Path, broken: str)
         load_draft(folder)
 
 
-# -- checkpoints of a run ----------------------------------------------------------------------------------------------
+# -- checkpoints of a run ------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["plain", "yarn rope, attention factor given", "own embedding"])
@@ -359,7 +435,9 @@ def test_a_run_is_read_from_its_best_checkpoint_then_its_newest(tmp_path: Path, 
     recipe = recipe_for(arch, tmp_path)
     newest, best = random_draft(arch, seed=1), random_draft(arch, seed=2)
     for step in (9, 10):
-        write_run(tmp_path, newest if step == 10 else random_draft(arch, seed=3), recipe, f"checkpoints/step_{step}")
+        write_run(
+            tmp_path, newest if step == 10 else random_draft(arch, seed=3), recipe, f"checkpoints/step_{step}"
+        )
     assert torch.equal(load_draft(tmp_path / "run").state["fc.weight"], newest.state["fc.weight"])
     write_run(tmp_path, best, recipe)
     found = load_draft(tmp_path / "run")

@@ -1,4 +1,6 @@
-"""The planner's floor is DESIGN's arithmetic, its memory falls as layouts promise, and a shape that cannot fit says what would."""
+"""Estimates: time and memory fall as layouts promise, and a sequence that does not fit gets advice that
+works.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def test_parameters_are_those_of_a_llama_layer_twice_as_wide_at_its_input() -> N
 
 
 @pytest.mark.parametrize(("ulysses", "seconds"), [(1, 9.08), (4, 2.27)])
-def test_the_floor_at_128k_is_attention_and_matmuls_at_the_measured_rates(ulysses: int, seconds: float) -> None:
+def test_the_floor_at_128k_is_attention_and_matmuls_at_the_measured_rates(
+    ulysses: int, seconds: float
+) -> None:
     recipe = llama("--parallel.ulysses", str(ulysses))
     floor = floor_seconds(recipe, sharding_for(recipe, [document_in_turns(131072, 1.0)]), H200)
     assert sum(floor.values()) == pytest.approx(seconds, rel=0.01)
@@ -45,34 +49,50 @@ def test_the_floor_at_128k_is_attention_and_matmuls_at_the_measured_rates(ulysse
 
 def test_the_floor_falls_with_the_trained_rows() -> None:
     recipe = llama("--parallel.ulysses", "4")
-    all_rows, tenth = (sum(floor_seconds(recipe, sharding_for(recipe, [document_in_turns(131072, f)]), H200).values()) for f in (1.0, 0.1))
+    all_rows, tenth = (
+        sum(floor_seconds(recipe, sharding_for(recipe, [document_in_turns(131072, f)]), H200).values())
+        for f in (1.0, 0.1)
+    )
     assert tenth < 0.12 * all_rows
 
 
 def test_turns_have_the_fraction_that_was_asked_for() -> None:
     for fraction in (0.1, 0.5, 1.0):
-        assert rg.count(document_in_turns(131072, fraction).trained_spans) == pytest.approx(131072 * fraction, rel=0.03)
+        assert rg.count(document_in_turns(131072, fraction).trained_spans) == pytest.approx(
+            131072 * fraction, rel=0.03
+        )
 
 
-@pytest.mark.parametrize(("fraction", "turn", "told"), [(0, 512, "above 0"), (1.5, 512, "most 1"), (0.5, 0, "1 or more")])
-def test_turns_that_cannot_be_are_refused(fraction: float, turn: int, told: str) -> None:
+@pytest.mark.parametrize(
+    ("fraction", "turn", "told"), [(0, 512, "above 0"), (1.5, 512, "most 1"), (0.5, 0, "1 or more")]
+)
+def test_an_impossible_fraction_or_turn_is_refused(fraction: float, turn: int, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         document_in_turns(1024, fraction, turn)
 
 
 def test_a_turn_longer_than_its_share_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a turn of 512 tokens is more than 0.5 of 256; give --turn 128 or less"):
+    with pytest.raises(
+        ValueError, match=r"a turn of 512 tokens is more than 0.5 of 256; give --turn 128 or less"
+    ):
         document_in_exact_turns(256, 0.5, 512)
-    assert document_in_exact_turns(256, 0.5, 128) == document_in_turns(256, 0.5, 128) and document_in_exact_turns(256, 1, 512) == document_in_turns(256, 1, 512)
+    assert document_in_exact_turns(256, 0.5, 128) == document_in_turns(
+        256, 0.5, 128
+    ) and document_in_exact_turns(256, 1, 512) == document_in_turns(256, 1, 512)
 
 
-def test_what_is_sharded_falls_as_one_over_the_ranks() -> None:
+def test_sharded_memory_falls_as_one_over_the_ranks() -> None:
     def sharded(ulysses: int) -> float:
         recipe = llama("--parallel.ulysses", str(ulysses))
-        parts = MemoryModel(recipe, ZERO1, ulysses, sharding_for(recipe, [document_in_turns(131072, 1.0)])).peak()
-        return sum(size for name, size in parts.items() if name.startswith(("query rows", "context rows", "K_0")))
+        parts = MemoryModel(
+            recipe, ZERO1, ulysses, sharding_for(recipe, [document_in_turns(131072, 1.0)])
+        ).peak()
+        return sum(
+            size for name, size in parts.items() if name.startswith(("query rows", "context rows", "K_0"))
+        )
 
-    assert sharded(2) / sharded(8) == pytest.approx(4, rel=0.01)  # from one rank on, q has a head-sharded copy
+    # Compared from 2 ranks on: only then q has a head-sharded copy
+    assert sharded(2) / sharded(8) == pytest.approx(4, rel=0.01)
 
 
 def test_recomputing_more_keeps_less() -> None:
@@ -85,9 +105,16 @@ def test_zero_stages_and_offload_take_the_model_off_the_gpu() -> None:
     sharding = sharding_for(recipe, [document_in_turns(1024, 1.0)])
     sizes = []
     for name in ("llama3_8b_zero1", "llama3_8b_zero2", "llama3_8b_zero3"):
-        sizes.append(MemoryModel(recipe, read_ds_json(ROOT / f"ds_configs/{name}.json"), 8, sharding).peak_bytes)
+        sizes.append(
+            MemoryModel(recipe, read_ds_json(ROOT / f"ds_configs/{name}.json"), 8, sharding).peak_bytes
+        )
     assert sizes == sorted(sizes, reverse=True)
-    assert MemoryModel(recipe, read_ds_json(ROOT / "ds_configs/llama3_8b_zero2_offload.json"), 8, sharding).peak()["optimizer state"] == 0
+    assert (
+        MemoryModel(
+            recipe, read_ds_json(ROOT / "ds_configs/llama3_8b_zero2_offload.json"), 8, sharding
+        ).peak()["optimizer state"]
+        == 0
+    )
 
 
 def test_the_ring_keeps_all_keys_while_they_fit_and_rotates_them_after() -> None:
@@ -104,13 +131,18 @@ def test_the_largest_length_fits_and_a_longer_one_does_not() -> None:
     assert total(recipe, length) <= H200.usable_bytes / GIB < total(recipe, length + 1024)
 
 
-def test_a_shape_that_cannot_fit_is_refused_with_gib_length_and_setting() -> None:
+def test_a_sequence_that_does_not_fit_is_refused_with_gib_length_and_setting() -> None:
     recipe = llama("--parallel.ulysses", "4", "--training.recompute", "none")
     sharding = sharding_for(recipe, [document_in_turns(524288, 1.0)])
-    needed, mended = r"524288 tokens .* needs about [\d.]+ GiB a GPU on ulysses 4 \* ring 1", r"--training\.recompute \w+ makes it fit"
+    needed, mended = (
+        r"524288 tokens .* needs about [\d.]+ GiB a GPU on ulysses 4 \* ring 1",
+        r"--training\.recompute \w+ makes it fit",
+    )
     with pytest.raises(ValueError, match=rf"{needed}.* \d+ tokens would fit; {mended}"):
         Setup(recipe, ZERO1, 4, H200).check_fits(sharding)
-    Setup(llama("--parallel.ulysses", "4"), ZERO1, 4, H200).check_fits(sharding_for(recipe, [document_in_turns(131072, 1.0)]))
+    Setup(llama("--parallel.ulysses", "4"), ZERO1, 4, H200).check_fits(
+        sharding_for(recipe, [document_in_turns(131072, 1.0)])
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,29 +152,39 @@ def test_a_shape_that_cannot_fit_is_refused_with_gib_length_and_setting() -> Non
         (163840, ("--training.recompute", "none"), r"--training\.recompute mlp makes it fit"),
         (262144, (), r"--training\.recompute mlp makes it fit"),
         (327680, (), r"--training\.recompute full makes it fit"),
-        (393216, ("--training.recompute", "full"), r"--training\.offload_activations true makes it fit, with \d+ GiB of host memory a GPU"),
+        (
+            393216,
+            ("--training.recompute", "full"),
+            r"--training\.offload_activations true makes it fit, with \d+ GiB of host memory a GPU",
+        ),
         (
             393216,
             ("--training.recompute", "mlp"),
             r"--training\.recompute full --training\.offload_activations true makes it fit, with \d+ GiB",
         ),
-        (1 << 20, ("--training.recompute", "full"), r"4 times as many GPUs \(--parallel\.ring 4\) makes it fit"),
+        (
+            1 << 20,
+            ("--training.recompute", "full"),
+            r"4 times as many GPUs \(--parallel\.ring 4\) makes it fit",
+        ),
         (1 << 28, (), "no setting here makes it fit; shorten data.max_length"),
     ],
 )
-def test_the_mildest_setting_comes_first(tokens: int, settings: tuple[str, ...], expected: str) -> None:
+def test_the_setting_that_costs_least_time_is_advised(
+    tokens: int, settings: tuple[str, ...], expected: str
+) -> None:
     recipe = llama("--parallel.ulysses", "1", *settings)
     with pytest.raises(ValueError, match=expected):
         Setup(recipe, ZERO1, 1, H200).check_fits(sharding_for(recipe, [document_in_turns(tokens, 1.0)]))
 
 
-def test_a_refusal_says_how_to_try_all_the_same() -> None:
+def test_a_refusal_names_the_setting_that_skips_the_check() -> None:
     recipe = llama("--parallel.ulysses", "1")
     with pytest.raises(ValueError, match=r"--training\.check_memory false tries it all the same"):
         Setup(recipe, ZERO1, 1, H200).check_fits(sharding_for(recipe, [document_in_turns(1 << 20, 1.0)]))
 
 
-def test_advice_for_what_was_predicted_to_fit_names_a_shorter_length() -> None:
+def test_advice_names_a_shorter_length_that_fits() -> None:
     recipe = llama("--parallel.ulysses", "4", "--training.recompute", "full")
     sharding = sharding_for(recipe, [document_in_turns(131072, 1.0)])
     found = Setup(recipe, ZERO1, 4, Device("h200", 20.0)).advice(sharding)
@@ -150,19 +192,34 @@ def test_advice_for_what_was_predicted_to_fit_names_a_shorter_length() -> None:
     assert 65536 < int(found.split()[0]) < 131072
 
 
-def test_a_cpu_has_no_floor_and_no_limit() -> None:
+def test_a_cpu_has_no_time_estimate_and_no_memory_limit() -> None:
     recipe = load_recipe(ROOT / "recipes/smollm2_cpu.json")
     assert floor_seconds(recipe, sharding_for(recipe, [document_in_turns(1024, 1.0)]), DEVICES["cpu"]) == {}
     assert math.isinf(DEVICES["cpu"].memory_gib)
 
 
-def test_a_faster_recomputation_that_would_fit_is_named() -> None:
+def test_a_faster_recompute_setting_that_fits_is_named() -> None:
     recipe = llama("--parallel.ulysses=1", "--training.recompute=full")
     short, long = (sharding_for(recipe, [document_in_turns(tokens, 1.0)]) for tokens in (16_384, 131_072))
     needs = Setup(recipe, ZERO1, 1, H200).recompute_bytes(long)
-    assert list(needs) == ["none", "selective", "mlp", "full"] and needs["none"] > needs["selective"] > needs["mlp"] > needs["full"]
-    assert Setup(recipe, ZERO1, 1, H200).faster_recompute(short).startswith("--training.recompute none would fit too (about ")
-    assert Setup(recipe, ZERO1, 1, H200).faster_recompute(long).startswith("--training.recompute selective would fit too (about ")
-    assert Setup(recipe, ZERO1, 1, DEVICES["h100"]).faster_recompute(long).startswith("--training.recompute mlp would fit too (about ")
+    assert (
+        list(needs) == ["none", "selective", "mlp", "full"]
+        and needs["none"] > needs["selective"] > needs["mlp"] > needs["full"]
+    )
+    assert (
+        Setup(recipe, ZERO1, 1, H200)
+        .faster_recompute(short)
+        .startswith("--training.recompute none would fit too (about ")
+    )
+    assert (
+        Setup(recipe, ZERO1, 1, H200)
+        .faster_recompute(long)
+        .startswith("--training.recompute selective would fit too (about ")
+    )
+    assert (
+        Setup(recipe, ZERO1, 1, DEVICES["h100"])
+        .faster_recompute(long)
+        .startswith("--training.recompute mlp would fit too (about ")
+    )
     assert Setup(recipe, ZERO1, 1, Device("62 GiB", 62)).faster_recompute(long) == ""
     assert Setup(llama("--parallel.ulysses=1"), ZERO1, 1, H200).faster_recompute(short) == ""

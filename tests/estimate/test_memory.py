@@ -1,4 +1,6 @@
-"""The memory model: what H200s measured, and, tensor by tensor on a CPU, what autograd really holds."""
+"""The memory model agrees with peaks measured on H200s, and with the tensors that autograd holds in a real
+step on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 ZERO1 = read_ds_json(ROOT / "ds_configs/llama3_8b_zero1.json")
 MEASURED_BOUND = 0.08
 HELD_BOUND = 0.05
-CAUTION = 0.20  # offload without full recomputation: the model counts tensors of a step together that are fetched one by one
+# Offload without full recomputation may be overestimated: tensors of a step are counted together but fetched
+# one by one.
+CAUTION = 0.20
 
 
 class Measured(NamedTuple):
-    """Peak of torch's allocator on H200s (docs/benchmarks/h200.jsonl): tools/bench_step.py, whose features hold one sequence."""
+    """Peak of torch's allocator on H200s (docs/benchmarks/h200.jsonl): tools/bench_step.py, whose features
+    hold one sequence.
+    """
 
     gib: float
     tokens: int
@@ -72,14 +78,16 @@ def predicted_gib(row: Measured) -> float:
         f"--training.offload_activations={str(row.offload).lower()}",
     ]
     recipe = load_recipe(ROOT / "recipes/llama3_128k.json", settings)
-    sharding = sharding_for(recipe, [document_in_turns(row.tokens, row.fraction)] * row.documents, row.ring_mode)
+    sharding = sharding_for(
+        recipe, [document_in_turns(row.tokens, row.fraction)] * row.documents, row.ring_mode
+    )
     parts = MemoryModel(recipe, ZERO1, row.ulysses * row.ring, sharding, prefetched=0).peak()
     return (sum(parts.values()) - parts["process"]) / GIB
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_model_is_what_autograd_holds(case: AllocationCase) -> None:
-    """The kernels that a GPU has are replaced by ones that only allocate what those do; the rest is the real step."""
+def test_the_model_agrees_with_what_autograd_holds(case: AllocationCase) -> None:
+    """GPU kernels are replaced by ones that only allocate the same tensors; the rest is the real step."""
     found, above = held_bytes(case), CAUTION if case.offload and case.recompute != "full" else HELD_BOUND
     for held, predicted in ((found.loss, found.predicted_loss), (found.peak, found.predicted)):
         assert (1 - HELD_BOUND) * held <= predicted <= (1 + above) * held

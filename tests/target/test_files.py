@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eagle_ds.config.recipe import TargetConfig
+from eagle_ds.config.sections import TargetConfig
 from eagle_ds.target.files import load_target_weights, resolve_target
 from eagle_ds.target.identity import target_hash, tokenizer_hash
 from eagle_ds.target.info import TargetInfo, rope_of, stop_token_ids

@@ -1,4 +1,4 @@
-"""tools/plot_plan.py draws a picture of any layout, and says what is wrong in a sentence."""
+"""tools/plot_plan.py draws the sharding of any layout, and reports wrong input in one sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def plot(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_plan_becomes_a_picture(tmp_path: Path) -> None:
+def test_a_sharding_is_drawn(tmp_path: Path) -> None:
     png = tmp_path / "plan.png"
     drawn = plot(str(png), "--fraction", "0.1", "--parallel.ulysses", "2", "--parallel.ring", "2")
     assert drawn.returncode == 0, drawn.stderr
@@ -31,16 +31,25 @@ def test_a_typo_is_an_error_and_no_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("--fraction", "0"), ("--fraction", "2"), ("--turn", "0")])
-def test_a_share_that_no_sample_has_is_an_error_and_no_picture(option: str, value: str, tmp_path: Path) -> None:
+def test_an_impossible_fraction_or_turn_is_an_error_and_no_picture(
+    option: str, value: str, tmp_path: Path
+) -> None:
     refused = plot(str(tmp_path / "plan.png"), "--fraction", "0.1", option, value)
     assert refused.returncode == 1
-    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1 and f" of {value} " in refused.stderr
+    assert (
+        refused.stderr.startswith("error: ")
+        and refused.stderr.count("\n") == 1
+        and f" of {value} " in refused.stderr
+    )
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_planned(tmp_path: Path) -> None:
+def test_an_unwritable_picture_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused = plot(str(tmp_path / "file" / "plan.png"), "--fraction", "0.1")
-    assert refused.returncode == 1 and f"{tmp_path / 'file'} is a file, where a folder was expected" in refused.stderr
+    assert (
+        refused.returncode == 1
+        and f"{tmp_path / 'file'} is a file, where a folder was expected" in refused.stderr
+    )
     made = plot(str(tmp_path / "new" / "plan.svg"), "--fraction", "0.1")
     assert made.returncode == 0 and (tmp_path / "new" / "plan.svg").is_file()
