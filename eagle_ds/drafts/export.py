@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from eagle_ds.config.outputs import check_output_folder
 from eagle_ds.drafts.cached_draft import CachedDraft
 from eagle_ds.drafts.independent_reader import Probe, ServedReader
-from eagle_ds.drafts.loading import DraftOnDisk, build_draft, load_served_draft
+from eagle_ds.drafts.loading import DraftOnDisk, load_served_draft
 from eagle_ds.drafts.serving_format import ServeCommands, served_config, served_name
 from eagle_ds.target.info import TargetInfo
 
@@ -207,7 +207,7 @@ def training_logits(draft: DraftOnDisk, probe: Probe, dtype: torch.dtype) -> Ten
     rounded = {name: tensor.to(dtype) for name, tensor in draft.state.items()}
     # The probe brings embeddings, so this is never read
     no_embedding = torch.zeros(1, draft.arch.hidden_size)
-    model = build_draft(draft.arch, rounded, no_embedding, torch.float32)
+    model = replace(draft, state=rounded).build(no_embedding, torch.float32)
     cached = CachedDraft(model, draft.vocab)
     logits = []
     for row in range(len(probe.positions)):

@@ -26,14 +26,7 @@ from eagle_ds.config.recipe import Recipe, load_recipe
 from eagle_ds.config.run_folder import RECIPE_FILE, draft_candidates
 from eagle_ds.config.settings import read_json
 from eagle_ds.data.vocab import VocabMap
-from eagle_ds.drafts.serving_format import (
-    EMBEDDING,
-    VOCABULARY,
-    arch_of_config,
-    layer_outputs,
-    tensor_shapes,
-    training_name,
-)
+from eagle_ds.drafts import serving_format as served
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.target.info import TargetInfo
@@ -66,22 +59,12 @@ class DraftOnDisk:
 
         ``embedding``: the target's [V, H], used only by a draft without its own.
         """
-        return build_draft(self.arch, self.state, embedding, dtype, device)
-
-
-def build_draft(
-    arch: DraftArch, state: Mapping[str, Tensor], embedding: Tensor | None,
-    dtype: torch.dtype, device: torch.device | str = "cpu",
-) -> Eagle3Draft:
-    """Build a draft for inference in ``dtype`` from its tensors and, if it shares it, the target's embedding
-    [V, H].
-    """
-    draft = Eagle3Draft(arch).to(device=device, dtype=dtype)
-    draft.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
-    if not arch.trains_embedding:
-        assert embedding is not None, "a draft as wide as its target shares the target's embedding"
-        draft.embed_tokens.weight = embedding.to(device=device, dtype=dtype)
-    return draft.requires_grad_(False).eval()
+        draft = Eagle3Draft(self.arch).to(device=device, dtype=dtype)
+        draft.load_state_dict({name: tensor.to(dtype) for name, tensor in self.state.items()})
+        if not self.arch.trains_embedding:
+            assert embedding is not None, "a draft as wide as its target shares the target's embedding"
+            draft.embed_tokens.weight = embedding.to(device=device, dtype=dtype)
+        return draft.requires_grad_(False).eval()
 
 
 def load_draft(path: str | Path) -> DraftOnDisk:
@@ -153,12 +136,13 @@ def load_served_draft(folder: str | Path) -> tuple[dict[str, Tensor], DraftArch,
     folder = Path(folder)
     config = read_json(folder / "config.json")
     try:
-        arch = arch_of_config(config)
+        arch = served.arch_of_config(config)
     except ValueError as error:
         raise ValueError(f"draft {folder} cannot be used: {error}") from error
-    tensors = {training_name(name): tensor for name, tensor in read_tensors(folder).items()}
-    vocab = _vocabulary({name: tensors.pop(name) for name in VOCABULARY if name in tensors}, arch, folder)
-    if not arch.trains_embedding and tensors.pop(EMBEDDING, None) is not None:
+    tensors = {served.training_name(name): tensor for name, tensor in read_tensors(folder).items()}
+    maps = {name: tensors.pop(name) for name in served.VOCABULARY if name in tensors}
+    vocab = _vocabulary(maps, arch, folder)
+    if not arch.trains_embedding and tensors.pop(served.EMBEDDING, None) is not None:
         log.info("%s has a copy of the target's embedding; the target's own is used, as engines do", folder)
     state = {name: tensor.float() for name, tensor in tensors.items()}
     _check_tensors(state, arch, folder)
@@ -171,7 +155,7 @@ def served_layers(folder: Path, target: TargetInfo | None = None) -> tuple[int, 
     ids = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     if ids:
         known = (target.model_type, target.num_layers) if target else (None, None)
-        return tuple(layer_outputs(ids, *known))
+        return tuple(served.layer_outputs(ids, *known))
     # VLLM's: inputs of layers, one more than outputs
     entering = config.get("eagle_aux_hidden_state_layer_ids")
     return tuple(layer - 1 for layer in entering) if entering else None
@@ -234,7 +218,7 @@ def _vocabulary(maps: dict[str, Tensor], arch: DraftArch, folder: Path) -> Vocab
 
 def _check_tensors(state: Mapping[str, Tensor], arch: DraftArch, folder: Path) -> None:
     """Raise ValueError unless ``state`` has exactly the tensors of ``arch``, each in its shape."""
-    shapes = tensor_shapes(arch)
+    shapes = served.tensor_shapes(arch)
     if missing := sorted(shapes.keys() - state.keys()):
         raise ValueError(f"draft {folder} lacks the tensors {', '.join(missing)}")
     if unknown := sorted(state.keys() - shapes.keys()):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import Enum
 from typing import Any
 
 from eagle_ds.config.deepspeed import bf16_enabled, offloads_optimizer, zero_stage
@@ -37,17 +37,17 @@ Parts = dict[str, int]
 
 
 class Phase(Enum):
-    """What the rank computes at a stage: its forward, the loss, or the backward of one operation."""
+    """What the rank computes at a stage. The value is its name in the text of ``--plan``."""
 
-    CONTEXT_FORWARD = auto()
-    FORWARD = auto()
-    LOSS = auto()
-    MLP = auto()
-    ATTENTION = auto()
-    PROJECTIONS = auto()
-    TOKENS = auto()
-    EXCHANGE = auto()
-    CONTEXT_BACKWARD = auto()
+    CONTEXT_FORWARD = "forward of the context rows"
+    FORWARD = "forward of the TTT steps"
+    LOSS = "loss"
+    MLP = "backward of the MLP"
+    ATTENTION = "backward of attention"
+    PROJECTIONS = "backward of the projections"
+    TOKENS = "backward of the token projections"
+    EXCHANGE = "exchange of dK_0/dV_0"
+    CONTEXT_BACKWARD = "backward of the context rows"
 
     @property
     def is_forward(self) -> bool:
@@ -56,26 +56,47 @@ class Phase(Enum):
 
     @property
     def is_context(self) -> bool:
-        """Whether context rows are computed.
-
-        K_0/V_0 are not exchanged yet, or dK_0/dV_0 have been already.
-        """
+        """Whether context rows are computed: before K_0/V_0 are exchanged, or after dK_0/dV_0 have been."""
         return self in (Phase.CONTEXT_FORWARD, Phase.CONTEXT_BACKWARD)
+
+
+WORKSPACE = {
+    Phase.CONTEXT_FORWARD: TensorSizes.context_forward,
+    Phase.FORWARD: TensorSizes.offloaded_forward,
+    Phase.LOSS: TensorSizes.loss,
+    Phase.MLP: TensorSizes.mlp,
+    Phase.ATTENTION: TensorSizes.attention,
+    Phase.PROJECTIONS: TensorSizes.projections,
+    Phase.TOKENS: TensorSizes.token_projections,
+    Phase.EXCHANGE: TensorSizes.exchange,
+    Phase.CONTEXT_BACKWARD: TensorSizes.context_backward,
+}
 
 
 @dataclass(frozen=True)
 class Stage:
     """A moment of the step at which memory can peak."""
 
-    name: str
     phase: Phase
-    workspace: int  # bytes that the computation itself needs
     saved: Saved = NOTHING  # of how many TTT steps each kind of saved tensor is on the device
     state_gradients: int = 0  # number of states g_k whose gradient is on the device
-    has_dkv: bool = True  # dK_0/dV_0 are allocated: from the first backward of attention on
-    # So are the gradients of the projected tokens: from the first projections' backward on
-    has_token_gradients: bool = False
+    earlier_step: bool = False  # in the backward of the second-to-last TTT step, not of the last one
     fetched: int = 0  # bytes of a query row that are being fetched from host memory
+
+    @property
+    def name(self) -> str:
+        """Name for the text of ``--plan``."""
+        return self.phase.value + (", second-to-last TTT step" if self.earlier_step else "")
+
+    @property
+    def has_dkv(self) -> bool:
+        """Whether dK_0/dV_0 are allocated: from the first backward of attention on."""
+        return self.earlier_step or not (self.phase.is_forward or self.phase is Phase.MLP)
+
+    @property
+    def has_token_gradients(self) -> bool:
+        """Whether the projected tokens' gradients are allocated: from the first projections' backward on."""
+        return self.earlier_step or self.phase in (Phase.PROJECTIONS, Phase.TOKENS)
 
     @property
     def steps_are_done(self) -> bool:
@@ -136,17 +157,8 @@ class MemoryModel:
 
     def stages(self) -> list[Stage]:
         """List the stages that can be the peak, in the order of a step."""
-        sizes = self.sizes
-        # Both stages after the TTT steps hold the gradient of fc's output [rows.aux, D]; the one before, that
-        # of g_0 [N, D].
-        first_states, fused = sizes.rows.query * sizes.state, sizes.rows.aux * sizes.state
-        tokens, exchange = first_states + sizes.token_projections(), fused + sizes.exchange()
-        return [
-            *(self._stages_offloaded() if self.offloads else self._stages_on_device()),
-            Stage("backward of the token projections", Phase.TOKENS, tokens, has_token_gradients=True),
-            Stage("exchange of dK_0/dV_0", Phase.EXCHANGE, exchange),
-            Stage("backward of the context rows", Phase.CONTEXT_BACKWARD, fused + sizes.context_backward()),
-        ]
+        last_steps = self._stages_offloaded() if self.offloads else self._stages_on_device()
+        return [*last_steps, Stage(Phase.TOKENS), Stage(Phase.EXCHANGE), Stage(Phase.CONTEXT_BACKWARD)]
 
     def _stages_on_device(self) -> list[Stage]:
         """List the loss and the backward of the last two TTT steps, where all saved tensors stay on the
@@ -156,35 +168,16 @@ class MemoryModel:
         present. The second-to-last step holds one step less, but also dK_0/dV_0 and the gradients of the
         projected tokens.
         """
-        sizes, t, early = self.sizes, self.sizes.steps, max(self.sizes.steps - 2, 0)
-        # Every step adds to dK_j/dV_j of the earlier diagonals; each waits for the backward of its own step.
-        waiting = sizes.rows.query * early * sizes.diagonal
-        mlp, attention, projections = sizes.mlp(), sizes.attention(), sizes.projections()
-        last = [
-            Stage("loss", Phase.LOSS, sizes.loss(), Saved(t, t, t - 1, t), t, has_dkv=False),
-            Stage("backward of the last MLP", Phase.MLP, mlp, Saved(t - 1, t, t - 1, t), t, has_dkv=False),
-            Stage(
-                "backward of the last attention", Phase.ATTENTION, attention,
-                Saved(t - 1, t, t - 1, t - 1), t - 1,
-            ),
-            Stage(
-                "backward of the last projections", Phase.PROJECTIONS, waiting + projections,
-                Saved(t - 1, t - 1, early, t - 1), t - 1, has_token_gradients=True,
-            ),
+        t, early = self.sizes.steps, max(self.sizes.steps - 2, 0)
+        stages = [
+            Stage(Phase.LOSS, Saved(t, t, t - 1, t), t),
+            Stage(Phase.MLP, Saved(t - 1, t, t - 1, t), t),
+            Stage(Phase.ATTENTION, Saved(t - 1, t, t - 1, t - 1), t - 1),
+            Stage(Phase.PROJECTIONS, Saved(t - 1, t - 1, early, t - 1), t - 1),
+            Stage(Phase.MLP, Saved(t - 2, t - 1, early, t - 1), t - 1, earlier_step=True),
+            Stage(Phase.ATTENTION, Saved(t - 2, t - 1, early, t - 2), early, earlier_step=True),
         ]
-        if t == 1:
-            return last
-        return [
-            *last,
-            Stage(
-                "backward of the second-to-last MLP", Phase.MLP, waiting + mlp,
-                Saved(t - 2, t - 1, early, t - 1), t - 1, has_token_gradients=True,
-            ),
-            Stage(
-                "backward of the second-to-last attention", Phase.ATTENTION, waiting + attention,
-                Saved(t - 2, t - 1, early, t - 2), early, has_token_gradients=True,
-            ),
-        ]
+        return stages[:4] if t == 1 else stages
 
     def _stages_offloaded(self) -> list[Stage]:
         """List the forward, the loss and the backward of the last two TTT steps, where saved tensors move to
@@ -195,46 +188,30 @@ class MemoryModel:
         device.
         """
         sizes, t, early = self.sizes, self.sizes.steps, max(self.sizes.steps - 2, 0)
-        rows, in_tiles = sizes.rows.query, sizes.recompute != "none"
-        waiting = rows * early * sizes.diagonal  # as in _stages_on_device
-        mlp, attention, projections = sizes.mlp(), sizes.attention(), sizes.projections()
-        context = sizes.context_forward()
         # While an operation runs, what the next one reads is fetched. A recomputed MLP reads attention's
         # output and log-sum-exp; where the MLP was kept, they are fetched after it.
-        for_mlp = (sizes.kept.attention - sizes.query) * in_tiles
-        for_step = sizes.state + sizes.query if in_tiles else 2 * sizes.inner
+        tiled = int(sizes.recompute != "none")
+        for_mlp = (sizes.kept.attention - sizes.query) * tiled
+        for_step = sizes.state + sizes.query if tiled else 2 * sizes.inner
         for_attention = for_step if sizes.recompute == "full" else 0
-        of_mlp = Saved(1, int(in_tiles), 0, 1)
-        # Forward: fc's output, two tensors that are being copied to the host, this step's MLP where it is
-        # kept, and the projected tokens [tokens, (Hq + 2 Hkv) d].
-        leaving = 2 * sizes.largest_kept() + (0 if in_tiles else sizes.inner + sizes.state)
-        projected = sizes.tokens * (sizes.query + sizes.diagonal)
-        forward = sizes.rows.aux * sizes.state + rows * leaving + projected
         return [
-            Stage("forward of the context rows", Phase.CONTEXT_FORWARD, context, has_dkv=False),
-            Stage("forward of the TTT steps", Phase.FORWARD, forward, Saved(t - 1, 1, t - 1), has_dkv=False),
-            Stage("loss", Phase.LOSS, sizes.loss(), Saved(t, 0, t - 1), t, has_dkv=False),
-            Stage(
-                "backward of the last MLP", Phase.MLP, mlp,
-                of_mlp._replace(diagonals=t - 1), t, has_dkv=False, fetched=for_mlp,
-            ),
-            Stage(
-                "backward of the second-to-last MLP", Phase.MLP, waiting + mlp,
-                of_mlp._replace(diagonals=early), t - 1, has_token_gradients=True, fetched=for_mlp,
-            ),
-            Stage(
-                "backward of the last attention", Phase.ATTENTION, attention,
-                Saved(1, 1, t - 1), t - 1, fetched=for_attention,
-            ),
-            Stage(
-                "backward of the second-to-last attention", Phase.ATTENTION, waiting + attention,
-                Saved(1, 1, early), early, has_token_gradients=True, fetched=for_attention,
-            ),
-            Stage(
-                "backward of the last projections", Phase.PROJECTIONS, waiting + projections,
-                Saved(1, 0, early), t - 1, has_token_gradients=True, fetched=for_step,
-            ),
+            Stage(Phase.CONTEXT_FORWARD),
+            Stage(Phase.FORWARD, Saved(t - 1, 1, t - 1)),
+            Stage(Phase.LOSS, Saved(t, 0, t - 1), t),
+            Stage(Phase.MLP, Saved(1, tiled, t - 1, 1), t, fetched=for_mlp),
+            Stage(Phase.MLP, Saved(1, tiled, early, 1), t - 1, earlier_step=True, fetched=for_mlp),
+            Stage(Phase.ATTENTION, Saved(1, 1, t - 1), t - 1, fetched=for_attention),
+            Stage(Phase.ATTENTION, Saved(1, 1, early), early, earlier_step=True, fetched=for_attention),
+            Stage(Phase.PROJECTIONS, Saved(1, 0, early), t - 1, fetched=for_step),
         ]
+
+    def _workspace(self, stage: Stage) -> int:
+        """Return the bytes that the computation itself needs."""
+        # Every TTT step adds to dK_j/dV_j of the earlier diagonals; each waits for the backward of its own
+        # step.
+        has_waiting = stage.earlier_step or stage.phase is Phase.PROJECTIONS
+        waiting = self.sizes.rows.query * max(self.sizes.steps - 2, 0) * self.sizes.diagonal
+        return WORKSPACE[stage.phase](self.sizes) + has_waiting * waiting
 
     def _parts(self, stage: Stage) -> Parts:
         """Return the bytes of activations and gradients at ``stage``."""
@@ -253,7 +230,7 @@ class MemoryModel:
             "query rows: being fetched": rows * stage.fetched,
             "query rows: gradients of states": rows * stage.state_gradients * sizes.state,
             "gradients made by autograd": self._weight_gradients(stage.phase) * sizes.element,
-            f"workspace: {stage.name}": stage.workspace,
+            f"workspace: {stage.name}": self._workspace(stage),
         }
 
     def _model(self) -> Parts:

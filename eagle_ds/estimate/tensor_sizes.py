@@ -191,6 +191,14 @@ class TensorSizes:
 
     # Workspace of each stage ------------------------------------------------------------------------------
 
+    def offloaded_forward(self) -> int:
+        """Count fc's output [rows.aux, D], two tensors that are being copied to the host, the MLP of one TTT
+        step where it is kept, and the projected tokens [tokens, (Hq + 2 Hkv) d].
+        """
+        mlp = self.inner + self.state if self.recompute == "none" else 0
+        row = 2 * self.largest_kept() + mlp
+        return self.rows.aux * self.state + self.rows.query * row + self.tokens * (self.query + self.diagonal)
+
     def loss(self) -> int:
         """Count one chunk of C query rows (its T logits and their gradients), and the gradient of the head
         [Vd, D] in float32.
@@ -250,20 +258,26 @@ class TensorSizes:
         return self.rows.query * (projected + self.state) + tile
 
     def token_projections(self) -> int:
-        """Count dW_e [(Hq + 2 Hkv) d, D] in float32, the joined gradient of both halves in float32 and in the
+        """Count the gradient of g_0 [N, D] and what the backward of the embeddings' half of the projections
+        needs.
+
+        That is dW_e [(Hq + 2 Hkv) d, D] in float32, the joined gradient of both halves in float32 and in the
         weights' type, and one tile of tokens: projected, and their embeddings with their norm.
         """
         numbers = self.qkv_weights // self.element
         tile = tile_rows(self.tokens) * (self.query + self.diagonal + 2 * self.state)
-        return numbers // 2 * 4 + numbers * (4 + self.element) + tile
+        return self.rows.query * self.state + numbers // 2 * 4 + numbers * (4 + self.element) + tile
 
     def exchange(self) -> int:
-        """Count the q, k, v weights' gradient so far, and dK_0/dV_0 of the rank's own context rows.
+        """Count the gradients of fc's output [rows.aux, D], of the q, k, v weights, and of the rank's own
+        K_0/V_0 rows.
 
         On several ranks also a received and a summed copy of dK_0/dV_0 of all rows that the rank holds.
+
         """
         copies = 2 * self.dkv if self.sharding.world > 1 else 0
-        return self.qkv_weights + self.rows.context * self.diagonal + copies
+        gradients = self.rows.aux * self.state + self.qkv_weights + self.rows.context * self.diagonal
+        return gradients + copies
 
     def context_forward(self) -> int:
         """Count fc's output [rows.aux, D], and embedding, both norms and z (5 times D) of all rows, or of one
@@ -273,12 +287,12 @@ class TensorSizes:
         return self.rows.aux * self.state + rows * 5 * self.state
 
     def context_backward(self) -> int:
-        """Count the q, k, v weights' gradient, dK_0/dV_0 of the context rows, and z with one or two of its
-        gradients.
+        """Count the gradients of fc's output, the q, k, v weights and K_0/V_0 as ``exchange`` does, and z
+        with one or two of its gradients.
         """
         rows, z = self.rows.context, max(2 * self.state + self.diagonal, 3 * self.state)
         if self.recompute in ("none", "mlp"):
             through_z = rows * z
         else:  # z is recomputed in tiles
             through_z = rows * (self.state + self.diagonal // 2) + tile_rows(rows) * (3 * self.state + z)
-        return self.qkv_weights + rows * self.diagonal + through_z
+        return self.rows.aux * self.state + self.qkv_weights + rows * self.diagonal + through_z

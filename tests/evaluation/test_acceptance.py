@@ -11,7 +11,7 @@ import torch
 
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.chat import ChatEncoder
-from eagle_ds.drafts.loading import build_draft, untrained_draft
+from eagle_ds.drafts.loading import untrained_draft
 from eagle_ds.evaluation import acceptance
 from eagle_ds.evaluation.acceptance import (
     Measurement,
@@ -215,5 +215,5 @@ def test_the_untrained_draft_is_reproducible(target_folder: Path) -> None:
     first, again = (untrained_draft(PLAIN, vocab, seed=3) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(first.state[name], again.state[name]) for name in first.state)
-    built = build_draft(PLAIN, first.state, weights["lm_head"], torch.bfloat16)
+    built = first.build(weights["lm_head"], torch.bfloat16)
     assert built.fc.weight.dtype == torch.bfloat16 and not built.fc.weight.requires_grad
