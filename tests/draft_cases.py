@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from eagle_ds.config.recipe import Recipe
-from eagle_ds.config.sections import RopeScaling
 from eagle_ds.config.run_folder import RECIPE_FILE
+from eagle_ds.config.sections import RopeScaling
 from eagle_ds.data.vocab import VocabMap
 from eagle_ds.drafts.loading import ARCH_FILE, STATE_FILE, VOCAB_FILE, DraftOnDisk
 from eagle_ds.model.arch import DraftArch

@@ -110,7 +110,7 @@ def derived_rows(recipe: Recipe, world_size: int) -> Iterator[tuple[str, Any, st
     yield "train_batch_size", dp * steps, "dp * training.gradient_accumulation"
     yield "sequence_parallel_size", recipe.parallel.size, "parallel.ulysses * parallel.ring"
     yield "gradient_clipping", training.gradient_clipping, "training.gradient_clipping"
-    yield "optimizer.type", "AdamW", "AdamW"
+    yield "optimizer.type", "AdamW", "the only supported optimizer"
     yield "optimizer.params.lr", training.learning_rate, "training.learning_rate"
     yield "optimizer.params.betas", list(training.betas), "training.betas"
     yield "optimizer.params.eps", training.adam_eps, "training.adam_eps"
