@@ -280,8 +280,8 @@ class TrainingConfig(Section):
     seed: int = 0
     """Seed of the random weights and of the sampling order."""
     recompute: Literal["none", "selective", "mlp", "full"] = "none"
-    """What the backward recomputes to save memory. none: nothing; selective: all but matmuls; mlp: MLP and output
-    projection; full: K_0/V_0 as well. Take the first that fits; --plan predicts the memory of each."""
+    """What the backward recomputes to save memory. none: nothing; selective: all but matmuls; mlp: MLP and
+    output projection; full: K_0/V_0 as well. Take the first that fits; --plan predicts the memory of each."""
     offload_activations: bool = False
     """Move what the backward will need to pinned host memory. For contexts that do not fit with recompute
     full."""
