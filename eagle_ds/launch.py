@@ -1,9 +1,11 @@
-"""What every ``recipes/NAME.sh`` calls: help, plan, start the launcher, or train as one of its ranks.
+"""What every ``recipes/NAME.sh`` calls: show help or the plan, start the launcher, or train.
 
-A recipe is bash and Python at once. Under ``deepspeed --num_gpus 8 recipes/NAME.sh`` it runs as Python with RANK
-set and trains. Under ``bash recipes/NAME.sh`` its header hands it to Python with no RANK: then this module starts
-the DeepSpeed launcher with as many processes as fit. Nothing heavy is imported before it is needed, so that
-``--help``, ``--plan`` and every complaint about a recipe come at once.
+A recipe file is valid bash and valid Python. ``deepspeed --num_gpus 8 recipes/NAME.sh`` runs it as Python
+with RANK set, once per GPU: then it trains. ``bash recipes/NAME.sh`` runs its bash header, which starts it as
+Python without RANK: then this module starts the DeepSpeed launcher with as many processes as fit.
+
+torch and DeepSpeed take seconds to import, so they are imported only to train. ``--help``, ``--plan`` and
+every error in a recipe appear at once.
 """
 
 from __future__ import annotations
@@ -21,12 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eagle_ds.config.recipe import ParallelConfig, Recipe, load_recipe
+from eagle_ds.config.recipe import Recipe, load_recipe
+from eagle_ds.config.run_folder import lock_run
+from eagle_ds.config.sections import ParallelConfig
 from eagle_ds.config.settings import dotted_fields, section_of
 from eagle_ds.training.preflight import check_files, check_layout
 
 if TYPE_CHECKING:
     from eagle_ds.training.world import World
+
+    JoinWorld = Callable[[ParallelConfig, int], World]
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +42,20 @@ DEEPSPEED_PORT = 29500
 USAGE = """\
 Train:       deepspeed --num_gpus {world} {script}
              bash {script}                      (starts the launcher with as many processes as fit)
-Look first:  {script} --plan                    (resolved recipe, sharding, memory, time, files; starts nothing)
+Look first:  {script} --plan         (resolved recipe, sharding, memory, time, files; starts nothing)
 Change:      {script} --training.max_steps 10 --training.learning_rate 5e-5
+Resume:      the same command again  (from the newest checkpoint in the run folder)
+Stop:        kill PID, of any training process (all save a checkpoint at the next step and end)
 
 options:
-  --help            this text
+  --help            show this text
   --plan            print what a run would do, and start nothing
-  --num_gpus N      under bash or --plan: processes to start, or to plan for
-  --gpu NAME        under --plan: plan for h200, h100, a100, b200 or cpu (default: what is here, else h200)
-  --fresh           move the run folder aside and start anew; without it a run resumes from its newest checkpoint
-  --local_rank I    given by the DeepSpeed launcher
-  --SECTION.NAME V  any setting below; V is JSON or text; relative paths start at the repository
+  --num_gpus N      with bash: start N processes; with --plan: plan for N
+                    (default: all GPUs that form whole groups of ulysses * ring)
+  --gpu NAME        with --plan: plan for h200, h100, a100, b200 or cpu (default: the GPU here, else h200)
+  --fresh           rename an existing run folder and start from step 0; nothing is deleted
+  --local_rank I    set by the DeepSpeed launcher
+  --SECTION.NAME V  override any setting below; V is JSON or text; relative paths start at the repository
 
 settings (with this recipe's values):
 """
@@ -54,24 +63,27 @@ settings (with this recipe's values):
 
 @dataclass(frozen=True)
 class Invocation:
-    """One way of calling a recipe: its two files, its flags, the dotted overrides, and where it runs."""
+    """How a recipe was called."""
 
     script: Path
     options: argparse.Namespace
-    overrides: tuple[str, ...]
-    accelerator: str | None
+    overrides: tuple[str, ...]  # --SECTION.NAME V, as typed
+    accelerator: str | None  # DS_ACCELERATOR: "cpu", or None for GPUs
 
     @property
     def recipe_json(self) -> Path:
-        """The JSON beside the script, relative to the repository where it lies inside."""
+        """Path of the recipe's JSON, relative to the repository if it is inside."""
         path = self.script.with_suffix(".json")
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def main(script: str, accelerator: str | None = None) -> None:
-    """Run the recipe whose ``.sh`` file is ``script`` with the arguments of this process, and exit.
+    """Run the recipe ``script`` with the command line of this process.
 
-    ``accelerator``: DS_ACCELERATOR where the environment sets none ("cpu": the recipe is meant for CPUs).
+    Args:
+        script: path of the recipe's ``.sh`` file.
+        accelerator: value of DS_ACCELERATOR if the environment does not set it; "cpu" for recipes meant for
+            CPUs.
     """
     path = Path(script).resolve()
     os.chdir(Path(__file__).resolve().parent.parent)
@@ -79,19 +91,25 @@ def main(script: str, accelerator: str | None = None) -> None:
     if accelerator:
         os.environ.setdefault("DS_ACCELERATOR", accelerator)
     call = Invocation(path, options, tuple(overrides), os.environ.get("DS_ACCELERATOR"))
-    rank = int(os.environ.get("RANK", -1))
+    rank = int(os.environ.get("RANK", -1))  # -1: not started by the launcher
     level = logging.INFO if rank <= 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     try:
         if options.num_gpus is not None and options.num_gpus < 1:
-            raise ValueError(f"--num_gpus {options.num_gpus} starts nothing; give 1 or more, or leave it out")
+            text = "is out of range; give 1 or more, or leave it out"
+            raise ValueError(f"--num_gpus {options.num_gpus} {text}")
         recipe = load_recipe(call.recipe_json, overrides)
         if options.help or options.plan:
             if rank <= 0:
                 sys.stdout.write(help_text(call, recipe) if options.help else _plan_text(call, recipe))
             return
+        # Every rank checks again: on a cluster, its node may have other files than the one that started the
+        # launcher.
         check_files(recipe, call.recipe_json, overrides)
-        world_size = int(os.environ["WORLD_SIZE"]) if rank >= 0 else choose_world_size(recipe, options.num_gpus, call.accelerator)
+        if rank >= 0:
+            world_size = int(os.environ["WORLD_SIZE"])
+        else:
+            world_size = choose_world_size(recipe, options.num_gpus, call.accelerator)
         check_layout(recipe, world_size)
         if options.fresh and rank <= 0:
             set_aside(recipe.run_dir)
@@ -103,8 +121,15 @@ def main(script: str, accelerator: str | None = None) -> None:
 
 
 def enter_repository(arguments: argparse.Namespace, models: Sequence[str] = ("target", "baseline")) -> None:
-    """Go to the repository, where the relative paths of a recipe start. Paths on the command line start where it was typed: they
-    are made absolute first, those of ``models`` (a folder or a Hugging Face id) where such a folder exists."""
+    """Change to the repository, where the relative paths of a recipe start.
+
+    Paths on the command line are relative to where the user typed it, so they are made absolute first.
+
+    Args:
+        arguments: parsed options of a tool; its ``Path`` values are changed in place.
+        models: options that name a folder or a Hugging Face model. They are changed only if such a folder
+            exists.
+    """
     root = Path(__file__).resolve().parent.parent
     if Path.cwd() == root:
         return
@@ -115,8 +140,11 @@ def enter_repository(arguments: argparse.Namespace, models: Sequence[str] = ("ta
 
 
 def _complain_once(error: ValueError, code: int) -> None:
-    """Exit with ``code`` and the message from a node's first rank alone. The others found the same and leave quietly: were they to fail
-    too, the launcher might kill the first one before it has spoken."""
+    """Print an error that all ranks have, once per node, and exit.
+
+    The node's first rank exits with ``code``. The others exit with 0: if they failed too, the launcher could
+    kill the first one before it has printed the message.
+    """
     if int(os.environ.get("LOCAL_RANK", 0)):
         sys.exit(0)
     sys.stderr.write(f"error: {error}\n")
@@ -135,9 +163,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def help_text(call: Invocation, recipe: Recipe) -> str:
-    """The recipe's own header comments, the ways to call it, and every setting with its value here."""
+    """Return the recipe's header comments, the ways to call it, and every setting with its value."""
     comments = [line for line in call.script.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    about = "\n".join(line.removeprefix("#").removeprefix(" ") for line in comments[1:-1])  # between shebang and end
+    # Without the first comment, the shebang, and the last one, the end of the bash part.
+    about = "\n".join(line.removeprefix("#").removeprefix(" ") for line in comments[1:-1])
     script = call.script.relative_to(Path.cwd()) if call.script.is_relative_to(Path.cwd()) else call.script
     values = recipe.model_dump()
     rows = []
@@ -146,13 +175,14 @@ def help_text(call: Invocation, recipe: Recipe) -> str:
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         shown = value if isinstance(value, str) else json.dumps(value)
-        text = field.description if section_of(field) and value is not None else f"{shown}  {field.description}"
+        is_section = section_of(field) and value is not None
+        text = field.description if is_section else f"{shown}  {field.description}"
         rows.append(f"  --{name:<34} {text}")
     return f"{about}\n\n{USAGE.format(script=script, world=recipe.parallel.size)}" + "\n".join(rows) + "\n"
 
 
 def _plan_text(call: Invocation, recipe: Recipe) -> str:
-    from eagle_ds.estimate.plan import describe_plan
+    from eagle_ds.estimate.plan_text import describe_plan
 
     world_size = int(os.environ.get("WORLD_SIZE", 0)) or call.options.num_gpus or recipe.parallel.size
     gpu = call.options.gpu or ("cpu" if call.accelerator == "cpu" else None)
@@ -160,32 +190,37 @@ def _plan_text(call: Invocation, recipe: Recipe) -> str:
 
 
 def choose_world_size(recipe: Recipe, wanted: int | None, accelerator: str | None) -> int:
-    """Processes that ``bash NAME.sh`` starts: what was asked for, else all GPUs that make whole sequence groups.
+    """Return the number of processes that ``bash NAME.sh`` starts.
 
-    Raises ValueError if the GPUs do not suffice. On CPU one sequence group is started.
+    That is ``wanted``, or else all visible GPUs that form whole sequence-parallel groups. On a CPU it is one
+    group.
+
+    Raises ValueError if there are not enough GPUs.
     """
     size = recipe.parallel.size
     if accelerator == "cpu":
         return wanted or size
     import torch
 
-    here = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    world_size = wanted or here // size * size
-    if not size <= world_size <= here:
+    visible = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    world_size = wanted or visible // size * size
+    if not size <= world_size <= visible:
         raise ValueError(
-            f"{recipe.name} needs ulysses {recipe.parallel.ulysses} * ring {recipe.parallel.ring} = {size} GPUs"
-            f"{f' and {wanted} were asked for' if wanted else ''}, but {here} can be seen; lower --parallel.ulysses or --parallel.ring"
-            f"{'' if here else ', or set DS_ACCELERATOR=cpu to run on the CPU'}"
+            f"{recipe.name} needs ulysses {recipe.parallel.ulysses} * ring {recipe.parallel.ring} = {size} "
+            f"GPUs{f' and {wanted} were asked for' if wanted else ''}, but {visible} can be seen; "
+            "lower --parallel.ulysses or --parallel.ring"
+            f"{'' if visible else ', or set DS_ACCELERATOR=cpu to run on the CPU'}"
         )
     return world_size
 
 
 def launcher_command(call: Invocation, world_size: int) -> list[str]:
-    """The DeepSpeed launcher on this machine, with the flags that the ranks need."""
+    """Return the command that starts the DeepSpeed launcher on this machine."""
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     chosen = devices.split(",")[:world_size]
     if call.accelerator != "cpu" and len(chosen) == world_size and all(d.isdigit() for d in chosen):
-        where = ["--include", f"localhost:{','.join(chosen)}"]  # --num_gpus would ignore CUDA_VISIBLE_DEVICES
+        # With --num_gpus the launcher would ignore CUDA_VISIBLE_DEVICES and take the first GPUs.
+        where = ["--include", f"localhost:{','.join(chosen)}"]
     else:
         where = ["--num_gpus", str(world_size)]
     return [
@@ -202,7 +237,8 @@ def _start_launcher(call: Invocation, world_size: int) -> None:
 
 
 def _train(recipe: Recipe, rank: int) -> None:
-    _prepare_environment(int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])), os.environ.get("DS_ACCELERATOR"))
+    local_processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+    _prepare_environment(local_processes, os.environ.get("DS_ACCELERATOR"))
     from eagle_ds.reporting.report import write_report
     from eagle_ds.training.agreement import RankFailure
     from eagle_ds.training.sizing import OutOfMemory
@@ -212,9 +248,9 @@ def _train(recipe: Recipe, rank: int) -> None:
         train_rank(recipe, int(os.environ.get("LOCAL_RANK", 0)))
         if rank == 0:
             write_report(recipe.run_dir)
-    except RankFailure as error:
+    except RankFailure as error:  # the same on all ranks
         _complain_once(error, FAILED)
-    except OutOfMemory as error:
+    except OutOfMemory as error:  # perhaps on this rank only, while the others wait for it
         leave_at_once(f"error (rank {rank}): {error}", FAILED)
     except (ValueError, OSError) as error:
         logger.debug("%s", traceback.format_exc())
@@ -222,9 +258,17 @@ def _train(recipe: Recipe, rank: int) -> None:
         sys.exit(FAILED)
 
 
-def train_rank(recipe: Recipe, local_rank: int, join: Callable[[ParallelConfig, int], World] | None = None) -> None:
-    """Join the world, train as one of its ranks, leave. ``join``: by default ``join_world``. Raises as ``train`` does."""
-    from torch import distributed as dist
+def train_rank(recipe: Recipe, local_rank: int, join: JoinWorld | None = None) -> None:
+    """Join the process group, train as one of its ranks, and leave it.
+
+    Args:
+        join: forms the process groups; `join_world` by default.
+
+    Raises what `train` raises.
+    """
+    # DeepSpeed's module, not torch's: it holds state of its own, which must be cleared before another world
+    # is joined.
+    from deepspeed import comm as dist
 
     from eagle_ds.training.train import train
     from eagle_ds.training.world import join_world
@@ -236,22 +280,27 @@ def train_rank(recipe: Recipe, local_rank: int, join: Callable[[ParallelConfig, 
 
 
 def _measure_acceptance(*args: Any) -> dict[str, Any]:
-    from eagle_ds.evaluation.acceptance import measure_during_training  # imports transformers, which few runs need
+    # Imported at the first measurement: it needs transformers, which most runs never use.
+    from eagle_ds.evaluation.acceptance import measure_during_training
 
     return measure_during_training(*args)
 
 
 def _prepare_environment(local_processes: int, accelerator: str | None) -> None:
-    """Before torch is imported: find ninja beside this Python, and share the cores among CPU processes."""
-    beside = str(Path(sys.executable).parent)
-    if beside not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
+    """Set PATH and OMP_NUM_THREADS. Call it before torch is imported, which reads them once.
+
+    DeepSpeed and Triton look for ninja in PATH; it is installed next to this Python. Processes on a CPU share
+    its cores: torch's default of one thread per core in each process would make all of them slower.
+    """
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = scripts + os.pathsep + os.environ.get("PATH", "")
     if accelerator == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // local_processes, 1)))
 
 
 def usable_cores() -> int:
-    """Cores this process may use: its affinity, and the container's CPU quota if there is one."""
+    """Return how many cores this process may use: its affinity, limited by the container's CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota_file = Path("/sys/fs/cgroup/cpu.max")
     if quota_file.is_file():
@@ -262,11 +311,9 @@ def usable_cores() -> int:
 
 
 def set_aside(run_dir: Path) -> None:
-    """Rename an existing run folder; nothing is ever deleted. Raises ValueError where a run is at work in it."""
-    from eagle_ds.training.runlock import take_run
-
+    """Rename an existing run folder, for ``--fresh``. Raises ValueError if a run is active in it."""
     if run_dir.exists():
-        if lock := take_run(run_dir):
+        if lock := lock_run(run_dir):  # succeeds only if no other run is active
             lock.close()
         kept = run_dir.with_name(f"{run_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
         run_dir.rename(kept)
@@ -274,7 +321,7 @@ def set_aside(run_dir: Path) -> None:
 
 
 def _free_port() -> int:
-    """DeepSpeed's usual port, or any free one if another run has it."""
+    """Return DeepSpeed's default port, or any free port if another run uses it."""
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", DEEPSPEED_PORT)) != 0:
             return DEEPSPEED_PORT

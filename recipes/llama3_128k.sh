@@ -1,19 +1,37 @@
 #!/usr/bin/env bash
-# llama3_128k: an EAGLE-3 draft for Llama-3.1-8B-Instruct, trained on sequences of up to 131072 tokens on 8 GPUs.
+# llama3_128k: trains an EAGLE-3 draft for Llama-3.1-8B-Instruct on sequences of up to 131072 tokens, on 8 GPUs.
+#
+# The steps of a run:
+#   1. python tools/prepare_hidden_states.py --recipe recipes/llama3_128k.json    capture the target's hidden states
+#   2. recipes/llama3_128k.sh --plan                                              check memory, time and files
+#   3. deepspeed --num_gpus 8 recipes/llama3_128k.sh                              train; the same command resumes
+#   4. python tools/export_draft.py runs/llama3_128k --out drafts/llama3-128k     export for SGLang and vLLM
+# The values are in recipes/llama3_128k.json. Copy both files under a new name to make your own recipe.
 #
 # Why these values:
-#   target.aux_layer_ids null     [1, L//2-1, L-4] = layers 1, 15 and 28, what SGLang and vLLM take by default
-#   draft sizes                   the target's own layer, as every published draft for it has (so embeddings are shared)
-#   draft.vocab_size 32000        the head is the widest matrix of a step; the 32000 commonest trained tokens cover chats
-#   draft.rope_*                  the target's own: trained to 131072, and a missing base means 10000 to a server
-#   parallel.ulysses 8, ring 1    8 KV heads on 8 GPUs: one each, nothing replicated, K_0/V_0 sent once per sequence
-#   data.pack_tokens 131072       a batch is a number of tokens: one long sample, or many short ones side by side
-#   training.recompute none       25 GiB of a GPU's 80 as it is (--plan); selective 21 or full 13 on smaller GPUs, or for longer samples
-#   training.gradient_clipping 0.5, betas (0.9, 0.95)   as EAGLE's own training code has them
-#   deepspeed zero1               425 million trained parameters: optimizer state is worth spreading, weights are not
+#   target.aux_layer_ids null     The draft reads the outputs of layers [1, L//2-1, L-4], here 1, 15 and 28.
+#                                 SGLang and vLLM read these layers by default.
+#   draft sizes                   Those of one layer of the target, as in every published draft for it. With the same
+#                                 hidden size, draft and target share one embedding.
+#   draft.vocab_size 32000        The output head is the widest matrix of a TTT step. The 32000 most frequent trained
+#                                 tokens cover chats; the full 128256 would make the head four times as large.
+#   draft.rope_*                  The target's own, which reach 131072 tokens. They must be written out: a serving
+#                                 engine takes a missing base for 10000.
+#   parallel.ulysses 8, ring 1    The target has 8 KV heads: each GPU gets one, no head is replicated, and K_0/V_0 are
+#                                 exchanged once per sequence.
+#   data.pack_tokens 131072       A batch is a number of tokens: one long sample, or many short ones packed together.
+#   data.overlong truncate        A longer sample is still useful up to 131072 tokens.
+#   training.ttt_steps 7          EAGLE-3's own value; servers draft 3 to 7 tokens.
+#   training.recompute none       Fastest. A GPU needs 25 GiB (see --plan). For longer sequences or smaller GPUs,
+#                                 "selective" needs 21 GiB and "full" 13 GiB.
+#   training.gradient_clipping 0.5, betas (0.9, 0.95)
+#                                 As in EAGLE's own training code.
+#   deepspeed zero1               The draft has 425 million trained parameters. Partitioning the optimizer state saves
+#                                 memory; partitioning weights would add communication and save little.
 #
-# Ran on: its true shapes with synthetic features on one H200 (9.6 s and 105 GiB a step with recompute selective, 10.0 s and 53 GiB
-# with full) and on four (2.50 s and 41 GiB with none, 2.62 s and 17 GiB with full); never yet on eight GPUs: docs/benchmarks/h200.md
+# Measured: with these shapes and synthetic features, one step with every row trained takes 9.6 s and 105 GiB on one H200
+# with recompute selective (10.0 s and 53 GiB with full), and 2.50 s and 41 GiB per GPU on four with none (2.62 s and
+# 17 GiB with full). Not yet run on eight GPUs. See docs/benchmarks/h200.md.
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3

@@ -1,19 +1,27 @@
 #!/usr/bin/env bash
-# smollm2_cpu: an EAGLE-3 draft for SmolLM2-135M-Instruct on two CPU processes; what `make demo` trains.
+# smollm2_cpu: trains an EAGLE-3 draft for SmolLM2-135M-Instruct in two CPU processes. "make demo" runs it.
 #
-# Small enough for two cores and 8 GB, and the same code path as the largest run: capture, store, a ring of two, DeepSpeed.
+# It is small enough for two cores and 8 GB of memory, and it uses the same code as the largest run: capture, store,
+# a ring of two ranks, DeepSpeed. Use it to see the whole path work before you take GPUs.
+# The values are in recipes/smollm2_cpu.json. Copy both files under a new name to make your own recipe.
 #
 # Why these values:
-#   target.dtype float32          the CPU path is exact, and acceptance is checked token for token in float32
-#   draft sizes                   the target's own layer (so the frozen embedding is shared)
-#   draft.vocab_size 4096         a twelfth of the target's 49152: the head is most of the work at this width
-#   training.ttt_steps 3          a row costs as much as it has steps; minutes are better spent on more rows
-#   draft.rope_theta 100000       the target's own
-#   parallel.ring 2               9 query heads divide by 1, 3 and 9 only, so two processes make a ring
-#   data.pack_tokens 512          many small steps: a draft that starts from nothing learns by their number
-#   training.learning_rate 2e-3   a draft of 8 million weights takes a larger step than the 1e-4 of the 8B recipe
+#   target.dtype float32          The CPU path computes in float32, so that real decoding can be compared with the
+#                                 target's own answers token by token.
+#   draft sizes                   Those of one layer of the target, so that draft and target share one embedding.
+#   draft.vocab_size 4096         A twelfth of the target's 49152 tokens. At this width the output head is most of the
+#                                 work.
+#   training.ttt_steps 3          Each TTT step costs time for every row. The minutes of a demo are better spent on more
+#                                 rows.
+#   draft.rope_theta 100000       The target's own.
+#   parallel.ring 2               Ulysses needs a divisor of the 9 query heads: 1, 3 or 9. Two processes can only form a
+#                                 ring.
+#   data.pack_tokens 512          Small batches give many optimizer steps, and a draft that starts from random weights
+#                                 needs many steps.
+#   training.learning_rate 2e-3   A draft of 8 million parameters trains well with a higher rate than the 1e-4 of the
+#                                 8B recipe.
 #
-# Ran on: 2 CPU cores, 264 steps on 120 conversations in 238 s, 1.1 GiB a process: docs/benchmarks/demo.md
+# Measured: 264 steps on 120 conversations take 238 s on 2 CPU cores, with 1.1 GiB per process. See docs/benchmarks/demo.md.
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3

@@ -3,8 +3,8 @@
     recipe.json            the resolved recipe
     log.jsonl              one line per optimizer step
     eval.jsonl             one line per evaluation
-    checkpoints/step_N/    checkpoint after N optimizer steps; checkpoints/latest names the newest complete one
-    best/                  the draft of the best evaluation
+    checkpoints/step_N/    checkpoint after N optimizer steps; checkpoints/latest names the newest complete
+    one best/                  the draft of the best evaluation
     draft/                 the draft exported for serving
     acceptance.json        acceptance measured by tools/eval_acceptance.py
     report.html            the report
@@ -42,12 +42,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints_newest_first(run_dir: Path) -> list[Path]:
-    """List all checkpoint folders of a run by falling step. Incomplete ones have hidden names and are not listed."""
+    """List the complete checkpoints of a run, newest first. Incomplete ones have hidden names."""
     return sorted((run_dir / CHECKPOINTS).glob(f"{STEP_PREFIX}*"), key=step_of, reverse=True)
 
 
 def draft_candidates(folder: Path) -> list[Path]:
-    """List where ``folder`` may hold a draft: itself (a checkpoint), a run's best draft, its checkpoints, newest first."""
+    """List where ``folder`` may hold a draft: itself, a run's best, its checkpoints, newest first."""
     return [folder, folder / BEST, *checkpoints_newest_first(folder)]
 
 
@@ -60,8 +60,8 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def lock_run(run_dir: Path) -> TextIO | None:
     """Create ``run_dir`` if necessary and lock it until the returned file is closed or this process ends.
 
-    A launcher that is killed can leave its ranks running. Without the lock, the same command started again would
-    write to the same folder as those ranks.
+    A launcher that is killed can leave its ranks running. Without the lock, the same command started again
+    would write to the same folder as those ranks.
 
     Returns:
         The open lock file; None, with a warning, where the file system does not support locks.
@@ -73,13 +73,13 @@ def lock_run(run_dir: Path) -> TextIO | None:
     try:
         file = hold(run_dir / LOCK)
     except InUse as owner:
+        who = str(owner) or "it has not named its process yet"
         raise ValueError(
-            f"another run is active in {run_dir} ({str(owner) or 'it has not written its process id yet'}); its "
-            "launcher may have ended before it. Stop it with SIGTERM, which saves a checkpoint, and start again to "
-            "resume, or choose another --name"
+            f"another run is active in {run_dir} ({who}); its launcher may have ended before it. "
+            "Stop it with SIGTERM, which saves a checkpoint, run again to resume, or choose another --name"
         ) from owner
     except OSError as error:
-        text = "cannot lock %s (%s): this file system does not support locks; make sure that no other run uses this folder"
+        text = "cannot lock %s (%s): its file system has no locks; make sure that no other run uses it"
         logger.warning(text, run_dir, error)
         return None
     file.truncate(0)

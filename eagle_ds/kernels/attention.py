@@ -52,7 +52,7 @@ class KeyBounds:
         return cls(lo, hi, *(to_device(torch.from_numpy(rows), device) for rows in (lo, hi)))
 
 
-class BlockAttention(Protocol):
+class AttentionBackend(Protocol):
     """What every backend offers. q [N, Hq, d]; k, v [M, Hkv, d]; Hkv divides Hq; lse [N, Hq] float32 (float64 for float64 inputs).
 
     ``diagonals`` = [K_1, V_1, K_2, V_2, ...], each [N, Hkv, d]: keys and values that row p alone sees. One such key has
@@ -98,7 +98,7 @@ class ReferenceAttention:
     """Plain PyTorch in float32 or float64, a block of query rows at a time: the yardstick, and the CPU path."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
-        """See ``BlockAttention``; out in the dtype of q."""
+        """See ``AttentionBackend``; out in the dtype of q."""
         out = torch.zeros_like(q)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=wide(q.dtype), device=q.device)
         for rows, keys in _blocks(q, bounds):
@@ -113,7 +113,7 @@ class ReferenceAttention:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
         dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
-        """See ``BlockAttention``."""
+        """See ``AttentionBackend``."""
         dtype = wide(q.dtype)
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
@@ -130,7 +130,7 @@ class ReferenceAttention:
         return dq.to(q.dtype)
 
     def diagonal_forward(self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        """See ``BlockAttention``."""
+        """See ``AttentionBackend``."""
         for k, v in zip(diagonals[::2], diagonals[1::2], strict=True):
             own = _per_query_head(v, q).to(lse.dtype), _diagonal_score(q, k, scale)
             out, lse = merge((out.to(lse.dtype), lse), own)
@@ -139,7 +139,7 @@ class ReferenceAttention:
     def diagonal_backward(
         self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float, dq: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """See ``BlockAttention``."""
+        """See ``AttentionBackend``."""
         dtype, gradients = lse.dtype, []
         wide_q, wide_dout, dq = q.to(dtype), dout.to(dtype), dq.to(dtype)
         delta = (wide_dout * out.to(dtype)).sum(-1)

@@ -110,7 +110,7 @@ def _forward_kernel(Q, K, V, Out, Lse, Lo, Hi, N, scale_log2, q_head, k_head, v_
 
 
 @triton.jit
-def _row_facts_kernel(DOut, Out, Lse, Delta, Lse2, N, padded, dout_row, dout_head, out_row, out_head, lse_row, lse_head,
+def _row_sums_kernel(DOut, Out, Lse, Delta, Lse2, N, padded, dout_row, dout_head, out_row, out_head, lse_row, lse_head,
                       D: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     """delta = rowsum(dout * out) and the base-2 lse, each [heads, padded]; rows past N get an lse of inf, so p = 0."""
     head = tl.program_id(1).to(tl.int64)  # heads may stand first in memory, N * D numbers each
@@ -217,7 +217,7 @@ def _dkv_kernel(Q, K, V, DOut, DK, DV, Lse2, Delta, Lo, Hi, First, FullFirst, Fu
 
 
 class TritonAttention:
-    """``BlockAttention`` for half-precision CUDA tensors, d a power of two from 16 to 256, and bounds that do not decrease.
+    """``AttentionBackend`` for half-precision CUDA tensors, d a power of two from 16 to 256, and bounds that do not decrease.
 
     ``programs``: blocks that the GPU has room for at a time; where rows and heads make less than half of them, keys are split.
     """
@@ -247,7 +247,7 @@ class TritonAttention:
         return bounds.memo[key]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
-        """See ``BlockAttention``."""
+        """See ``AttentionBackend``."""
         split = self._split(bounds, q.shape[1])
         if split is None:
             return self._forward(q, k, v, bounds, scale)
@@ -273,7 +273,7 @@ class TritonAttention:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
         dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
-        """See ``BlockAttention``."""
+        """See ``AttentionBackend``."""
         split = self._split(bounds, q.shape[1])
         if split is None:
             return self._backward(dout, q, k, v, out, lse, bounds, scale, dk, dv)
@@ -287,7 +287,7 @@ class TritonAttention:
         (n, heads, d), keys = q.shape, k.shape[0]
         if not n or not keys:
             return torch.zeros_like(q)
-        lse2, delta = _row_facts(dout, out, lse)
+        lse2, delta = _row_sums(dout, out, lse)
         dq = torch.empty(n, heads, d, dtype=q.dtype, device=q.device)
         heads_at = (q.stride(1), k.stride(1), v.stride(1), dout.stride(1))
         sizes = {"GROUP": heads // k.shape[1], "D": d}
@@ -318,12 +318,12 @@ def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, [x.shape[0], width], [x.stride(0), 1], [rows, x.shape[2]])
 
 
-def _row_facts(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _row_sums(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """(base-2 lse, delta), each float32 [heads, N and at least a block of rows more]."""
     n, heads, d = out.shape
     padded = triton.cdiv(n, 64) * 64 + 128
     lse2, delta = (torch.empty(heads, padded, dtype=torch.float32, device=out.device) for _ in range(2))
-    _row_facts_kernel[(triton.cdiv(padded, 64), heads)](
+    _row_sums_kernel[(triton.cdiv(padded, 64), heads)](
         dout, out, lse, delta, lse2, n, padded, *dout.stride()[:2], *out.stride()[:2], *lse.stride(), D=d, BM=64, num_warps=4
     )
     return lse2, delta

@@ -66,7 +66,7 @@ def _diagonal_backward_kernel(Q, DOut, Out, Lse, DQ, DQOut, Ks, Vs, DKs, DVs, sc
 
 
 def diagonal_forward(q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """See ``BlockAttention.diagonal_forward``; q, out [N, Hq, d] and lse [N, Hq] contiguous."""
+    """See ``AttentionBackend.diagonal_forward``; q, out [N, Hq, d] and lse [N, Hq] contiguous."""
     if not diagonals or not q.shape[0]:
         return out, lse
     q, out, lse, ks, vs = _dense(q, out, lse, diagonals)
@@ -78,7 +78,7 @@ def diagonal_forward(q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Te
 def diagonal_backward(
     dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float, dq: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """See ``BlockAttention.diagonal_backward``."""
+    """See ``AttentionBackend.diagonal_backward``."""
     if not diagonals or not q.shape[0]:
         return dq, [torch.zeros_like(x) for x in diagonals]
     q, out, lse, ks, vs = _dense(q, out, lse, diagonals)

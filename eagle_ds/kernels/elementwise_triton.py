@@ -1,4 +1,13 @@
-"""Rotary embedding and SwiGLU in one pass over memory each way; the plain versions are in ``elementwise.py``."""
+"""RoPE, SwiGLU and row gather/scatter-add, each in one pass over memory.
+
+All kernels here are bound by memory. Bytes per element, with 2-byte inputs:
+
+    rotate           read x, write y: 4. The angles, float32 [M, d/2] twice, are shared by all heads of a row.
+    SwiGLU forward   read gate and up, write y: 6
+    SwiGLU backward  read grad, gate and up, write dgate and dup: 10, in place or not
+    take             read and write 2 bytes each; one program moves BLOCK columns of one row
+    add              read 2, read and write 4 bytes of the float32 total: 10
+"""
 
 from __future__ import annotations
 
@@ -7,19 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK = 1024  # elements of one SwiGLU program
+ROW_BLOCK = 2048  # columns of one program that moves rows
 
 
 @triton.jit
-def _rotate_kernel(X, Y, Cos, Sin, x_row, y_row, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, HALF: tl.constexpr,
-                   BACK: tl.constexpr):  # fmt: skip
+def _rotate_kernel(X, Y, Cos, Sin, x_row, y_row, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
+                   HALF: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    """Rotate all heads of one row: (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + d/2)."""
     row = tl.program_id(0).to(tl.int64)
+    # Triton's ranges are powers of two long; HEADS (9, say) need not be, so the rest is masked.
     head, half = tl.arange(0, HEADS_PADDED), tl.arange(0, HALF)
     real = (head < HEADS)[:, None]
     cos = tl.load(Cos + row * HALF + half)[None, :]
     sin = tl.load(Sin + row * HALF + half)[None, :]
     if BACK:
         sin = -sin
+    # Heads are dense within a row, d = 2 * HALF numbers each. Rows may be strided (x_row, y_row).
     at = head[:, None] * 2 * HALF + half[None, :]
     first = tl.load(X + row * x_row + at, mask=real, other=0.0).to(tl.float32)
     second = tl.load(X + row * x_row + at + HALF, mask=real, other=0.0).to(tl.float32)
@@ -43,6 +56,7 @@ def _swiglu_backward_kernel(Grad, Gate, Up, DGate, DUp, size, BLOCK: tl.constexp
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < size
     grad = tl.load(Grad + at, mask=real, other=0.0).to(tl.float32)
+    # All loads come before the stores: DGate and DUp may be Gate and Up.
     gate = tl.load(Gate + at, mask=real, other=0.0).to(tl.float32)
     up = tl.load(Up + at, mask=real, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
@@ -50,23 +64,47 @@ def _swiglu_backward_kernel(Grad, Gate, Up, DGate, DUp, size, BLOCK: tl.constexp
     tl.store(DGate + at, (grad * up * s * (1 + gate * (1 - s))).to(DGate.dtype.element_ty), mask=real)
 
 
+@triton.jit
+def _take_rows_kernel(Table, Index, Y, table_row, columns, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = at < columns
+    source = tl.load(Index + row)
+    tl.store(Y + row * columns + at, tl.load(Table + source * table_row + at, mask=real), mask=real)
+
+
+@triton.jit
+def _add_rows_kernel(Total, Index, X, total_row, columns, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = at < columns
+    # Plain load, add and store, no atomics: rows with the same index are zero, so a lost addition changes
+    # nothing.
+    to = Total + tl.load(Index + row) * total_row + at
+    x = tl.load(X + row * columns + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(to, tl.load(to, mask=real, other=0.0) + x, mask=real)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool, y: Tensor | None = None) -> Tensor:
-    """[M, heads, d] rotated by (or back from) float32 angles, cos and sin [M, 1, d/2]; into ``y`` if given, whose rows may lie apart."""
+    """Return x [M, heads, d] rotated by float32 angles, cos and sin [M, 1, d/2], or rotated back.
+
+    Writes to ``y`` if given, whose rows may be strided.
+    """
     rows, heads, d = x.shape
     if x.stride()[1:] != (d, 1):
         x = x.contiguous()
     if y is None:
         y = torch.empty(rows, heads, d, dtype=x.dtype, device=x.device)
-    assert y.stride()[1:] == (d, 1)
+    assert y.stride()[1:] == (d, 1), "heads must be dense within a row"
     if rows:
         padded = triton.next_power_of_2(heads)
         cos, sin = cos.contiguous(), sin.contiguous()
-        _rotate_kernel[(rows,)](x, y, cos, sin, x.stride(0), y.stride(0), heads, padded, d // 2, back, num_warps=4)
+        _rotate_kernel[(rows,)](
+            x, y, cos, sin, x.stride(0), y.stride(0), heads, padded, d // 2, back, num_warps=4
+        )
     return y
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
+    """Return silu(gate) * up."""
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     if y.numel():
@@ -75,9 +113,32 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up; ``in_place``: written over them, each element after it was read."""
+    """Return the gradients of gate and up; ``in_place`` writes them over gate and up."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     d_gate, d_up = (gate, up) if in_place else (torch.empty_like(gate), torch.empty_like(up))
-    if grad.numel():
-        _swiglu_backward_kernel[(triton.cdiv(grad.numel(), BLOCK),)](grad, gate, up, d_gate, d_up, grad.numel(), BLOCK)
+    size = grad.numel()
+    if size:
+        _swiglu_backward_kernel[(triton.cdiv(size, BLOCK),)](grad, gate, up, d_gate, d_up, size, BLOCK)
     return d_gate, d_up
+
+
+def take(table: Tensor, index: Tensor, columns: int) -> Tensor:
+    """Do ``PlainOperations.take_rows``."""
+    y = torch.empty(len(index), columns, dtype=table.dtype, device=table.device)
+    if y.numel():
+        _take_rows_kernel[_grid(y)](table, index.contiguous(), y, table.stride(0), columns, ROW_BLOCK)
+    return y
+
+
+def add(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Do ``PlainOperations.add_rows``; ``total`` must be float32 and ``rows`` contiguous."""
+    assert total.dtype == torch.float32 and rows.is_contiguous()
+    if rows.numel():
+        _add_rows_kernel[_grid(rows)](
+            total, index.contiguous(), rows, total.stride(0), rows.shape[1], ROW_BLOCK
+        )
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    """Return one program for each row and each ROW_BLOCK columns."""
+    return len(x), triton.cdiv(x.shape[1], ROW_BLOCK)

@@ -1,64 +1,81 @@
-"""Linear layers and products that do more than y = W x: add what stands beside them in the same matmul, which saves a pass over memory
-and a rounding each, or lend their weights.
+"""Linear layers with other inputs and outputs than ``y = W x``, and the same parameters.
 
-The layers are ``torch.nn.Linear`` with other inputs and outputs; ``y = linear(x)`` and plain ``+`` are their reference.
+Two of them do an addition inside their matmul (``addmm``), which saves a pass over memory and a rounding. One
+can return copies of its parameters. The reference for all is ``torch.nn.Linear`` and plain ``+``.
+
+With DeepSpeed ZeRO-3 a rank holds a slice of each parameter. The whole parameter exists only while its module
+is called: a hook before the call gathers it, a hook after the call frees it. So whatever reads a parameter
+must run inside ``forward``, and what is needed later must be copied there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eagle_ds.kernels.fused import is_half_on_gpu
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)  # looked up at every call: DeepSpeed may replace it
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; on a GPU in one kernel, which rounds nothing on the way to a float32 ``total``."""
-    if is_half_on_gpu(a):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
+class CopyableLinear(nn.Linear):
+    """A linear layer that can also return copies of its parameters, for a matmul elsewhere."""
 
+    def forward(self, *inputs: Tensor, compute: Callable[..., Any] = _linear) -> Any:
+        """Return ``compute(*inputs, weight, bias)``, by default x [M, in] -> [M, out]."""
+        return compute(*inputs, self.weight, self.bias)
 
-class LendingLinear(nn.Linear):
-    """Called with nothing, hands out copies of its parameters, for matmuls elsewhere. As a call, because ZeRO-3 has the numbers of a
-    parameter there only while its module is called."""
-
-    def forward(self, x: Tensor | None = None) -> Any:  # type: ignore[override]
-        """x [M, in] -> [M, out]; None -> (weight, bias)."""
-        if x is None:
-            return self.weight.clone(), None if self.bias is None else self.bias.clone()
-        return super().forward(x)
+    def copy_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return differentiable copies of weight and bias (None without one)."""
+        return self(compute=lambda weight, bias: (weight.clone(), None if bias is None else bias.clone()))
 
 
 class ResidualLinear(nn.Linear):
-    """The result is added to what it changes. By autograd's own addmm, because recomputation ends in front of it and not behind, as it
-    would with a Function; under ZeRO-3 its view of the weight keeps the gathered numbers until the backward."""
+    """y = residual + W x, in one ``addmm``.
+
+    An ordinary operation and not an autograd Function: recomputation of a checkpointed block stops at the
+    last tensor that a backward needs. The backward of addmm needs x and W, not y, so this matmul, the last of
+    its block, is not recomputed; a Function would be run whole. With ZeRO-3 the view ``weight.t()`` keeps the
+    gathered values alive until the backward.
+    """
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        """x [M, in], residual [M, out] -> [M, out]."""
+        """Map x [M, in] and residual [M, out] to [M, out]."""
         if self.bias is not None:
             residual = residual + self.bias
         return torch.addmm(residual, x, self.weight.t())
 
 
-class PassingLinear(nn.Linear):
-    """Hands its input on to the next reader, whose gradient for it comes back through here and is added to by the matmul. The last
-    reader is an ordinary layer."""
+class ChainedLinear(nn.Linear):
+    """y = W x, and x for its next reader, so that the gradients of several readers of x are summed by matmuls.
+
+    If two layers read x, autograd computes both gradients and adds them in another pass. Chained, the next
+    reader's gradient comes back through this layer, whose backward adds its own part to it in one ``addmm``.
+    The last reader of the chain is an ordinary layer.
+    """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [M, in] -> ([M, out], x)."""
-        y, x = _Passing.apply(x, self.weight)
+        """Map x [M, in] to ([M, out], x)."""
+        y, x = _Chained.apply(x, self.weight)
         return (y if self.bias is None else y + self.bias), x
 
 
-class _Passing(torch.autograd.Function):
+class _Chained(torch.autograd.Function):
+    """(y, x') = (x W^T, x), so dx = dx' + dy W and dW = dy^T x, where dx' is what later readers of x found.
+
+    Either gradient may be None: nobody read y, or nobody read x' (no later reader).
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight)  # the parameter itself, no view of it: ZeRO-3 lets go of its numbers in between
+        # Save the parameter itself, not a view: ZeRO-3 frees its values until the backward, and a view of the
+        # freed tensor would hold the old storage.
+        ctx.save_for_backward(x, weight)
         return x @ weight.t(), x
 
     @staticmethod

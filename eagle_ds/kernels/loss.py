@@ -1,6 +1,17 @@
-"""The row-wise work of the loss between its matmuls: what it computes, and the plain version beside ``loss_triton``'s.
+"""Row-wise work of the loss between its matmuls: the interface, and the plain reference.
 
-The formulae stand at the top of ``loss.py``.
+For a row of draft logits z with p = softmax(z), the label q over the draft vocabulary, and the label q' with
+probabilities of the full vocabulary (sum q' <= 1):
+
+    cross-entropy  c = logsumexp(z) - q.z        dc/dz     = p - q
+    acceptance     alpha = sum min(q', p)        dalpha/dz = p * (m - m.p),  m = [p < q']
+
+The second gradient follows from d min(q', p)/dp = m and the softmax Jacobian dp_i/dz_j = p_i (delta_ij -
+p_j). The losses, and their gradients by z:
+
+    kl      c (the label's entropy is constant)           p - q
+    alpha   -log alpha                                    -dalpha/dz / alpha
+    lambda  w * (c - entropy(q)) + (1 - w) * (1 - alpha)  w * (p - q) - (1 - w) * dalpha/dz, w without gradient
 """
 
 from __future__ import annotations
@@ -14,22 +25,30 @@ LossKind = Literal["kl", "alpha", "lambda"]
 
 
 class LossKernels(Protocol):
-    """Plain (below), or in Triton."""
+    """`PlainKernels` below, or `loss_triton.TritonKernels`."""
 
     @staticmethod
     def label_sums(target_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(logsumexp, entropy of the softmax), each [M], of target logits [M, Vd]."""
+        """Return (log-sum-exp, entropy of the softmax), each [M], of target logits [M, Vd]."""
         ...
 
     @staticmethod
     def row_losses(
-        logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor, kind: LossKind,
-        mix: Tensor | None, weight: Tensor, d_logits: Tensor | None,
+        logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor,
+        kind: LossKind, mix: Tensor | None, weight: Tensor, d_logits: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """(cross-entropy, alpha, argmax) of each row, each [n]; ``d_logits`` [n, Vd], if given, receives weight * d loss / d logits.
+        """Return (cross-entropy, alpha, argmax of the logits) of each row, each [n].
 
-        logits [n, Vd]; target_logits [M, Vd], of which row i is taught by ``target_row[i]``; lse_draft and lse_full [M], of
-        the target logits over the draft and the full vocabulary; weight [n]; mix [n], for the ``lambda`` loss.
+        Args:
+            logits: draft logits [n, Vd].
+            target_logits: [M, Vd]; ``target_logits[target_row[i]]`` is the label of row i.
+            target_row: int64 [n].
+            lse_draft: [M], log-sum-exp of the target's logits over the draft vocabulary.
+            lse_full: [M], log-sum-exp of the target's logits over the full vocabulary.
+            kind: which loss ``d_logits`` is the gradient of.
+            mix: w of the ``lambda`` loss, [n].
+            weight: [n], factor on each row's gradient.
+            d_logits: [n, Vd], overwritten with weight * d loss / d logits; None if no gradient is needed.
         """
         ...
 
@@ -45,8 +64,8 @@ class PlainKernels:
 
     @staticmethod
     def row_losses(
-        logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor, kind: LossKind,
-        mix: Tensor | None, weight: Tensor, d_logits: Tensor | None,
+        logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor,
+        kind: LossKind, mix: Tensor | None, weight: Tensor, d_logits: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See ``LossKernels``."""
         t = target_logits[target_row]

@@ -1,9 +1,14 @@
-"""The row-wise part of the loss on the GPU: from logits to losses and their gradient, one program a row.
+"""Row-wise work of the loss on a GPU, from logits to losses and their gradient, one program a row.
 
-A row of draft logits z (float32 [Vd]) is read twice: for max, sum and argmax; then for cross-entropy, acceptance and the
-gradient; and once more where the gradient wants the row's acceptance first (formulae in ``loss.py``). Labels are never
-written out: q_v = exp(t_v - lse_draft) and q'_v = exp(t_v - lse_full) are made from the target logits t on the fly. Programs
-are wide, so that few rows are under way at once and the later readings mostly come from the L2 cache.
+loss.py has the formulae. A row of draft logits z (float32 [Vd]) is read twice:
+
+    first    max, sum of exponentials and argmax, in one pass (online softmax)
+    second   cross-entropy, acceptance and, for the `kl` loss, the gradient
+    third    the gradient of the `alpha` and `lambda` losses, which need the row's acceptance first
+
+Labels are never written to memory: q_v = exp(t_v - lse_draft) and q'_v = exp(t_v - lse_full) are computed
+from the target logits t in registers. With Vd = 32000 a row is 128 KB. A program is wide (16 warps), so only
+about a hundred rows are in flight at a time, and the second and third readings mostly come from the L2 cache.
 """
 
 from __future__ import annotations
@@ -13,17 +18,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 8192, 16
+BLOCK, WARPS = 8192, 16  # columns of one iteration, warps of a program
 MODES = {"kl": 0, "alpha": 1, "lambda": 2}
 
 
 @triton.jit
 def _label_kernel(Target, Lse, Entropy, vocab, BLOCK: tl.constexpr):
+    """Log-sum-exp and entropy of one row of target logits t.
+
+    With m = max t, e_v = exp(t_v - m) and Z = sum e_v: lse = m + log Z, and
+    entropy = -sum (e_v / Z) log(e_v / Z) = log Z - sum e_v (t_v - m) / Z.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     peak = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     for start in tl.range(0, vocab, BLOCK):
-        peak = tl.maximum(peak, tl.load(Target + row * vocab + start + columns, mask=start + columns < vocab, other=float("-inf")))
+        real = start + columns < vocab
+        t = tl.load(Target + row * vocab + start + columns, mask=real, other=float("-inf"))
+        peak = tl.maximum(peak, t)
     top = tl.max(peak, 0)
     totals = tl.zeros([BLOCK], dtype=tl.float32)
     dots = tl.zeros([BLOCK], dtype=tl.float32)
@@ -32,6 +44,7 @@ def _label_kernel(Target, Lse, Entropy, vocab, BLOCK: tl.constexpr):
         above = tl.load(Target + row * vocab + start + columns, mask=real, other=float("-inf")) - top
         p = tl.exp(above)
         totals += p
+        # Masked columns are -inf and give p = 0. Without the test 0 * -inf would be NaN.
         dots += tl.where(p > 0, p * above, 0.0)
     total = tl.sum(totals, 0)
     tl.store(Lse + row, top + tl.log(total))
@@ -41,6 +54,7 @@ def _label_kernel(Target, Lse, Entropy, vocab, BLOCK: tl.constexpr):
 @triton.jit
 def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, CrossEntropy, Alpha, Best, DLogits, vocab,
                 MODE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Losses of one row, and with GRADIENT its weighted gradient. MODE is the loss, see MODES."""
     row = tl.program_id(0).to(tl.int64)
     target_row = tl.load(TargetRow + row)
     Logits += row * vocab
@@ -48,20 +62,25 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
     lse_draft, lse_full = tl.load(LseDraft + target_row), tl.load(LseFull + target_row)
     columns = tl.arange(0, BLOCK)
 
+    # First reading. Each of BLOCK lanes keeps its own running max, its place, and its sum of exp(z - max).
     peaks = tl.load(Logits + columns, mask=columns < vocab, other=float("-inf"))
     places = columns
     totals = tl.where(columns < vocab, 1.0, 0.0)
     for start in tl.range(BLOCK, vocab, BLOCK):
         z = tl.load(Logits + start + columns, mask=start + columns < vocab, other=float("-inf"))
         higher = z > peaks
-        shrink = tl.exp(-tl.abs(z - peaks))  # of whichever is lower; 0 for columns that are not there
+        shrink = tl.exp(-tl.abs(z - peaks))  # factor of the lower of the two; 0 for masked columns
         totals = tl.where(higher, totals * shrink + 1.0, totals + shrink)
         places = tl.where(higher, start + columns, places)
         peaks = tl.maximum(peaks, z)
     peak = tl.max(peaks, 0)
-    best = tl.min(tl.where(peaks == peak, places, vocab - 1), 0)  # a row of NaN has none: any column that is there
+    # The first column that has the maximum. A row of NaN equals nothing: the result must still be a valid
+    # column, because the caller looks it up.
+    best = tl.min(tl.where(peaks == peak, places, vocab - 1), 0)
     lse = peak + tl.log(tl.sum(totals * tl.exp(peaks - peak), 0))
 
+    # Second reading. q' = q * full_share, as exp(t - lse_full) = exp(t - lse_draft) * exp(lse_draft -
+    # lse_full).
     mix, weight = tl.load(Mix + row), tl.load(Weight + row)
     full_share = tl.exp(lse_draft - lse_full)
     label_dots = tl.zeros([BLOCK], dtype=tl.float32)
@@ -72,11 +91,14 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
         z = tl.load(Logits + start + columns, mask=real, other=float("-inf"))
         t = tl.load(Target + start + columns, mask=real, other=float("-inf"))
         p, q = tl.exp(z - lse), tl.exp(t - lse_draft)
-        q_full = q * full_share if MODE == 0 else tl.exp(t - lse_full)  # gradients that ask whether p < q_full want it exact
+        # The product saves an exponential, but the mask p < q' of other gradients needs q' without its
+        # rounding.
+        q_full = q * full_share if MODE == 0 else tl.exp(t - lse_full)
         label_dots += tl.where(real, q * z, 0.0)
         alphas += tl.minimum(p, q_full)
         if GRADIENT and MODE == 0:
-            tl.store(DLogits + row * vocab + start + columns, ((p - q) * weight).to(DLogits.dtype.element_ty), mask=real)
+            to = DLogits + row * vocab + start + columns
+            tl.store(to, ((p - q) * weight).to(DLogits.dtype.element_ty), mask=real)
         if MODE > 0:
             below += tl.where(p < q_full, p, 0.0)
     alpha = tl.sum(alphas, 0)
@@ -84,6 +106,7 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
     tl.store(Alpha + row, alpha)
     tl.store(Best + row, best)
 
+    # Third reading: dalpha/dz = p * (m - m.p), now that m.p (below_sum) and alpha are known.
     if GRADIENT and MODE > 0:
         below_sum = tl.sum(below, 0)
         for start in tl.range(0, vocab, BLOCK):
@@ -96,7 +119,8 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
                 d = -d_alpha / alpha
             else:
                 d = mix * (p - q) - (1 - mix) * d_alpha
-            tl.store(DLogits + row * vocab + start + columns, (d * weight).to(DLogits.dtype.element_ty), mask=real)
+            to = DLogits + row * vocab + start + columns
+            tl.store(to, (d * weight).to(DLogits.dtype.element_ty), mask=real)
 
 
 class TritonKernels:
@@ -112,8 +136,8 @@ class TritonKernels:
 
     @staticmethod
     def row_losses(
-        logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor, kind: str,
-        mix: Tensor | None, weight: Tensor, d_logits: Tensor | None,
+        logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor,
+        kind: str, mix: Tensor | None, weight: Tensor, d_logits: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See ``LossKernels``."""
         n, vocab = logits.shape

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from eagle_ds.data.batch import Batch
-from eagle_ds.kernels.elementwise import rope, swiglu
-from eagle_ds.kernels.linear import LendingLinear, PassingLinear, ResidualLinear
-from eagle_ds.kernels.norm import norm_into, rms_norm
+from eagle_ds.kernels.backend import operations_for
+from eagle_ds.kernels.linear import ChainedLinear, CopyableLinear, ResidualLinear
 from eagle_ds.kernels.rope import inverse_frequencies, rotation
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.offload import ActivationOffload
@@ -31,7 +30,7 @@ from eagle_ds.sharding.tiles import tile_rows
 HeadLoss = Callable[[list[Tensor], Tensor, Tensor, float], Any]
 """(T states [N, D], norm weight [D], head weight [Vd, D], eps) -> a differentiable loss and what goes with it."""
 
-Lent = tuple[Tensor, Tensor | None]
+WeightAndBias = tuple[Tensor, Tensor | None]
 """(weight, bias or None) of projections, one below the other: copies that outlive their modules' calls."""
 
 Recompute = Literal["none", "selective", "mlp", "full"]
@@ -40,22 +39,37 @@ projection; also K_0 and V_0 of the context rows, and queries are exchanged agai
 computed again but a norm."""
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return operations_for(x).rms_norm(x, weight, eps)
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension (arXiv:1910.07467)."""
+    """Root-mean-square norm over the last dimension (arXiv:1910.07467).
+
+    All methods read the weight inside ``forward``: with ZeRO-3 it exists only there (kernels/linear.py).
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor | None = None, into: Tensor | None = None, column: int = 0, rows: Tensor | None = None) -> Tensor:
-        """[M, width] -> [M, width]; or ``into`` [M, *] with these columns of it overwritten, see ``norm_into``; or, called with
-        nothing, a copy of the weight, as ``LendingLinear`` does."""
-        if x is None:
-            return self.weight.clone()
-        if into is None:
-            return rms_norm(x, self.weight, self.eps)
-        return norm_into(into, column, x, self.weight, self.eps, rows)
+    def forward(self, *inputs: Tensor, compute: Callable[..., Tensor] = _rms_norm) -> Tensor:
+        """Return ``compute(*inputs, weight, eps)``, by default the norm of x [M, width]."""
+        return compute(*inputs, self.weight, self.eps)
+
+    def write_into(self, z: Tensor, column: int, x: Tensor) -> Tensor:
+        """Overwrite the columns of z [M, *] from ``column`` on with the norm of x [M, width]; return z."""
+        return self(x, compute=partial(operations_for(z).norm_into, z, column))
+
+    def write_rows_into(self, z: Tensor, column: int, table: Tensor, rows: Tensor) -> Tensor:
+        """Do ``write_into`` with x = table[rows], for a frozen table; no copy of the rows is made."""
+        norm_rows = operations_for(z).norm_rows_into
+        return self(table, compute=lambda x, weight, eps: norm_rows(z, column, x, rows, weight, eps))
+
+    def copy_weight(self) -> Tensor:
+        """Return a differentiable copy of the weight [width]."""
+        return self(compute=lambda weight, _: weight.clone())
 
 
 class SharedEmbedding(nn.Module):
@@ -79,9 +93,9 @@ class DraftAttention(nn.Module):
         super().__init__()
         width, d, bias = 2 * arch.hidden_size, arch.head_dim, arch.attention_bias
         self.heads, self.kv_heads, self.head_dim = arch.num_attention_heads, arch.num_key_value_heads, d
-        self.q_proj = LendingLinear(width, arch.num_attention_heads * d, bias=bias)
-        self.k_proj = LendingLinear(width, arch.num_key_value_heads * d, bias=bias)
-        self.v_proj = LendingLinear(width, arch.num_key_value_heads * d, bias=bias)
+        self.q_proj = CopyableLinear(width, arch.num_attention_heads * d, bias=bias)
+        self.k_proj = CopyableLinear(width, arch.num_key_value_heads * d, bias=bias)
+        self.v_proj = CopyableLinear(width, arch.num_key_value_heads * d, bias=bias)
         self.o_proj = ResidualLinear(arch.num_attention_heads * d, arch.hidden_size, bias=bias)
         self.frequencies, self.rope_factor = inverse_frequencies(d, arch.rope_theta, arch.rope_scaling)
 
@@ -90,20 +104,30 @@ class DraftAttention(nn.Module):
         self.frequencies = self.frequencies.to(positions.device)
         return rotation(positions, self.frequencies, self.rope_factor, torch.promote_types(dtype, torch.float32))
 
-    def lend(self) -> Lent:
-        """Weight [(Hq + 2 Hkv) d, 2D] and bias of q, k and v, one below the other."""
-        weights, biases = zip(*(projection() for projection in (self.q_proj, self.k_proj, self.v_proj)), strict=True)
+    def copy_projections(self) -> WeightAndBias:
+        """Return copies of weight [(Hq + 2 Hkv) d, 2D] and bias of q, k and v, concatenated by rows."""
+        copies = [projection.copy_parameters() for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        weights, biases = zip(*copies, strict=True)
         return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
     def project_q(self, z: Tensor, positions: Tensor) -> Tensor:
         """z [M, 2D] -> rotated queries [M, Hq, d]."""
-        return rope(self.q_proj(z).unflatten(-1, (self.heads, self.head_dim)), *self.rotation(positions, z.dtype))
+        q = self.q_proj(z).unflatten(-1, (self.heads, self.head_dim))
+        return operations_for(q).rope(q, *self.rotation(positions, q.dtype))
 
-    def project_kv(self, z: Tensor, positions: Tensor, lent: Lent | None = None) -> tuple[Tensor, Tensor]:
-        """z [M, 2D] -> rotated keys and plain values, each [M, Hkv, d]; in one matmul where weights of both are ``lent`` already."""
-        k, v = (self.k_proj(z), self.v_proj(z)) if lent is None else F.linear(z, *lent).chunk(2, dim=-1)
-        heads = (self.kv_heads, self.head_dim)
-        return rope(k.unflatten(-1, heads), *self.rotation(positions, z.dtype)), v.unflatten(-1, heads)
+    def project_kv(
+        self, z: Tensor, positions: Tensor, kv_weights: WeightAndBias | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Map z [M, 2D] to rotated keys and plain values, each [M, Hkv, d].
+
+        ``kv_weights``: copied weights of k and v, concatenated; then one matmul computes both.
+        """
+        if kv_weights is None:
+            k, v = self.k_proj(z), self.v_proj(z)
+        else:
+            k, v = F.linear(z, *kv_weights).chunk(2, dim=-1)
+        k, v = (x.unflatten(-1, (self.kv_heads, self.head_dim)) for x in (k, v))
+        return operations_for(k).rope(k, *self.rotation(positions, z.dtype)), v
 
 
 class DraftMLP(nn.Module):
@@ -111,14 +135,16 @@ class DraftMLP(nn.Module):
 
     def __init__(self, arch: DraftArch) -> None:
         super().__init__()
-        self.gate_proj = PassingLinear(arch.hidden_size, arch.intermediate_size, bias=False)
+        self.gate_proj = ChainedLinear(arch.hidden_size, arch.intermediate_size, bias=False)
         self.up_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=False)
         self.down_proj = ResidualLinear(arch.intermediate_size, arch.hidden_size, bias=False)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x and what the result is added to, [M, D] -> [M, D]."""
         gate, x = self.gate_proj(x)
-        return self.down_proj(swiglu(gate, self.up_proj(x), spent=True), residual)
+        # Nobody else reads gate and up, so their gradients overwrite them: two tensors [M, I] less at the peak.
+        product = operations_for(gate).swiglu(gate, self.up_proj(x), overwrite=True)
+        return self.down_proj(product, residual)
 
 
 class DraftLayer(nn.Module):
@@ -132,16 +158,23 @@ class DraftLayer(nn.Module):
         self.self_attn = DraftAttention(arch)
         self.mlp = DraftMLP(arch)
 
-    def lend(self) -> ProjectionWeights:
-        """Copies of what ``qkv_input`` and the projections behind it compute with."""
-        return ProjectionWeights(*self.self_attn.lend(), self.input_layernorm(), self.hidden_norm())
+    def copy_weights(self) -> ProjectionWeights:
+        """Return copies of the weights that ``qkv_input`` and the q, k and v projections compute with."""
+        norms = self.input_layernorm.copy_weight(), self.hidden_norm.copy_weight()
+        return ProjectionWeights(*self.self_attn.copy_projections(), *norms)
 
     def qkv_input(self, embedding: Tensor, state: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Embedding e [M, D], or the rows ``ids`` [M] of a frozen table [V, D], and state g [M, D] -> z [M, 2D], embedding first."""
+        """Return z [M, 2D] = [norm(e) ; norm(g)] for the state g [M, D].
+
+        e is ``embedding`` [M, D] or, with ``ids`` [M], the rows ``ids`` of a frozen table ``embedding`` [V, D].
+        """
         width = state.shape[-1]
         z = state.new_empty(*state.shape[:-1], 2 * width)
-        z = self.input_layernorm(embedding, into=z, rows=ids)
-        return self.hidden_norm(state, into=z, column=width)
+        if ids is None:
+            z = self.input_layernorm.write_into(z, 0, embedding)
+        else:
+            z = self.input_layernorm.write_rows_into(z, 0, embedding, ids)
+        return self.hidden_norm.write_into(z, width, state)
 
     def finish(self, state: Tensor, attended: Tensor) -> Tensor:
         """State g_k [M, D] and attention output [M, Hq, d] -> g_{k+1} [M, D]; both residuals are un-normed states."""
@@ -161,7 +194,7 @@ class DraftHead(nn.Module):
 
     def norm(self, state: Tensor) -> Tensor:
         """[M, D] -> [M, D]."""
-        return rms_norm(state, self.norm_weight, self.eps)
+        return _rms_norm(state, self.norm_weight, self.eps)
 
     def logits(self, state: Tensor) -> Tensor:
         """Un-normed state [M, D] -> logits [M, Vd]."""
@@ -210,7 +243,7 @@ class Eagle3Draft(nn.Module):
             aux = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(aux)
 
-    def hand_on(self, state: Tensor) -> Tensor:
+    def next_state(self, state: Tensor) -> Tensor:
         """Output of the layer -> what the next step starts from (EAGLE-3.1 norms it)."""
         return self.head.norm(state) if self.arch.norm_output else state
 
@@ -237,13 +270,13 @@ class Eagle3Draft(nn.Module):
     ) -> list[Tensor]:
         """``stay`` is told of the weights lent, and of the diagonal keys and values, all of which the last step's backward reads first."""
         again = "none" if recompute == "mlp" else recompute
-        weights = self.midlayer.lend()
+        weights = self.midlayer.copy_weights()
         if stay:
             stay(weights.weight)
         keys_at = self.arch.num_attention_heads * self.arch.head_dim
-        lent = weights.weight[keys_at:], None if weights.bias is None else weights.bias[keys_at:]
+        kv_weights = weights.weight[keys_at:], None if weights.bias is None else weights.bias[keys_at:]
         rows = (_pick(fused, batch.context_index), batch.context_ids, batch.context_positions)
-        backward_token = prefix.share_keys(*self._in_tiles(again, partial(self.context_kv, lent), *rows))
+        backward_token = prefix.share_keys(*self._in_tiles(again, partial(self.context_kv, kv_weights), *rows))
         project = self._step_projections(batch)
         begun = project.begin(*self._tokens(batch.token_ids), weights)
         state, states, diagonals = _pick(fused, batch.query_index), [], []
@@ -255,7 +288,7 @@ class Eagle3Draft(nn.Module):
             attended = prefix.attend(backward_token, step, q, diagonals)
             raw = self._finish(state, attended, recompute)
             states.append(raw)
-            state = self.hand_on(raw)
+            state = self.next_state(raw)
         return states
 
     def _step_projections(self, batch: Batch) -> StepProjections:
@@ -311,9 +344,11 @@ class Eagle3Draft(nn.Module):
         tokens, rows = self._tokens(ids)
         return self.midlayer.qkv_input(tokens, state, rows)
 
-    def context_kv(self, lent: Lent, state: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def context_kv(
+        self, kv_weights: WeightAndBias, state: Tensor, ids: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """K_0, V_0 [M, Hkv, d] of rows with fused states [M, D] and next tokens ``ids`` [M]."""
-        return self.midlayer.self_attn.project_kv(self.qkv_input(ids, state), positions, lent)
+        return self.midlayer.self_attn.project_kv(self.qkv_input(ids, state), positions, kv_weights)
 
 
 def _pick(rows: Tensor, index: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ the loss needs
     acceptance           alpha = sum_v min(q'_v, p_v)              dalpha/dz = p * (m - m.p),  m = [p < q']
 
 Soft cross-entropy is the loss of EAGLE-3 (arXiv:2503.01840); alpha is the probability that speculative
-decoding accepts the draft's token. DESIGN section 2 lists the losses made of them (`LossSettings.kind`).
+decoding accepts the draft's token. docs/maths.md, section 7, lists the losses (`LossSettings.kind`).
 
 Memory. The logits of all pairs, [N * T, Vd], would take hundreds of GB at 128K tokens. So rows are processed
 in chunks, and the gradients with respect to states and weights are computed in the forward, while a chunk's
@@ -43,10 +43,8 @@ import torch
 from torch import Tensor
 
 from eagle_ds.kernels.attention import wide
-from eagle_ds.kernels.fused import is_half_on_gpu
-from eagle_ds.kernels.linear import add_product
-from eagle_ds.kernels.loss import LossKernels, LossKind, PlainKernels
-from eagle_ds.kernels.norm import rms_norm
+from eagle_ds.kernels.backend import operations_for
+from eagle_ds.kernels.loss import LossKind
 from eagle_ds.parallel.copies import copy_rows, to_host
 from eagle_ds.sharding.tiles import LOSS_CHUNK_BYTES, loss_chunk_rows
 from eagle_ds.target.head import TargetHead, head_logits
@@ -198,7 +196,7 @@ class _Pass:
         self.weight, self.eps = weight, eps
         self.targets, self.settings = targets, settings
         self.mix = mix
-        self.kernels = _kernels_for(weight)
+        self.kernels = operations_for(weight).loss
         self.scales = settings.weights.to(weight.device, wide(weight.dtype))  # [T]
         # Results of every pair [N, T], filled chunk by chunk; pairs that do not count keep their 0.
         blank = torch.zeros(targets.counted.shape, dtype=wide(weight.dtype), device=weight.device)
@@ -265,16 +263,16 @@ class _Pass:
         local = pairs - chunk.start * len(self.states)  # pair number -> row of ``states``
         x = states if every else states[local]
         if self.d_norm is None:
-            self._losses_of(pairs, rms_norm(x, self.norm_weight, self.eps), labels, None)
+            self._losses_of(pairs, operations_for(x).rms_norm(x, self.norm_weight, self.eps), labels, None)
             return
         # A small autograd graph of the norm alone; everything after it is differentiated by hand.
         with torch.enable_grad():
             x, norm_weight = x.detach().requires_grad_(), self.norm_weight.detach().requires_grad_()
-            normed = rms_norm(x, norm_weight, self.eps)
+            normed = operations_for(x).rms_norm(x, norm_weight, self.eps)
         d_logits = self.weight.new_empty(len(pairs), self.weight.shape[0])
         self._losses_of(pairs, normed.detach(), labels, d_logits)
         # logits = normed @ weight.T, so d_weight += d_logits.T @ normed, and d_normed = d_logits @ weight.
-        add_product(self.d_weight, d_logits.t(), normed.detach())
+        operations_for(self.weight).add_product(self.d_weight, d_logits.t(), normed.detach())
         d_x, d_norm = torch.autograd.grad(normed, [x, norm_weight], d_logits @ self.weight)
         self.d_norm += d_norm
         # Back to [C * T, D], zero where a pair does not count, then to the rows of each step's gradient.
@@ -341,15 +339,6 @@ class _Labels:
     lse_full: Tensor  # [M], log-sum-exp over the full vocabulary
     entropy: Tensor  # [M], of the label over the draft vocabulary
     token: Tensor  # int64 [M], argmax over the full vocabulary
-
-
-def _kernels_for(weight: Tensor) -> type[LossKernels]:
-    """Choose the Triton kernels for half precision on a GPU, else the plain reference."""
-    if is_half_on_gpu(weight):
-        from eagle_ds.kernels.loss_triton import TritonKernels
-
-        return TritonKernels
-    return PlainKernels
 
 
 def uniform_decay(decay: float, ttt_steps: int) -> Tensor:

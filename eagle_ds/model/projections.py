@@ -19,10 +19,7 @@ import torch
 from torch import Tensor
 
 from eagle_ds.kernels.attention import wide
-from eagle_ds.kernels.elementwise import rotate_into
-from eagle_ds.kernels.linear import add_product
-from eagle_ds.kernels.norm import norm_into, rms_norm, rms_norm_gradients
-from eagle_ds.kernels.rows import add_rows, take_rows
+from eagle_ds.kernels.backend import PlainOperations, operations_for
 from eagle_ds.parallel.copies import copy_rows
 from eagle_ds.sharding.tiles import tile_rows
 
@@ -52,12 +49,14 @@ class StepProjections:
         self._weights: ProjectionWeights | None = None  # until the last backward
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None
         self._tokens = 0
+        self.operations: type[PlainOperations] = PlainOperations  # chosen in ``begin``
 
     def begin(self, tokens: Tensor, rows: Tensor | None, weights: ProjectionWeights) -> Tensor:
         """Make every token's half, from embeddings ``tokens`` [M, D] or from the ``rows`` (int64 [M]) of a table that learns nothing.
 
         Returns a scalar that ties the steps to this call in the autograd graph: pass it to each of them."""
         self._weights = ProjectionWeights(*(w if w is None else w.detach() for w in weights))
+        self.operations = operations_for(weights.weight)
         self._tokens = len(tokens if rows is None else rows)
         return _Begin.apply(self, tokens, rows, *weights)
 
@@ -79,7 +78,7 @@ class StepProjections:
         """Queries and keys of ``rows`` rotated for ``step``, or back, and values as they are."""
         angles = self.rotation(self.positions[rows] + step)
         for y, x in zip(to[:2], parts[:2], strict=True):
-            rotate_into(y, x, *angles, back=back)
+            self.operations.rotate_into(y, x, *angles, back=back)
         for y, x in zip(to[2:], parts[2:], strict=True):
             copy_rows(y, x)
 
@@ -99,6 +98,15 @@ class StepProjections:
             self._sums = tuple(weight.new_zeros(shape, dtype=wide(weight.dtype)) for shape in shapes)
         return self._sums
 
+    def norm_tokens(self, tokens: Tensor, rows: Tensor | None, tile: slice) -> Tensor:
+        """Return norm(e) [tile, D] of one tile of the tokens."""
+        norm = self.weights.token_norm
+        if rows is None:
+            return self.operations.rms_norm(tokens[tile], norm, self.eps)
+        ids = rows[tile]
+        normed = tokens.new_empty(len(ids), tokens.shape[1])
+        return self.operations.norm_rows_into(normed, 0, tokens, ids, norm, self.eps)
+
     def end(self) -> None:
         """Let go of weights and sums."""
         self._weights = self._sums = None
@@ -113,7 +121,7 @@ class _Begin(torch.autograd.Function):
         first = weight[:, : len(norm)]
         steps.table = weight.new_empty(len(tokens if rows is None else rows), len(weight))
         for tile in _tiles(len(steps.table)):
-            torch.mm(_normed(tokens, rows, tile, norm, steps.eps), first.t(), out=steps.table[tile])
+            torch.mm(steps.norm_tokens(tokens, rows, tile), first.t(), out=steps.table[tile])
         if bias is not None:
             steps.table += bias
         ctx.steps, ctx.table = steps, None if rows is None else tokens  # a table is no activation: nothing to carry away
@@ -130,10 +138,10 @@ class _Begin(torch.autograd.Function):
         d_tokens = torch.empty_like(tokens) if ctx.needs_input_grad[1] else None
         for tile in _tiles(len(d_table)):
             d = d_table[tile].to(weight.dtype)
-            add_product(d_first, d.t(), _normed(tokens, rows, tile, norm, ctx.steps.eps))
+            ctx.steps.operations.add_product(d_first, d.t(), ctx.steps.norm_tokens(tokens, rows, tile))
             source, ids = (tokens[tile], None) if rows is None else (tokens, rows[tile])
             d_normed, d_part = d @ weight[:, : len(norm)], None if d_tokens is None else d_tokens[tile]
-            d_norm += rms_norm_gradients(d_normed, source, norm, ctx.steps.eps, ids, dx=d_part)
+            d_norm += ctx.steps.operations.rms_norm_gradients(d_normed, source, norm, ctx.steps.eps, ids, dx=d_part)
         ctx.steps.end()
         d_bias = None if bias is None else d_table.sum(0)
         gradients = (torch.cat([d_first, d_second], 1), d_bias, d_norm, d_state_norm)
@@ -152,8 +160,8 @@ class _Step(torch.autograd.Function):
         second = weight[:columns, len(norm) :]
         made = tuple(state.new_empty(len(state), n, steps.head_dim) for n in heads)
         for tile in _tiles(len(state)):
-            raw = take_rows(steps.table, index[tile], columns)
-            raw.addmm_(rms_norm(state[tile], norm, steps.eps), second.t())
+            raw = steps.operations.take_rows(steps.table, index[tile], columns)
+            raw.addmm_(steps.operations.rms_norm(state[tile], norm, steps.eps), second.t())
             steps.rotate([part[tile] for part in made], steps.split(raw), step, tile)
         if step + 1 == len(steps.token_index):
             steps.table = None
@@ -173,20 +181,12 @@ class _Step(torch.autograd.Function):
             x = state[tile]
             d = state.new_empty(len(x), columns)
             steps.rotate(steps.split(d), [g[tile] for g in gradients], ctx.step, tile, back=True)
-            add_rows(d_table, index[tile], d)
-            add_product(d_second[:columns], d.t(), rms_norm(x, norm, steps.eps))
-            d_norm += rms_norm_gradients(d @ second, x, norm, steps.eps, dx=d_state[tile])
+            steps.operations.add_rows(d_table, index[tile], d)
+            steps.operations.add_product(d_second[:columns], d.t(), steps.operations.rms_norm(x, norm, steps.eps))
+            d_norm += steps.operations.rms_norm_gradients(d @ second, x, norm, steps.eps, dx=d_state[tile])
         return None, None, d_state.new_zeros(()), d_state
 
 
 def _tiles(rows: int) -> Iterator[slice]:
     size = tile_rows(rows)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
-
-
-def _normed(tokens: Tensor, rows: Tensor | None, tile: slice, norm: Tensor, eps: float) -> Tensor:
-    """norm(e) of one tile."""
-    if rows is None:
-        return rms_norm(tokens[tile], norm, eps)
-    ids = rows[tile]
-    return norm_into(tokens.new_empty(len(ids), tokens.shape[1]), 0, tokens, norm, eps, ids)

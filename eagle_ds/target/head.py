@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle_ds.kernels.attention import wide
-from eagle_ds.kernels.fused import is_half_on_gpu
+from eagle_ds.kernels.backend import is_half_on_gpu
 
 
 @dataclass(frozen=True)

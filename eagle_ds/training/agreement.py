@@ -1,7 +1,12 @@
-"""Ranks that agree, or stop together: small control messages over gloo, beside the traffic of the training itself.
+"""Keep all ranks together: they agree on values, or all raise the same error.
 
-A rank that finds an error says so in the next message, so that all ranks raise within a message's time instead of waiting
-for one another. Gloo keeps these messages off the GPU's streams.
+A rank that fails alone leaves the others waiting in their next collective until a timeout, often hours later.
+So a rank with an error does not raise at once. It reports the error in the next control message, which all
+ranks exchange at fixed points, and then all ranks raise the same `RankFailure`.
+
+Control messages go over gloo, next to the NCCL traffic of the training itself, for two reasons. Gloo runs on
+the CPU, so a message does not wait for the kernels queued on the GPU's stream, and the host does not wait for
+the GPU. And the values are on the host already: NCCL would need a copy to the device and one back.
 """
 
 from __future__ import annotations
@@ -20,15 +25,18 @@ from eagle_ds.parallel.topology import Topology
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-TIMEOUT = timedelta(hours=12)  # others may wait for one that counts a store's tokens; a rank that dies is noticed at once
+
+# Long, because ranks wait here while rank 0 downloads a target or counts the tokens of a large store. A rank
+# that dies is noticed without it: its connections close, and gloo raises on the others at once.
+TIMEOUT = timedelta(hours=12)
 
 
 class RankFailure(ValueError):
-    """Some rank could not go on; the message is that rank's, the same on every rank."""
+    """At least one rank has an error. The message is that rank's, and the same on every rank."""
 
 
 class Agreement:
-    """Control messages between all ranks of ``topology``, over ``backend``. Every method is collective."""
+    """Control messages between all ranks of ``topology``. Every method is collective."""
 
     def __init__(self, topology: Topology, backend: str = "gloo") -> None:
         self.topology = topology
@@ -37,7 +45,7 @@ class Agreement:
             self._group = dist.new_group(backend=backend, timeout=TIMEOUT)
 
     def gather(self, values: Sequence[int]) -> np.ndarray:
-        """int64 [world, len(values)], row r being rank r's."""
+        """Return the values of all ranks, int64 [world, len(values)]; row r is rank r's."""
         own = torch.tensor(values, dtype=torch.int64)
         if self.topology.world_size == 1:
             return own[None].numpy()
@@ -46,7 +54,7 @@ class Agreement:
         return torch.stack(everyone).numpy()
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, by rank."""
+        """Return every rank's ``value``, in the order of ranks. Pickles, so it is slower than `gather`."""
         if self.topology.world_size == 1:
             return [value]
         everyone: list[Any] = [None] * self.topology.world_size
@@ -54,62 +62,87 @@ class Agreement:
         return everyone
 
     def together(self, action: Callable[[], Result]) -> Result:
-        """Run ``action`` on every rank; if it raised on any, raise RankFailure on all, else return this rank's result."""
+        """Run ``action`` on every rank; all raise RankFailure if it raised on any, else return their own result.
+
+        ``action`` must not be collective itself: where it raises, the other ranks would wait for this one
+        inside it.
+        """
         result, error = attempt(action)
         self.raise_together(error)
         assert error is None
         return result  # type: ignore[return-value]
 
     def first_then_all(self, action: Callable[[], Result]) -> Result:
-        """``together``, but rank 0 goes first: for what the others find done once it is through."""
+        """Run ``action`` on rank 0, then on the others, which find what rank 0 has made."""
         early = attempt(action) if self.topology.rank == 0 else (None, None)
         self.raise_together(early[1])
-        return self.together(action) if self.topology.rank else self.together(lambda: early[0])  # type: ignore[return-value]
+        return self.together(action if self.topology.rank else lambda: early[0])  # type: ignore[return-value]
 
     def raise_together(self, error: BaseException | None) -> None:
-        """Raise RankFailure everywhere if any rank has an error. One integer where none has."""
+        """Raise RankFailure on all ranks if any has an error. Costs one integer per rank if none has."""
         if self.gather([error is not None]).any():
             self.fail(error)
 
     def fail(self, error: BaseException | None) -> None:
-        """All ranks know that some rank has an error: exchange the messages and raise."""
+        """Exchange the error texts and raise. Call it once all ranks know that at least one has an error."""
         if error is not None and not isinstance(error, ValueError | OSError):
+            # Not a mistake of the user's but probably ours: the log gets the traceback.
             logger.error("rank %d failed", self.topology.rank, exc_info=error)
         messages = self.gather_objects(None if error is None else _describe(error))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         distinct = list(dict.fromkeys(messages[rank] for rank in failed))
+        # An error that all ranks have says nothing about a rank; otherwise name those that have one.
         where = "" if len(failed) == len(messages) else f"rank {', '.join(map(str, failed))}: "
         raise RankFailure(where + " | ".join(distinct)) from error
 
     def same(self, info: dict[str, Any]) -> None:
-        """Raise RankFailure on all ranks, naming fact and ranks, unless ``facts`` are equal everywhere."""
+        """Raise RankFailure on all ranks, naming what differs, unless ``info`` is equal everywhere."""
         everyone = self.gather_objects(info)
         differing = []
         for name in info:
             values = [theirs[name] for theirs in everyone]
             if any(value != values[0] for value in values):
-                differing.append(f"{name} ({'; '.join(f'rank {rank}: {value}' for rank, value in enumerate(values))})")
+                shown = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+                differing.append(f"{name} ({shown})")
         if differing:
-            raise RankFailure(f"ranks differ in {', '.join(differing)}; give every node the same files and the same command line")
+            remedy = "give every node the same files and the same command line"
+            raise RankFailure(f"ranks differ in {', '.join(differing)}; {remedy}")
 
-    def check_micro_batch(self, error: BaseException | None, prints: tuple[int, int], what: str, counted: Sequence[int]) -> np.ndarray:
-        """Sum over ranks of ``counted``, after making sure that no rank has an error and that all hold the same data.
+    def check_micro_batch(
+        self, error: BaseException | None, prints: tuple[int, int], what: str, counted: Sequence[int]
+    ) -> np.ndarray:
+        """Check that no rank has an error and that all hold the same data, and sum counts over ranks.
 
-        ``prints``: hashes that must agree (over all ranks, within one sequence-parallel group); ``what`` describes this
-        rank's data in the message. Raises RankFailure on all ranks.
+        One message does all three, because it is sent before every micro-batch.
+
+        Args:
+            error: what this rank's reading raised, None if it has its data.
+            prints: hashes that must agree: the first over all ranks, the second within a sequence-parallel
+                group.
+            what: description of this rank's data, for the error message.
+            counted: counts to add up over ranks.
+
+        Returns:
+            int64 [len(counted)], the sums.
+
+        Raises:
+            RankFailure: on all ranks.
         """
         table = self.gather([error is not None, *prints, *counted])
         if table[:, 0].any():
             self.fail(error)
-        plans = table[:, 2].reshape(self.topology.dp, self.topology.sp)
-        if (table[:, 1] != table[0, 1]).any() or (plans != plans[:, :1]).any():
-            shown = "; ".join(f"rank {rank}: {there}" for rank, there in enumerate(self.gather_objects(what)))
-            raise RankFailure(f"ranks hold different data at this step ({shown}); they must read the same store with the same recipe")
+        # Ranks of one sequence-parallel group are neighbours: row g of this [dp, sp] table is one group.
+        groups = table[:, 2].reshape(self.topology.dp, self.topology.sp)
+        if (table[:, 1] != table[0, 1]).any() or (groups != groups[:, :1]).any():
+            everyone = self.gather_objects(what)
+            shown = "; ".join(f"rank {rank}: {theirs}" for rank, theirs in enumerate(everyone))
+            remedy = "they must read the same store with the same recipe"
+            raise RankFailure(f"ranks hold different data at this step ({shown}); {remedy}")
         return table[:, 3:].sum(0)
 
 
 def attempt(action: Callable[[], Result]) -> tuple[Result | None, BaseException | None]:
-    """(result, None) or (None, what it raised)."""
+    """Run ``action``. Returns (its result, None), or (None, what it raised)."""
     try:
         return action(), None
     except Exception as error:
@@ -117,4 +150,5 @@ def attempt(action: Callable[[], Result]) -> tuple[Result | None, BaseException 
 
 
 def _describe(error: BaseException) -> str:
+    """Return the text of an error. Other errors than ValueError need their type to be understood."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

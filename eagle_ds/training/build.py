@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eagle_ds.config.deepspeed import bf16_enabled
 from eagle_ds.config.recipe import Recipe
-from eagle_ds.drafts.folder import untrained_draft
+from eagle_ds.drafts.loading import untrained_draft
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.target.files import load_target_weights
 from eagle_ds.target.head import TargetHead, argmax_and_logsumexp

@@ -1,10 +1,12 @@
-"""Checkpoints that a run resumes from exactly, and the draft beside them that an export reads without DeepSpeed.
+"""Save and load checkpoints, and decide whether a run may resume from one.
 
-    checkpoints/step_N/        DeepSpeed's files; state.json, which says where the run stood; the draft
-    checkpoints/latest         name of the newest whole one
+    checkpoints/step_N/        DeepSpeed's files; state.json, the position of the run; the draft in
+    safetensors checkpoints/latest         name of the newest complete checkpoint
     best/                      the draft of the best evaluation so far
 
-Everything is written under another name first and renamed when every rank is done, so what has its name is whole.
+An interrupted save must never be resumed from. Everything is therefore written under a hidden name and
+renamed once all ranks have finished: a folder named ``step_N`` is complete. The draft's files are read
+without DeepSpeed, by the export.
 """
 
 from __future__ import annotations
@@ -27,14 +29,30 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eagle_ds.config import run_folder
+from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.vocab import VocabMap
-from eagle_ds.drafts.folder import ARCH_FILE, STATE_FILE, VOCAB_FILE
+from eagle_ds.drafts.loading import ARCH_FILE, STATE_FILE, VOCAB_FILE
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.training.world import World
 
 logger = logging.getLogger(__name__)
 
-LATEST, RUN_STATE = "latest", "state.json"
+RUN_STATE = "state.json"
+
+# Settings that may differ when a run resumes: they change neither the data order nor the meaning of the saved
+# tensors. The contents of target and store may not change either; their hashes are compared, not their paths.
+MAY_CHANGE = {
+    *("name", "output_dir", "deepspeed", "target.model", "target.revision", "draft.init_from"),
+    *("data.conversations", "data.eval_conversations", "data.store", "data.eval_store"),
+    *("data.prefetch", "data.read_processes"),
+    *("parallel.ulysses", "parallel.ring", "parallel.ring_mode", "parallel.trained_rows_only"),
+    *("training.learning_rate", "training.min_learning_rate", "training.warmup_ratio", "training.schedule"),
+    *("training.epochs", "training.max_steps", "training.recompute", "training.offload_activations"),
+    *("training.check_memory", "training.non_finite", "training.log_interval", "training.eval_interval"),
+    *("training.save_interval", "training.keep_checkpoints", "training.best_by"),
+    *("training.acceptance_interval", "training.acceptance_prompts"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,12 +60,16 @@ class Best:
     """The best evaluation so far."""
 
     step: int
-    length: float  # acceptance length, simulated or real as the recipe says
+    length: float  # acceptance length: simulated or measured by decoding, as training.best_by says
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands after ``step`` optimizer steps; the data's position is the step number too."""
+    """The position of a run after ``step`` optimizer steps.
+
+    The order of the data follows from the seed and the step number alone, so no position in the data is
+    saved.
+    """
 
     step: int
     world_size: int
@@ -58,73 +80,95 @@ class RunState:
 
     @classmethod
     def read(cls, folder: Path) -> RunState:
-        """Raises ValueError if the checkpoint's state cannot be read."""
+        """Read the state of the checkpoint ``folder``. Raises ValueError if it cannot be read."""
         try:
             tree = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
             best = tree.pop("best")
             return cls(**tree, best=Best(**best) if best else None)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"checkpoint {folder} cannot be read ({error}); start anew with --fresh") from error
+            text = f"checkpoint {folder} cannot be read ({error}); start from step 0 with --fresh"
+            raise ValueError(text) from error
+
+
+def latest(run_dir: Path) -> RunState | None:
+    """Read the state of the newest complete checkpoint of a run; None if it has none."""
+    folder = run_folder.latest_checkpoint(run_dir)
+    return RunState.read(folder) if folder else None
 
 
 class Checkpoints:
-    """The checkpoint folder of a run. Every method is collective, but for ``latest``."""
+    """Writes and loads the checkpoints of one run. Every method is collective."""
 
-    def __init__(self, run_dir: Path, keep: int, engine: DeepSpeedEngine, arch: DraftArch, vocab: VocabMap, world: World) -> None:
-        self.run_dir, self.folder, self.keep = run_dir, run_dir / "checkpoints", keep
+    def __init__(
+        self, run_dir: Path, keep: int, engine: DeepSpeedEngine, arch: DraftArch, vocab: VocabMap,
+        world: World,
+    ) -> None:  # fmt: skip
+        self.run_dir, self.keep = run_dir, keep
         self.engine, self.arch, self.vocab, self.world = engine, arch, vocab, world
 
     def save(self, state: RunState) -> None:
-        """Write ``step_N`` whole or not at all, then forget the oldest. Raises ValueError if the disk refuses."""
-        name, partial = f"step_{state.step}", f".step_{state.step}.partial"
+        """Write the checkpoint of ``state.step``, completely or not at all, then delete the oldest ones.
+
+        Raises ValueError if a file cannot be written.
+        """
+        folder = run_folder.checkpoint_path(self.run_dir, state.step)
+        partial = folder.with_name(f".{folder.name}.partial")
         tensors = full_state(self.engine)
-        self._first(lambda: self._clear(partial), self.folder / name)
-        with writing(self.folder / name):
-            self.engine.save_checkpoint(str(self.folder), tag=partial, client_state={"rng": torch.get_rng_state()}, save_latest=False)
-        self._first(lambda: self._finish(partial, name, state, tensors), self.folder / name)
+        self._on_first(self._delete_partial, folder)
+        # Every rank writes its own partition of the optimizer. DeepSpeed ends with a barrier, so the folder
+        # is complete when rank 0 renames it. save_latest is off: DeepSpeed would name the hidden folder in
+        # ``latest``.
+        with explaining_write_errors(folder):
+            client, tag = {"rng": torch.get_rng_state()}, partial.name
+            self.engine.save_checkpoint(str(folder.parent), tag, client_state=client, save_latest=False)
+        self._on_first(lambda: self._publish(partial, folder, state, tensors), folder)
 
     def load(self, state: RunState) -> None:
-        """Put weights, optimizer and random state back as they were at ``state``."""
-        path, client = self.engine.load_checkpoint(str(self.folder), tag=f"step_{state.step}")
+        """Restore weights, optimizer and random state of the checkpoint that ``state`` was read from."""
+        folder = run_folder.checkpoint_path(self.run_dir, state.step)
+        path, client = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
-            raise ValueError(f"DeepSpeed cannot load {self.folder}/step_{state.step}; start anew with --fresh")
+            raise ValueError(f"DeepSpeed cannot load {folder}; start from step 0 with --fresh")
         torch.set_rng_state(client["rng"])
 
     def save_best(self) -> None:
-        """Replace ``best/`` by the draft as it is now. Raises ValueError if the disk refuses."""
+        """Replace ``best/`` by the current draft. Raises RankFailure on all ranks if rank 0 cannot write."""
         tensors = full_state(self.engine)
-        self._first(lambda: self._replace_best(tensors), self.run_dir / "best")
+        self._on_first(lambda: self._replace_best(tensors), self.run_dir / run_folder.BEST)
 
-    def _first(self, action: Callable[[], None], what: Path) -> None:
-        """Let rank 0 write ``what`` by ``action`` while the others wait."""
+    def _on_first(self, action: Callable[[], None], what: Path) -> None:
+        """Let rank 0 write ``what`` while the others wait; all ranks fail if it cannot."""
 
         def write() -> None:
-            with writing(what):
+            with explaining_write_errors(what):
                 action()
 
         self.world.agreement.together(write if self.world.is_first else lambda: None)
 
-    def _clear(self, partial: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".step_*.partial"):
+    def _delete_partial(self) -> None:
+        checkpoints = self.run_dir / run_folder.CHECKPOINTS
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in checkpoints.glob(".step_*.partial"):
             shutil.rmtree(leftover)
 
-    def _finish(self, partial: str, name: str, state: RunState, tensors: dict[str, Tensor]) -> None:
-        folder = self.folder / partial
-        write_draft(folder, tensors, self.arch, self.vocab)
-        (folder / RUN_STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-        if (self.folder / name).exists():
-            shutil.rmtree(self.folder / name)
-        folder.rename(self.folder / name)
-        temporary = self.folder / f".{LATEST}"
-        temporary.write_text(name, encoding="utf-8")
-        os.replace(temporary, self.folder / LATEST)
-        for old in sorted(self.folder.glob("step_*"), key=step_of)[: -self.keep]:
+    def _publish(self, partial: Path, folder: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
+        """Add the draft and the state, rename the folder, and only then let ``latest`` name it."""
+        write_draft(partial, tensors, self.arch, self.vocab)
+        (partial / RUN_STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        temporary = folder.with_name(f".{run_folder.LATEST}")
+        temporary.write_text(folder.name, encoding="utf-8")
+        os.replace(temporary, folder.with_name(run_folder.LATEST))
+        for old in run_folder.checkpoints_newest_first(self.run_dir)[self.keep :]:
             shutil.rmtree(old)
-        logger.info("saved %s", self.folder / name)
+        logger.info("saved %s", folder)
 
     def _replace_best(self, tensors: dict[str, Tensor]) -> None:
-        partial, best, old = (self.run_dir / name for name in (".best.partial", "best", ".best.old"))
+        # A folder cannot replace another one atomically, so the old draft is moved aside first.
+        best = self.run_dir / run_folder.BEST
+        partial, old = best.with_name(f".{best.name}.partial"), best.with_name(f".{best.name}.old")
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -136,31 +180,23 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def writing(what: Path) -> Iterator[None]:
-    """Turns what a disk refuses into one sentence, whichever library found out."""
+def explaining_write_errors(what: Path) -> Iterator[None]:
+    """Turn every kind of write error into one ValueError: OSError, and what torch and safetensors raise."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot write the checkpoint {what} ({error}); free space and run again to resume") from error
-
-
-def latest(run_dir: Path) -> RunState | None:
-    """The state of the newest whole checkpoint of ``run_dir``, None where there is none."""
-    pointer = run_dir / "checkpoints" / LATEST
-    if not pointer.is_file():
-        return None
-    return RunState.read(pointer.parent / pointer.read_text(encoding="utf-8").strip())
-
-
-def step_of(folder: Path) -> int:
-    """N of ``step_N``."""
-    return int(folder.name.removeprefix("step_"))
+        text = f"cannot write the checkpoint {what} ({error}); free space and run again to resume"
+        raise ValueError(text) from error
 
 
 def full_state(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """Every trained tensor whole, in float32, on the CPU of rank 0 (empty elsewhere), under any ZeRO stage. Collective."""
+    """Gather every trained tensor in float32 on the CPU of rank 0, under any ZeRO stage. Collective.
+
+    Returns an empty dictionary on other ranks.
+    """
     state = {}
     for name, parameter in engine.module.named_parameters():
+        # None: this stage keeps no separate float32 master, so the parameter itself is the full value.
         whole = safe_get_full_fp32_param(parameter)
         if engine.global_rank == 0:
             state[name] = (parameter if whole is None else whole).detach().float().cpu().clone()
@@ -168,10 +204,47 @@ def full_state(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 
 
 def write_draft(folder: Path, tensors: dict[str, Tensor], arch: DraftArch, vocab: VocabMap) -> None:
-    """The files that ``eagle_ds.drafts.folder.load_checkpoint`` reads."""
+    """Write the files that ``eagle_ds.drafts.loading.load_checkpoint`` reads."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / STATE_FILE)
     tree = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)}
     if arch.rope_scaling is not None:
         tree["rope_scaling"] = arch.rope_scaling.model_dump()
     (folder / ARCH_FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     vocab.save(folder / VOCAB_FILE)
+
+
+def find_resumable(recipe: Recipe, manifest_hash: str, world_size: int) -> RunState | None:
+    """Return the state of the newest checkpoint, or None for a new run.
+
+    Raises ValueError if this recipe, store or number of ranks cannot continue the run.
+    """
+    state = latest(recipe.run_dir)
+    if state is None:
+        return None
+    run = f"{recipe.run_dir} was trained"
+    remedy = "; undo that change, choose another output_dir, or start from step 0 with --fresh"
+    if state.world_size != world_size:
+        raise ValueError(f"{run} by {state.world_size} processes, now there are {world_size}{remedy}")
+    if state.manifest_hash != manifest_hash:
+        raise ValueError(f"{recipe.data.store} has changed since {run} to step {state.step}{remedy}")
+    then, now = state.recipe["parallel"]["ulysses"] * state.recipe["parallel"]["ring"], recipe.parallel.size
+    if then != now:
+        raise ValueError(f"{run} with ulysses * ring = {then}, now it is {now}{remedy}")
+    changed = differences(state.recipe, recipe.model_dump(mode="json"))
+    if fatal := [text for name, text in changed.items() if name not in MAY_CHANGE]:
+        raise ValueError(f"{run} with {', '.join(fatal)}{remedy}")
+    for text in changed.values():
+        logger.info("resuming with another setting: %s", text)
+    return state
+
+
+def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Compare two recipe trees. Returns {dotted name: "name = old (now new)"} of what differs."""
+    changed: dict[str, str] = {}
+    for name in sorted(then.keys() | now.keys()):
+        old, new, dotted = then.get(name), now.get(name), prefix + name
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed |= differences(old, new, f"{dotted}.")
+        elif old != new:
+            changed[dotted] = f"{dotted} = {old} (now {new})"
+    return changed

@@ -1,5 +1,4 @@
-"""Open and check what a run reads, before anything expensive: target, stores, vocabulary, draft to start
-from.
+"""Open and check what a run reads, before anything expensive: target, stores, vocabulary, initial draft.
 
 Every rank checks, and all ranks stop together with one message if any finds an error. Then the ranks compare
 hashes: on a cluster, one node may see other files than the rest.
@@ -15,7 +14,7 @@ from pathlib import Path
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.packing import TrainSample, screen
 from eagle_ds.data.vocab import VocabMap, load_or_build
-from eagle_ds.drafts.folder import DraftOnDisk, initial_draft
+from eagle_ds.drafts.loading import DraftOnDisk, initial_draft
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.store.store import Store
 from eagle_ds.target.files import resolve_target

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eagle_ds.model.loss import LossSums
-from eagle_ds.parallel.transfer import to_host
+from eagle_ds.parallel.copies import to_host
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Decide from sizes, before the first step: how the ring exchanges K_0/V_0, and whether the largest sequence
-fits.
+"""Decide from sizes, before the first step: the ring's mode, and whether the largest sequence fits.
 
 Running out of memory hours into a run is expensive, so the largest sequence of the first epoch is checked at
 the start. The same estimate says what to change if a run is out of memory nevertheless.
@@ -53,9 +52,7 @@ def sharding_settings(
 
 
 def setup_of(recipe: Recipe, config: dict[str, Any], world: World) -> Setup:
-    """Return what the estimates need to know: the device is this rank's GPU, or its share of the host's
-    memory.
-    """
+    """Return what the estimates need to know. On a CPU the device is this rank's share of the host."""
     device = Device(world.device.type, world.memory_bytes / GIB)
     return Setup(recipe, config, world.topology.world_size, device)
 
@@ -88,8 +85,7 @@ class Sizes:
         return max(shardings, key=lambda sharding: peak_bytes(self.setup, sharding))
 
     def check(self, samples: Sequence[TrainSample], packs: Sequence[Pack]) -> None:
-        """Log what the largest of ``packs`` is predicted to need, and refuse it if it does not fit.
-        Collective.
+        """Log what the largest of ``packs`` is predicted to need; refuse it if it does not fit. Collective.
 
         With ``training.check_memory`` false this warns instead. A CPU run is never refused: its memory is
         shared with other processes, so what is free now says little.
@@ -116,8 +112,7 @@ class Sizes:
             logger.warning("training.check_memory is false, so the run starts although: %s", error)
 
     def refuse(self, sharding: SequenceSharding, neighbours: int) -> None:
-        """Raise ValueError if the sequence is predicted not to fit. The message names a length and a setting
-        that would.
+        """Raise ValueError, naming what would fit, if the sequence is predicted not to fit.
 
         Args:
             neighbours: processes on this host, this one included. They share the host's memory.
@@ -150,9 +145,7 @@ def after_out_of_memory(setup: Setup, sharding: SequenceSharding) -> str:
 
 
 def host_memory_bytes() -> int:
-    """Return the host memory that its processes may still take: Linux's estimate, limited by the
-    container.
-    """
+    """Return the host memory still available: Linux's estimate, limited by the container."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) << 10
     limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))

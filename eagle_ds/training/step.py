@@ -21,11 +21,11 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from eagle_ds.config.recipe import TrainingConfig
+from eagle_ds.config.sections import TrainingConfig
 from eagle_ds.data.batch import Batch, counted_rows
 from eagle_ds.data.dataset import MicroBatch
 from eagle_ds.data.sampler import GlobalBatch
-from eagle_ds.kernels.attention import BlockAttention
+from eagle_ds.kernels.attention import AttentionBackend
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, head_loss, uniform_decay
 from eagle_ds.model.offload import ActivationOffload
@@ -59,12 +59,10 @@ def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> floa
 
 
 class MicroBatchRunner:
-    """Runs the draft and its loss on one micro-batch. Holds everything that does not change between
-    micro-batches.
-    """
+    """Runs draft and loss on one micro-batch. Holds what does not change between micro-batches."""
 
     def __init__(
-        self, engine: DeepSpeedEngine, arch: DraftArch, head: TargetHead, kernel: BlockAttention,
+        self, engine: DeepSpeedEngine, arch: DraftArch, head: TargetHead, kernel: AttentionBackend,
         training: TrainingConfig, world: World,
     ) -> None:  # fmt: skip
         self.engine, self.arch, self.head, self.kernel = engine, arch, head, kernel
@@ -109,8 +107,7 @@ class MicroBatchRunner:
         return HeadTargets(self.head, batch.target_hidden, logsumexp, token, *rows)
 
     def _alpha_mean(self, alpha: Tensor, rows: Tensor) -> Tensor:
-        """Return the mean acceptance over the counted rows of all ranks in this micro-batch, float32 [T].
-        Collective.
+        """Return the mean acceptance over the counted rows of all ranks, float32 [T]. Collective.
 
         Args:
             alpha: [T], sum of the acceptance over this rank's counted rows.
@@ -126,7 +123,7 @@ class MicroBatchRunner:
 class StepOutcome:
     """What one optimizer step did. Metric sums are those of this rank, not yet added over ranks."""
 
-    step: GlobalBatch
+    global_batch: GlobalBatch
     sums: LossSums
     norm: Callable[[], Tensor]  # gradient norm over all ranks before clipping; the call waits for the device
     applied: bool  # whether the norm was finite and the weights were updated
@@ -144,9 +141,7 @@ class StepOutcome:
 
 
 class OptimizerStep:
-    """Runs one optimizer step: takes its micro-batches from the feed, accumulates gradients, updates the
-    weights.
-    """
+    """Runs one optimizer step: takes micro-batches, accumulates gradients, updates the weights."""
 
     def __init__(self, runner: MicroBatchRunner) -> None:
         self.runner, self.engine = runner, runner.engine
@@ -155,14 +150,13 @@ class OptimizerStep:
         # Plain float32 without ZeRO is the one mode in which DeepSpeed does not check for overflow.
         self._checks_overflow = self.engine.zero_optimization_stage() > 0 or self.engine.bfloat16_enabled()
 
-    def run(
-        self, feed: Feed, learning_rate: float, while_busy: Callable[[], None] = lambda: None
-    ) -> StepOutcome:
+    def run(self, feed: Feed, rate: float, while_busy: Callable[[], None] = lambda: None) -> StepOutcome:
         """Run one optimizer step. Collective over the world.
 
         If a loss or gradient is not finite, the weights are left unchanged and ``applied`` is False.
 
         Args:
+            rate: the learning rate.
             while_busy: called once the first forward is queued. At this point the previous step has finished
                 on the device, the device is busy, and the host has not yet had to wait for it (ZeRO-1 waits
                 in the optimizer, ZeRO-2 and 3 already in the backward). Must not raise: other ranks may be
@@ -172,7 +166,7 @@ class OptimizerStep:
             RankFailure: on all ranks, if any rank could not read its data or holds other data than the rest.
         """
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = rate
         sums, losses, names, stats = None, [], [], ReadStats()
         wait_s = read_s = 0.0
         weights = torch.zeros(0)
@@ -196,27 +190,25 @@ class OptimizerStep:
             if item.is_last:
                 break
             self.engine.step()  # counts the micro-batch; DeepSpeed updates the weights at the last one only
-        step, tokens = item.step, item.global_tokens
+        batch, tokens = item.global_batch, item.global_tokens
         # Release the batch while the device still has the backward to do: the next one is copied into its
         # memory as soon as the optimizer has waited for the device.
         del item, loss
         norm, applied = self._update()
         culprits = () if applied else _not_finite(losses, names)
         positions = self.positions(tokens)
-        return StepOutcome(step, sums, norm, applied, culprits, tokens, positions, stats, wait_s, read_s)
+        return StepOutcome(batch, sums, norm, applied, culprits, tokens, positions, stats, wait_s, read_s)
 
     def positions(self, tokens: int) -> int | None:
         """Return ``tokens`` (B * S) if the loss is normalised by positions, else None."""
         return tokens if self.training.loss_normalization == "positions" else None
 
     def _weights(self, item: MicroBatch, counted: Tensor) -> Tensor:
-        scale = self.world.topology.world_size * len(item.step.packs)
+        scale = self.world.topology.world_size * len(item.global_batch.packs)
         return scale * step_weights(counted, self.decay, self.positions(item.global_tokens))
 
     def _update(self) -> tuple[Callable[[], Tensor], bool]:
-        """Update the weights unless the gradient norm is not finite. Returns (norm, whether they were
-        updated).
-        """
+        """Update the weights if the gradient norm is finite. Returns (norm, whether they were updated)."""
         if self._checks_overflow:
             self.engine.step()
             norm = to_host(torch.as_tensor(self.engine.get_global_grad_norm()))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# llama3_128k_twin: recipes/llama3_128k scaled down for tests: same layout, same ratio of heads, same DeepSpeed JSON.
+# llama3_128k_twin: recipes/llama3_128k at a small scale, for tests: same layout, ratio of heads and DeepSpeed JSON.
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3

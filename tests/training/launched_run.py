@@ -1,6 +1,6 @@
-"""One rank of a launcher's world, which a misfortune may befall: python launched.py RECIPE.json MISFORTUNE RANK MICRO_BATCH.
+"""One rank of a run under DeepSpeed's launcher, with a fault: launched_run.py RECIPE.json FAULT RANK MICRO_BATCH.
 
-Misfortunes: "memory" (the GPU has none left), "term" (SIGTERM, as from a scheduler).
+Faults, on rank RANK after its micro-batch MICRO_BATCH: "memory" raises an out-of-memory error, "term" sends SIGTERM.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from eagle_ds.training.step import MicroBatchRunner
 
 
 def main() -> None:
-    path, misfortune, victim, at_call = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    path, fault, faulty_rank, at_call = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     recipe, rank, calls = Recipe.model_validate_json(Path(path).read_text()), int(os.environ["RANK"]), []
     original = MicroBatchRunner.__call__
 
     def call(self: MicroBatchRunner, batch: Batch, weights: Tensor) -> object:
         found = original(self, batch, weights)
         calls.append(batch)
-        if rank == int(victim) and len(calls) == int(at_call):
-            if misfortune == "memory":
+        if rank == int(faulty_rank) and len(calls) == int(at_call):
+            if fault == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             os.kill(os.getpid(), signal.SIGTERM)
         return found

@@ -11,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eagle_ds.drafts.folder import load_draft
-from eagle_ds.training.checkpoint import latest
-from eagle_ds.training.resume import find_resumable
+from eagle_ds.drafts.loading import load_draft
+from eagle_ds.training.checkpoint import find_resumable, latest
 from tests.gloo_pool import GlooPool
 from tests.training.tiny_run import MASKS, Tiny, make_tiny, write_store
-from tests.training.training_ranks import message, run_training, train_onto_a_full_disk, train_until
+from tests.training.training_ranks import error_of_training, run_training, train_onto_a_full_disk, train_until
 
 TIMED = {"tokens_per_s", "step_s", "data_wait_s", "read_s", "peak_gib"}
 
@@ -112,7 +111,7 @@ def test_a_checkpoint_whose_state_is_gone_is_an_error(pool: GlooPool, finished: 
     broken = finished.root / "runs" / "broken"
     shutil.copytree(finished.root / "runs" / "done", broken)
     (broken / "checkpoints" / "step_5" / "state.json").unlink()
-    text, _ = pool.run(message, 1, finished.recipe("broken", **settings(1, finished)))[0]
+    text, _ = pool.run(error_of_training, 1, finished.recipe("broken", **settings(1, finished)))[0]
     assert "step_5 cannot be read" in text and "--fresh" in text
 
 

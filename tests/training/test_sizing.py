@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from eagle_ds.config.recipe import Recipe
-from eagle_ds.estimate.memory import GIB
+from eagle_ds.estimate.devices import GIB
 from eagle_ds.training.agreement import RankFailure
 from eagle_ds.training.checkpoint import latest
 from eagle_ds.training.sizing import host_memory_bytes, is_out_of_memory
@@ -63,23 +63,23 @@ def test_out_of_memory_says_what_to_change_and_the_run_resumes_from_the_checkpoi
     text = next(line for line in ended.stderr.splitlines() if line.startswith("error (rank 1): "))
     assert "out of memory after step 3 of 4 (CUDA out of memory. Tried to allocate 2.00 GiB.): by prediction a sequence of " in text
     assert "GiB a GPU on ulysses 1 * ring 2; " in text and "tokens would fit; " in text
-    assert "; the checkpoint of step 2 is whole, the same command resumes from it; the launcher ends the other ranks" in text
+    assert "; the checkpoint of step 2 is complete, the same command resumes from it; the launcher ends the other ranks" in text
     assert latest(broken.run_dir).step == 2
     pool.run(run_training, 2, broken)
     assert lines(broken.run_dir / "log.jsonl") == lines(whole.run_dir / "log.jsonl")
 
 
-def launched(recipe: Recipe, misfortune: str, *, rank: int, micro_batch: int) -> subprocess.CompletedProcess[str]:
-    """DeepSpeed's launcher with two processes of ``launched.py``."""
+def launched(recipe: Recipe, fault: str, *, rank: int, micro_batch: int) -> subprocess.CompletedProcess[str]:
+    """DeepSpeed's launcher with two processes of ``launched_run.py``."""
     path = Path(recipe.output_dir).with_suffix(".json")
     path.parent.mkdir(exist_ok=True)
     path.write_text(recipe.model_dump_json())
-    script = Path(__file__).with_name("launched.py")
+    script = Path(__file__).with_name("launched_run.py")
     command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()), str(script)]
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
-    arguments = [sys.executable, *command, str(path), misfortune, str(rank), str(micro_batch)]
+    arguments = [sys.executable, *command, str(path), fault, str(rank), str(micro_batch)]
     variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_out_of_memory_before_the_first_checkpoint_says_so(pool: GlooPool, tiny: Tiny) -> None:

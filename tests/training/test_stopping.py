@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from eagle_ds.config.run_folder import lock_run
 from eagle_ds.launch import set_aside
 from eagle_ds.store.store import Sample, Store, StoreInfo, StoreWriter
-from eagle_ds.training.runlock import take_run
 from tests.gloo_pool import GlooPool
 from tests.training.tiny_run import MASKS, H, Tiny, V, make_tiny
-from tests.training.training_ranks import message, run_training, take_steps
+from tests.training.training_ranks import error_of_training, run_training, take_steps
 
 SECONDS = 20  # on a loaded machine; a hang would last until gloo gives up after half an hour
 
@@ -27,14 +27,14 @@ def tiny(tmp_path: Path) -> Tiny:
 
 
 def messages(pool: GlooPool, world: int, *args: Any) -> list[str]:
-    found = pool.run(message, world, *args)
+    found = pool.run(error_of_training, world, *args)
     assert all(seconds < SECONDS for _, seconds in found)
     assert len({text for text, _ in found}) == 1, found
     return [text for text, _ in found]
 
 
 @pytest.mark.parametrize(
-    ("mischief", "expected"),
+    ("fault", "expected"),
     [
         ("other_store", ", store manifest (rank 0: "),
         ("other_seed", "ranks differ in recipe (rank 0: "),
@@ -42,8 +42,8 @@ def messages(pool: GlooPool, world: int, *args: Any) -> list[str]:
         ("broken_read", "rank 1: store/samples/ab/cd.h5: the file was cut"),
     ],
 )
-def test_every_rank_stops_when_one_differs(pool: GlooPool, tiny: Tiny, mischief: str, expected: str) -> None:
-    assert expected in messages(pool, 2, tiny.recipe(parallel__ring=2), mischief, 1)[0]
+def test_every_rank_stops_when_one_differs(pool: GlooPool, tiny: Tiny, fault: str, expected: str) -> None:
+    assert expected in messages(pool, 2, tiny.recipe(parallel__ring=2), fault, 1)[0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"training__save_interval": 1}, {"training__max_steps": 1}], ids=["next", "save", "end"])
@@ -140,10 +140,10 @@ def test_masks_of_the_tiny_store_cover_the_awkward_ones() -> None:
 def test_a_folder_in_which_a_run_is_at_work_is_left_to_it(pool: GlooPool, tiny: Tiny) -> None:
     recipe = tiny.recipe(parallel__ring=2)
     recipe.run_dir.mkdir(parents=True)
-    with take_run(recipe.run_dir):
+    with lock_run(recipe.run_dir):
         found = messages(pool, 2, recipe)[0]
-        with pytest.raises(ValueError, match="another run is at work"):
+        with pytest.raises(ValueError, match="another run is active"):
             set_aside(recipe.run_dir)
-    assert "another run is at work in" in found and f"process {os.getpid()} on" in found and "SIGTERM" in found
+    assert "another run is active in" in found and f"process {os.getpid()} on" in found and "SIGTERM" in found
     assert not (recipe.run_dir / "log.jsonl").exists()
     assert messages(pool, 2, recipe) == ["", ""]

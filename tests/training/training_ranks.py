@@ -1,4 +1,4 @@
-"""What each process of an engine test does."""
+"""Functions that the training tests run on each rank of a process pool: train normally, or with a fault on one rank."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
 from eagle_ds.config.recipe import Recipe
+from eagle_ds.config.run_folder import STEP_LOG
 from eagle_ds.data.dataset import MicroBatch, RankDataset
 from eagle_ds.data.sampler import GlobalBatch
 from eagle_ds.launch import train_rank
@@ -28,18 +29,17 @@ from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.store.store import StoreError
 from eagle_ds.training.build import build
 from eagle_ds.training.checkpoint import Checkpoints, RunState, full_state
-from eagle_ds.training.feed import Feed
+from eagle_ds.training.feed import Feed, FeedSettings
 from eagle_ds.training.inputs import open_inputs
 from eagle_ds.training.metrics import Metrics, metrics_of, sum_over_ranks
-from eagle_ds.training.runlog import STEP_LOG
-from eagle_ds.training.sizing import Sizes
-from eagle_ds.training.train import Trainer, make_sampler
+from eagle_ds.training.sizing import Sizes, setup_of
+from eagle_ds.training.train import Trainer, make_sampler, prepare
 from eagle_ds.training.world import World, join_world
 
 
 @dataclass
 class Steps:
-    """What some optimizer steps did: weights after them, and per step the gradient norm and the global metrics."""
+    """What several optimizer steps did: the weights before and after all, and norm, metrics and outcome of each step."""
 
     before: dict[str, Tensor]
     after: dict[str, Tensor]
@@ -49,18 +49,18 @@ class Steps:
 
 
 def run_training(rank: int, world: int, recipe: Recipe) -> None:
-    """The whole of ``train``."""
-    as_if_new(world)
+    """Train the recipe from start to end."""
+    reset_process(world)
     train_rank(recipe, rank)
 
 
 def take_steps(rank: int, world: int, recipe: Recipe, optimizer: str = "SGD") -> Steps:
-    """The recipe's steps by the trainer's own parts, with plain SGD, which shows gradients as they are."""
+    """Take the recipe's optimizer steps. Plain SGD, the default, moves each weight by its gradient."""
     trainer = make_trainer(rank, world, recipe, optimizer)
-    engine, steps = trainer.trainable.engine, trainer.sampler.steps(0, trainer.total_steps)
+    engine, steps = trainer.trainable.engine, trainer.sampler.global_batches(0, trainer.total_steps)
     before = full_state(engine)
     norms, metrics, applied = [], [], []
-    with Feed(trainer.dataset, steps, depth=2, device=torch.device("cpu"), dtype=trainer.trainable.dtype) as feed:
+    with Feed(trainer.dataset, steps, FeedSettings(2, torch.device("cpu"), trainer.trainable.dtype)) as feed:
         for _ in range(trainer.total_steps):
             outcome = trainer.step.run(feed, recipe.training.learning_rate)
             norms.append(outcome.grad_norm)
@@ -70,7 +70,7 @@ def take_steps(rank: int, world: int, recipe: Recipe, optimizer: str = "SGD") ->
 
 
 def take_offloading_steps(rank: int, world: int, recipe: Recipe) -> tuple[Steps, int]:
-    """``take_steps`` with everything offloaded, however small, and how many slabs that took."""
+    """Run ``take_steps`` with all activations offloaded, however small. Returns also the number of host slabs."""
     made = []
 
     def offload(device: torch.device) -> ActivationOffload:
@@ -83,20 +83,21 @@ def take_offloading_steps(rank: int, world: int, recipe: Recipe) -> tuple[Steps,
 
 
 def make_trainer(rank: int, world: int, recipe: Recipe, optimizer: str = "AdamW") -> Trainer:
-    as_if_new(world)
-    joined = join_world(recipe.parallel, rank)
-    config = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world)
+    """Build a trainer as ``train`` does, with SGD in place of the recipe's optimizer if asked for."""
+    reset_process(world)
+    setup = prepare(recipe, join_world(recipe.parallel, rank))
     if optimizer == "SGD":
-        config["optimizer"] = {"type": "SGD", "params": {"lr": recipe.training.learning_rate}}
-        config["zero_allow_untested_optimizer"] = True
-    inputs = open_inputs(recipe, joined)
-    sizes = Sizes.decide(recipe, config, inputs.all_samples, joined)
-    return Trainer(recipe, joined, inputs, make_sampler(recipe, inputs, joined), sizes, build(recipe, config, inputs, joined))
+        setup.config["optimizer"] = {"type": "SGD", "params": {"lr": recipe.training.learning_rate}}
+        setup.config["zero_allow_untested_optimizer"] = True
+    return Trainer(setup, build(recipe, setup.config, setup.inputs, setup.world), lambda *_: {})
 
 
-def as_if_new(world: int) -> None:
-    """What a process that has worked before lacks of a new one: DeepSpeed's ZeRO-3 numbers modules and parameters from where the
-    process is, and expects all ranks to be there; and a group of one is not made by the pool, so it needs an address."""
+def reset_process(world: int) -> None:
+    """Reset what a pool process keeps from earlier tests and a new process would not have.
+
+    DeepSpeed's ZeRO-3 numbers modules and parameters with global counters and expects the same numbers on all ranks.
+    The pool forms no group of one process, so a single rank needs an address to form it.
+    """
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     Init.param_id = 0
     if world == 1:
@@ -105,14 +106,19 @@ def as_if_new(world: int) -> None:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
 
 
-def message(rank: int, world: int, recipe: Recipe, mischief: str = "", victim: int = -1) -> tuple[str, float]:
-    """What ``train`` raises on this rank, and after how many seconds. ``mischief`` befalls rank ``victim``."""
-    as_if_new(world)
-    if rank == victim:
-        recipe = MISCHIEF[mischief](recipe)
+def error_of_training(
+    rank: int, world: int, recipe: Recipe, fault: str = "", faulty_rank: int = -1
+) -> tuple[str, float]:
+    """Train, with ``fault`` (a key of FAULTS) on rank ``faulty_rank``.
+
+    Returns the text of the error that this rank raises, "" for none, and the seconds until then.
+    """
+    reset_process(world)
+    fault = fault if rank == faulty_rank else ""
+    recipe = FAULTS[fault](recipe)
     started = time.perf_counter()
     try:
-        with mock.patch.multiple(RankDataset, **PATCHES.get(mischief if rank == victim else "", {"batches": RankDataset.batches})):
+        with mock.patch.object(RankDataset, "micro_batches", FAULTY_READS.get(fault, RankDataset.micro_batches)):
             train_rank(recipe, rank)
     except ValueError as error:
         return str(error), time.perf_counter() - started
@@ -120,7 +126,7 @@ def message(rank: int, world: int, recipe: Recipe, mischief: str = "", victim: i
 
 
 def _other_store(recipe: Recipe) -> Recipe:
-    """The same samples, another manifest."""
+    """Use a store with the same samples and another manifest."""
     copy = Path(recipe.data.store).with_name("train_copy")
     shutil.copytree(recipe.data.store, copy)
     with (copy / "manifest.jsonl").open("rb+") as manifest:
@@ -135,55 +141,62 @@ def _other_seed(recipe: Recipe) -> Recipe:
 
 
 def _other_samples(self: RankDataset, steps: Iterator[GlobalBatch]) -> Iterator[MicroBatch]:
-    """Another sample from the third step on."""
+    """Read another sample from the third step on."""
     for step in steps:
-        yield from self._step(step if step.number < 2 else replace(step, packs=(((0,),),)))
+        yield from self._load(step if step.number < 2 else replace(step, packs=(((0,),),)))
 
 
 def _broken_read(self: RankDataset, steps: Iterator[GlobalBatch]) -> Iterator[MicroBatch]:
+    """Fail to read the third step."""
     for step in steps:
         if step.number == 2:
             raise StoreError("store/samples/ab/cd.h5: the file was cut")
-        yield from self._step(step)
+        yield from self._load(step)
 
 
 def _unwritable_log(recipe: Recipe) -> Recipe:
+    """Put a folder where the log file would be."""
     (recipe.run_dir / STEP_LOG).mkdir(parents=True)
     return recipe
 
 
-MISCHIEF: dict[str, Callable[[Recipe], Recipe]] = {
+def _unchanged(recipe: Recipe) -> Recipe:
+    return recipe
+
+
+FAULTS: dict[str, Callable[[Recipe], Recipe]] = {
+    "": _unchanged,
     "other_store": _other_store,
     "other_seed": _other_seed,
-    "other_samples": lambda recipe: recipe,
-    "broken_read": lambda recipe: recipe,
+    "other_samples": _unchanged,
+    "broken_read": _unchanged,
     "unwritable_log": _unwritable_log,
 }
-PATCHES = {"other_samples": {"batches": _other_samples}, "broken_read": {"batches": _broken_read}}
+FAULTY_READS = {"other_samples": _other_samples, "broken_read": _broken_read}
 
 
 class Interrupted(Exception):
-    """The run is cut off."""
+    """Ends a run in the middle, as a crash would."""
 
 
 def train_until(rank: int, world: int, recipe: Recipe, stop_after: int) -> None:
-    """``train``, cut off after step ``stop_after`` and what belongs to it."""
-    as_if_new(world)
-    original = Trainer._pause
+    """Train, and interrupt the run after step ``stop_after`` with its evaluation and checkpoint."""
+    reset_process(world)
+    original = Trainer._evaluate_and_save
 
-    def pause(self: Trainer, done: int) -> bool:
-        paused = original(self, done)
-        if done == stop_after:
+    def evaluate_and_save(self: Trainer) -> bool:
+        was_due = original(self)
+        if self.done == stop_after:
             raise Interrupted
-        return paused
+        return was_due
 
-    with mock.patch.object(Trainer, "_pause", pause), contextlib.suppress(Interrupted):
+    with mock.patch.object(Trainer, "_evaluate_and_save", evaluate_and_save), contextlib.suppress(Interrupted):
         train_rank(recipe, rank)
 
 
 def train_onto_a_full_disk(rank: int, world: int, recipe: Recipe, from_step: int) -> str:
-    """``train`` where no file can grow beyond a few bytes from the checkpoint of ``from_step`` on; what it raises."""
-    as_if_new(world)
+    """Train, with a file size limit of a few bytes from the checkpoint of ``from_step`` on. Returns the error's text."""
+    reset_process(world)
     original, before = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(self: Checkpoints, state: RunState) -> None:
@@ -202,14 +215,14 @@ def train_onto_a_full_disk(rank: int, world: int, recipe: Recipe, from_step: int
 
 
 def refusal(rank: int, world: int, recipe: Recipe, memory_bytes: list[int], host: int = 1 << 40) -> str:
-    """What ``Sizes.check`` raises where rank r's GPU has ``memory_bytes[r]``, and the host ``host`` free."""
-    as_if_new(world)
+    """Return the error of ``Sizes.check`` if rank r's GPU has ``memory_bytes[r]`` and the host has ``host`` bytes free."""
+    reset_process(world)
     joined = join_world(recipe.parallel, rank)
     config, inputs = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world), open_inputs(recipe, joined)
     on_gpu = replace(joined, device=torch.device("cuda", rank))
     host_memory = mock.patch("eagle_ds.training.sizing.host_memory_bytes", lambda: host)
     with mock.patch.object(World, "memory_bytes", memory_bytes[rank]), host_memory:
-        sizes = Sizes.decide(recipe, config, inputs.all_samples, on_gpu)
+        sizes = Sizes.decide(setup_of(recipe, config, on_gpu), inputs.all_samples, on_gpu)
         try:
             sizes.check(inputs.train.samples, make_sampler(recipe, inputs, joined).epoch_packs(0))
         except ValueError as error:
@@ -220,8 +233,11 @@ def refusal(rank: int, world: int, recipe: Recipe, memory_bytes: list[int], host
 def run_into(
     rank: int, world: int, recipe: Recipe, error: BaseException, where: str = "eagle_ds.model.draft.Eagle3Draft.forward"
 ) -> tuple[str, str]:
-    """``train`` where ``error`` befalls the first forward, or the call ``where``; the kind of what comes of it, and its text."""
-    as_if_new(world)
+    """Train, with ``error`` raised by the first forward or by the function ``where``.
+
+    Returns type and text of the error that training raises.
+    """
+    reset_process(world)
     try:
         with mock.patch(where, side_effect=error):
             train_rank(recipe, rank)
@@ -230,18 +246,18 @@ def run_into(
     return "", ""
 
 
-def train_until_sigterm(rank: int, world: int, recipe: Recipe, victim: int, after_step: int) -> int | None:
-    """``train``, with SIGTERM sent to rank ``victim`` in step ``after_step``'s wake; the exit code that it ends with."""
-    as_if_new(world)
-    original = Trainer._pause
+def train_until_sigterm(rank: int, world: int, recipe: Recipe, signalled_rank: int, after_step: int) -> int | None:
+    """Train, with SIGTERM sent to one rank after step ``after_step``. Returns the exit code, None for a complete run."""
+    reset_process(world)
+    original = Trainer._evaluate_and_save
 
-    def pause(self: Trainer, done: int) -> bool:
-        if rank == victim and done == after_step:
+    def evaluate_and_save(self: Trainer) -> bool:
+        if rank == signalled_rank and self.done == after_step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, done)
+        return original(self)
 
     try:
-        with mock.patch.object(Trainer, "_pause", pause):
+        with mock.patch.object(Trainer, "_evaluate_and_save", evaluate_and_save):
             train_rank(recipe, rank)
     except SystemExit as ended:
         return int(ended.code)

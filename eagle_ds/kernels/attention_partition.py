@@ -1,0 +1,214 @@
+r"""Partition the rows of a sequence into groups, each with the kernels that are fastest for it. Integers on the host.
+
+cuDNN has the fastest kernels, but only for full rectangles (every row sees every key) and causal squares, and
+it builds an execution plan for each new shape (90 ms for forward and backward). So rows are covered by few
+shapes, the same ones whatever the lengths of documents and turns. There are two kinds of groups:
+
+    causal run                              staircase (trained turns, any other rows of a document)
+
+      keys lo ->        own                   keys lo ->
+    a +--------+--------+\                    +-----------+..
+      |        |        | \                   |     1     |...   1  the rectangle that saves most
+      | rect   | rect   |  \ causal           +-----------+---+. 2  the best one before it (none here), after it
+      |        |        |   \ square          |     1     | 2 |..
+    b +--------+--------+----\                +-----------+---+..  .  uncovered keys: Triton
+
+**Causal run**: consecutive rows p = a .. b-1 that see keys lo .. p. A causal square covers the last b - a
+keys. Its side is a multiple of `square`, and so is its distance from lo. Rectangles cover the keys before it;
+their sides are `square` times a power of two. A run longer than `max_run` is divided: 128K rows take 236 ms
+forward on an H200 in pieces of 64K, and 260 ms in one square (docs/benchmarks/h200.md). The last rows of a
+run are padded to a whole `square` if that adds at most half of one; otherwise they join the staircase.
+
+**Staircase**: all other rows. Sorted rows see ever more keys, so the ends of their key intervals form a
+staircase. Below it, greedily: take the rectangle that saves most time, then do the same for the rows before
+it and, beyond its keys, for the rows after it. Rectangles are multiples of `key_multiple` keys, and have a
+few fixed numbers of rows. Triton attends to the keys beyond the rectangles; its kernels compile no shape in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from eagle_ds.kernels.attention import KeyBounds
+
+WIDE = 32  # query heads that the defaults of Partition were measured with
+EVEN = 8  # rectangles have 1 to EVEN times min_rows rows; above that two sizes an octave
+
+
+class Rectangle(NamedTuple):
+    """Query rows [start, stop) of a group, counting from its first, that all see the keys [first_key, last_key)."""
+
+    start: int
+    stop: int
+    first_key: int
+    last_key: int
+
+
+class RowGroup(NamedTuple):
+    """Query rows [start, stop) and how to attend to their keys: rectangles first, then a causal square or Triton."""
+
+    start: int
+    stop: int
+    rectangles: tuple[Rectangle, ...] = ()  # those of one row adjoin, from its document's first key on
+    square: int | None = None  # row i of the group also sees the keys [square, square + i], and no others
+    padding: int = 0  # rows appended to make the square whole
+
+    @property
+    def size(self) -> int:
+        """Number of rows, without padding."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How to divide rows into groups. The defaults were measured on an H200 with 32 query heads, d = 128."""
+
+    # Fewest rows of a staircase's rectangle. With 32 heads: 128 thread blocks for a Hopper GPU's 132
+    # multiprocessors.
+    min_rows: int = 512
+    # With fewer heads take more rows: in a forward only rows x heads fill the GPU. A backward has keys too.
+    by_heads: bool = True
+    overhead_rows: int = 0  # cost of a rectangle apart from its rows, in equivalent query rows
+    launch_pairs: int = 1 << 24  # cost of launching a rectangle's kernels, in (row, key) pairs over all heads
+    triton_ratio: float = 1.4  # Triton time / cuDNN time
+    key_multiple: int = 4096
+    square: int = 4096  # below this, cuDNN's plans and extra passes over dK/dV cost more than its kernels save
+    max_run: int = 65536  # rows of a causal square; also rows and keys of a run's rectangle
+    max_keys: int = 32768  # of a staircase's rectangle: cuDNN's backward needs 512 bytes per query head and key
+
+    def __post_init__(self) -> None:
+        assert self.max_keys % self.key_multiple == 0 and self.triton_ratio > 1, self
+
+    def for_heads(self, heads: int) -> Partition:
+        """Return the partition for a rank with ``heads`` query heads; its costs are those of one head."""
+        rows = self.min_rows * max(WIDE // heads, 1) if self.by_heads else self.min_rows
+        return replace(self, min_rows=rows, launch_pairs=self.launch_pairs // heads)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Numbers of rows that a staircase's rectangle may have, ascending. Few, as each shape costs a plan."""
+        sizes = [self.min_rows * i for i in range(1, EVEN + 1)]
+        while sizes[-1] < self.max_run:
+            sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
+        return np.array(sizes)
+
+    def groups(self, bounds: KeyBounds) -> list[RowGroup]:
+        """Divide all rows, in order, into groups. Computed once for each bounds, and at least one group."""
+        if self not in bounds.memo:
+            bounds.memo[self] = list(self._groups(bounds)) or [RowGroup(0, 0)]
+        return bounds.memo[self]
+
+    def _groups(self, bounds: KeyBounds) -> Iterator[RowGroup]:
+        """Yield runs that are long enough, and the rows between them as staircases."""
+        start = 0
+        for a, b in bounds.causal_runs:
+            if b - a < self.square:
+                continue
+            lo, own = int(bounds.lo[a]), int(bounds.hi[a]) - 1
+            # Row a sees lo .. own. Skip rows until the square begins a multiple of `square` after lo.
+            a += -(own - lo) % self.square
+            # Drop the last rows if padding would have to add more than half a square.
+            rest = (b - a) % self.square
+            b -= rest if 2 * rest < self.square else 0
+            if b > a:
+                yield from self._staircase(bounds, start, a)
+                yield from self._run(a, b, lo, int(bounds.hi[a]) - 1)
+                start = b
+        yield from self._staircase(bounds, start, len(bounds.lo))
+
+    def _run(self, start: int, stop: int, lo: int, own: int) -> Iterator[RowGroup]:
+        """Yield the rows [start, stop) in pieces of max_run; the first row's last key is ``own``.
+
+        The last piece may be half as long again: a short one would not pay for its shapes.
+        """
+        while start < stop:
+            end = stop if stop - start <= self.max_run * 3 // 2 else start + self.max_run
+            padding = -(end - start) % self.square
+            rows, keys = list(self._sides(0, end - start + padding)), list(self._sides(lo, own))
+            rectangles = tuple(Rectangle(*r, *k) for r in rows for k in keys)
+            yield RowGroup(start, end, rectangles, own, padding)
+            start, own = end, own + end - start
+
+    def _sides(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Divide [start, stop) into lengths of ``square`` times a power of two, the largest first."""
+        while start < stop:
+            side = self.square
+            while 2 * side <= min(stop - start, self.max_run):
+                side *= 2
+            yield start, start + side
+            start += side
+
+    def _staircase(self, bounds: KeyBounds, start: int, stop: int) -> Iterator[RowGroup]:
+        """Yield the rows [start, stop), with the rectangles of each document; one group unless windows overlap."""
+        found: list[Rectangle] = []
+        # Rows with the same first key belong together. A window moves it at every row: as many edges as rows,
+        # so only stretches that can hold a rectangle are visited.
+        edges = np.concatenate([[start], start + 1 + np.flatnonzero(np.diff(bounds.lo[start:stop])), [stop]])
+        for i in np.flatnonzero(np.diff(edges) >= self.min_rows).tolist():
+            a, b = int(edges[i]), int(edges[i + 1])
+            for first, last, seen, shared in self._rectangles(bounds.hi, int(bounds.lo[a]), a, b):
+                for key in range(seen, shared, self.max_keys):
+                    key_stop = min(key + self.max_keys, shared)
+                    found.append(Rectangle(first - start, last - start, key, key_stop))
+            # Triton needs first keys that do not decrease. If a later row's window begins before the end of a
+            # rectangle, that row starts a new group.
+            covered = max((r.last_key for r in found), default=0)
+            if b < stop and bounds.lo[b] < covered:
+                yield RowGroup(start, b, tuple(found))
+                start, found = b, []
+        if start < stop:
+            yield RowGroup(start, stop, tuple(found))
+
+    def _rectangles(
+        self, hi: np.ndarray, lo: int, start: int, stop: int
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (first row, last row, first key, last key) of rectangles below the staircase of [start, stop).
+
+        All begin at key ``lo`` or where an earlier one ends, and each ends with the last of the rows it was
+        chosen from. So the first uncovered key never decreases from row to row.
+        """
+        todo = [(start, stop, lo)]
+        while todo:
+            start, stop, seen = todo.pop()
+            rows = self.sizes[self.sizes <= stop - start]
+            if not len(rows):
+                continue
+            # A rectangle of the last n rows is as wide as its first row, stop - n, sees (hi ascends).
+            shared = np.maximum(hi[stop - rows] - seen, 0) // self.key_multiple * self.key_multiple
+            # Saved time in (row, key) pairs of cuDNN: Triton's extra time, less overheads of each launch.
+            gain = ((self.triton_ratio - 1) * rows - self.overhead_rows) * shared
+            saved = gain - self.launch_pairs * -(-shared // self.max_keys)
+            best = int(saved.argmax())
+            if saved[best] > 0:
+                first, last_key = stop - int(rows[best]), seen + int(shared[best])
+                yield first, stop, seen, last_key
+                todo += [(start, first, seen), (first, stop, last_key)]
+
+
+FORWARD = Partition()
+# In a backward a rectangle's dK and dV are written, read and added in float32: with four query heads to a KV
+# head, 56 bytes for each number of a key, whatever the number of rows (docs/benchmarks/h200.md).
+BACKWARD = Partition(by_heads=False, overhead_rows=192, triton_ratio=1.5)
+
+
+def first_uncovered_keys(bounds: KeyBounds, group: RowGroup) -> np.ndarray:
+    """Return the first key of each row that is in no rectangle, int64 [rows of the group]."""
+    first = bounds.lo[group.start : group.stop].copy()
+    for r in group.rectangles:  # those of a row adjoin and ascend, so the last one counts
+        first[r.start : r.stop] = r.last_key
+    return first
+
+
+def uncovered_bounds(bounds: KeyBounds, group: RowGroup) -> KeyBounds:
+    """Return the bounds of the group's rows without the keys of its rectangles. Computed once for each bounds."""
+    if group not in bounds.memo:
+        own = bounds.rows(group.start, group.stop)
+        if group.rectangles:
+            own = KeyBounds.make(first_uncovered_keys(bounds, group), own.hi, own.lo_device.device)
+        bounds.memo[group] = own
+    return bounds.memo[group]

@@ -1,0 +1,153 @@
+"""The operations of `backend.PlainOperations` with Triton kernels, for half precision on a GPU.
+
+This file holds the autograd Functions; the kernels are in norm_triton.py and elementwise_triton.py. Every
+kernel computes in float32 and rounds once. Plain PyTorch would write float32 copies of its inputs to memory
+instead.
+
+A Function saves its inputs only. What a backward recomputes from them (rms(x), sigmoid(gate)) costs
+arithmetic, which these memory-bound kernels have to spare.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle_ds.kernels import elementwise_triton as elementwise
+from eagle_ds.kernels.backend import PlainOperations
+from eagle_ds.kernels.loss_triton import TritonKernels
+from eagle_ds.kernels.norm_triton import norm_backward, norm_forward
+
+
+class _Norm(torch.autograd.Function):
+    """y = w * u with u = x / rms(x); norm_triton.py derives dx and dw."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return norm_forward(x, None, weight, eps, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        dx, d_weight = norm_backward(grad, x, None, weight, ctx.eps, wants_dx=ctx.needs_input_grad[0])
+        return dx, d_weight.to(weight.dtype), None
+
+
+class _NormInto(torch.autograd.Function):
+    """z' = z with some columns replaced by norm(x), or by norm(table[rows]).
+
+    In place: z is marked dirty and returned, so no second tensor of its size exists. The backward is that of
+    the norm on the gradient's columns. The gradient of z' is passed on to z as it is. Strictly the replaced
+    columns of it should be zeroed; that would cost a pass over memory, and nothing that needs a gradient was
+    in them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, x: Tensor, weight: Tensor, rows: Tensor | None, column: int, eps: float
+    ) -> Tensor:
+        norm_forward(x, rows, weight, eps, z[:, column : column + len(weight)])
+        ctx.mark_dirty(z)
+        ctx.column, ctx.eps = column, eps
+        # A table is kept as an attribute: it is no activation, so offloading must not see it. Its rows are
+        # saved.
+        ctx.table = None if rows is None else x
+        ctx.save_for_backward(weight, x if rows is None else rows)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None, None, None]:
+        weight, saved = ctx.saved_tensors
+        x, rows = (saved, None) if ctx.table is None else (ctx.table, saved)
+        grad = dz[:, ctx.column : ctx.column + len(weight)]
+        dx, d_weight = norm_backward(grad, x, rows, weight, ctx.eps, wants_dx=ctx.needs_input_grad[1])
+        return (dz if ctx.needs_input_grad[0] else None), dx, d_weight.to(weight.dtype), None, None, None
+
+
+class _Rope(torch.autograd.Function):
+    """y = R x with R a rotation. R is orthogonal, so dx = R^T dy is the rotation back; x is not saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return elementwise.rotate(x, cos, sin, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return elementwise.rotate(grad, *ctx.saved_tensors, back=True), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """y = silu(g) * u with silu(g) = g * s, s = sigmoid(g).
+
+    du = dy * g * s and dg = dy * u * s * (1 + g * (1 - s)): both elementwise in g and u, so each element of g
+    and u can be overwritten by its gradient once it was read. That saves two tensors [M, I] at the peak of
+    the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, overwrite: bool) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.overwrite = overwrite
+        return elementwise.swiglu_forward(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        # detach: the gradients are returned in the same memory, and must not be views of tensors in the
+        # graph.
+        gate, up = (x.detach() for x in ctx.saved_tensors)
+        gradients = elementwise.swiglu_backward(grad, gate, up, in_place=ctx.overwrite)
+        if ctx.overwrite:
+            # Autograd does not see a kernel's writes. The new version makes a second backward raise, not go
+            # wrong.
+            torch.autograd.graph.increment_version([gate, up])
+        return *gradients, None
+
+
+class TritonOperations(PlainOperations):
+    """`PlainOperations` for half precision on a GPU. The docstrings of the methods are there."""
+
+    loss = TritonKernels
+    take_rows = staticmethod(elementwise.take)
+    add_rows = staticmethod(elementwise.add)
+
+    @staticmethod
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return _Norm.apply(x, weight, eps)
+
+    @staticmethod
+    def norm_into(z: Tensor, column: int, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return _NormInto.apply(z, x, weight, None, column, eps)
+
+    @staticmethod
+    def norm_rows_into(
+        z: Tensor, column: int, table: Tensor, rows: Tensor, weight: Tensor, eps: float
+    ) -> Tensor:
+        return _NormInto.apply(z, table.detach(), weight, rows, column, eps)
+
+    @staticmethod
+    def rms_norm_gradients(
+        grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *, dx: Tensor | None = None
+    ) -> Tensor:
+        return norm_backward(grad, x, rows, weight, eps, wants_dx=dx is not None, dx=dx)[1]
+
+    @staticmethod
+    def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _Rope.apply(x, cos, sin)
+
+    @staticmethod
+    def rotate_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
+        elementwise.rotate(x, cos, sin, back=back, y=y)
+
+    @staticmethod
+    def swiglu(gate: Tensor, up: Tensor, *, overwrite: bool = False) -> Tensor:
+        return _SwiGLU.apply(gate, up, overwrite)
+
+    @staticmethod
+    def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
