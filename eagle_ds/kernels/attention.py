@@ -1,11 +1,23 @@
-"""Block attention: every query row sees one run of key rows; (out, lse) of two key sets merge by online softmax.
+"""Attention in which each query row sees one interval of keys: interface, merge and plain reference.
 
-A causal mask, packed documents, sliding windows, trained rows only and blocks of a ring all have this form: query
-row i attends to keys lo[i] <= j < hi[i] of a key buffer. An empty run gives out = 0 and lse = -inf.
+Query row i attends to the keys lo[i] <= j < hi[i] of a key buffer. A causal mask, packed documents, sliding
+windows, trained rows only and the blocks of a ring all have this form. An empty interval gives out = 0 and
+lse = -inf.
 
-The backward takes the FINAL out and lse, after every merge: with p_ij = exp(s_ij - lse) and
-delta_i = dout_i . out_i it follows that ds_ij = p_ij (dout_i . v_j - delta_i), whichever part of the joint key set
-j belongs to, so no gradient through lse is needed.
+Attention to a union of disjoint key sets (the prefix in several blocks, the row's own diagonal keys) is computed
+set by set and merged. With (out_a, lse_a) and (out_b, lse_b):
+
+    lse = log(exp(lse_a) + exp(lse_b))        out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+
+The backward of any one set takes the FINAL out and lse, after all merges. Write s_ij = scale q_i.k_j, and
+p_ij = exp(s_ij - lse_i) for the probability of key j in the joint softmax, so out_i = sum_j p_ij v_j. Then
+
+    dv_j  = sum_i p_ij dout_i
+    ds_ij = p_ij (dout_i . v_j - sum_l p_il dout_i . v_l) = p_ij (dout_i . v_j - delta_i),  delta_i = dout_i . out_i
+    dq_i  = scale sum_j ds_ij k_j             dk_j  = scale sum_i ds_ij q_i
+
+delta_i needs the final out only, so these hold whichever set j belongs to: each set's backward is independent,
+the gradients add up, and there is no gradient through lse.
 """
 
 from __future__ import annotations
@@ -21,84 +33,96 @@ from torch import Tensor
 
 from eagle_ds.parallel.copies import to_device
 
-SCORE_BYTES = 64 << 20  # the reference works on score blocks of about this size
+SCORE_BYTES = 64 << 20  # memory of the scores that the reference computes at once
 
 
 @dataclass(frozen=True)
 class KeyBounds:
-    """Visible keys of each query row, int64 [N] on the host, and a copy on the device of the tensors."""
+    """Visible keys [lo, hi) of each query row: int64 [N] on the host, and copies on the tensors' device."""
 
     lo: np.ndarray
     hi: np.ndarray
     lo_device: Tensor
     hi_device: Tensor
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what a backend worked out for these rows
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # results of a backend
 
     @cached_property
     def causal_runs(self) -> list[tuple[int, int]]:
-        """Maximal runs of two or more rows [start, stop) that see the same first key, and one key more from row to row."""
+        """Maximal runs [start, stop) of two or more rows with one first key, each seeing one key more."""
         sees = self.hi > self.lo
         grows = (np.diff(self.lo) == 0) & (np.diff(self.hi) == 1) & (sees[1:] == sees[:-1])
+        # grows[i] compares rows i and i+1: a run begins where it turns true, and ends one row after its last true.
         edges = np.flatnonzero(np.diff(np.concatenate([[False], grows, [False]])))
-        return [(start, last + 1) for start, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)]
+        starts, lasts = edges[::2].tolist(), edges[1::2].tolist()
+        return [(start, last + 1) for start, last in zip(starts, lasts, strict=True)]
 
     def rows(self, start: int, stop: int) -> KeyBounds:
-        """Bounds of the rows [start, stop)."""
-        return KeyBounds(self.lo[start:stop], self.hi[start:stop], self.lo_device[start:stop], self.hi_device[start:stop])
+        """Return the bounds of the rows [start, stop)."""
+        return KeyBounds(*(x[start:stop] for x in (self.lo, self.hi, self.lo_device, self.hi_device)))
 
     @classmethod
     def make(cls, lo: np.ndarray, hi: np.ndarray, device: torch.device) -> KeyBounds:
-        """Bounds on host and device."""
+        """Return bounds with copies on ``device``; the host does not wait for the copies."""
         return cls(lo, hi, *(to_device(torch.from_numpy(rows), device) for rows in (lo, hi)))
 
 
 class AttentionBackend(Protocol):
-    """What every backend offers. q [N, Hq, d]; k, v [M, Hkv, d]; Hkv divides Hq; lse [N, Hq] float32 (float64 for float64 inputs).
+    """What every implementation of attention offers.
 
-    ``diagonals`` = [K_1, V_1, K_2, V_2, ...], each [N, Hkv, d]: keys and values that row p alone sees. One such key has
-    the score s = scale * q . K, so dK = ds * scale * q and dV = p * dout, summed over the query heads of its KV head.
+    Shapes: q [N, Hq, d]; k and v [M, Hkv, d], where Hkv divides Hq; out [N, Hq, d]; lse [N, Hq] in float32, or in
+    float64 for float64 inputs. ``scale`` multiplies q.k. ``diagonals`` are [K_1, V_1, K_2, V_2, ...], each
+    [N, Hkv, d]: keys and values that row p alone sees. For such a key dK = ds * scale * q and dV = p * dout,
+    summed over the query heads of its KV head.
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
-        """(out [N, Hq, d], lse [N, Hq])."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) of attention to k and v."""
         ...
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
-        dk: Tensor, dv: Tensor,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds,
+        scale: float, dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
-        """dq, given the final out and lse of the joint softmax; adds to ``dk`` and ``dv`` (float32 or float64) in place."""
+        """Return dq, and add to ``dk`` and ``dv`` (float32 or float64), given the final out and lse."""
         ...
 
-    def diagonal_forward(self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        """(out, lse) with the diagonals merged in; out in the dtype of q."""
+    def diagonal_forward(
+        self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return (out in q's dtype, lse) with the diagonals merged into the given ones."""
         ...
 
     def diagonal_backward(
-        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float, dq: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """(``dq`` plus the diagonals' part, [dK_1, dV_1, ...]) given the final out and lse."""
+        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float,
+        dq: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """Return (dq plus the diagonals' part, [dK_1, dV_1, ...]), given the final out and lse."""
         ...
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums are kept in: float32, or float64 for float64."""
+    """Return the dtype of sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint key sets, from (out [N, Hq, d], lse [N, Hq]) of each, which may be empty (lse = -inf)."""
+    """Return (out, lse) over the union of disjoint key sets, from (out [N, Hq, d], lse [N, Hq]) of each."""
     lse = torch.logsumexp(torch.stack([lse for _, lse in parts]), 0)
+    # A row without keys in any set has lse = -inf. Subtract 0 instead, as -inf - (-inf) is NaN.
     finite = torch.where(lse == -torch.inf, 0.0, lse)
     weighted = (out * torch.exp(part_lse - finite).unsqueeze(-1) for out, part_lse in parts)
     return reduce(torch.add, weighted), lse
 
 
 class ReferenceAttention:
-    """Plain PyTorch in float32 or float64, a block of query rows at a time: the yardstick, and the CPU path."""
+    """Plain PyTorch in float32 or float64, a block of query rows at a time: the reference, and the CPU path."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
-        """See ``AttentionBackend``; out in the dtype of q."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See ``AttentionBackend``."""
         out = torch.zeros_like(q)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=wide(q.dtype), device=q.device)
         for rows, keys in _blocks(q, bounds):
@@ -110,8 +134,8 @@ class ReferenceAttention:
         return out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds, scale: float,
-        dk: Tensor, dv: Tensor,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds,
+        scale: float, dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
         """See ``AttentionBackend``."""
         dtype = wide(q.dtype)
@@ -129,7 +153,9 @@ class ReferenceAttention:
             dv[keys] += (p.transpose(1, 2) @ heads_dout).transpose(0, 1)
         return dq.to(q.dtype)
 
-    def diagonal_forward(self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    def diagonal_forward(
+        self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float
+    ) -> tuple[Tensor, Tensor]:
         """See ``AttentionBackend``."""
         for k, v in zip(diagonals[::2], diagonals[1::2], strict=True):
             own = _per_query_head(v, q).to(lse.dtype), _diagonal_score(q, k, scale)
@@ -137,8 +163,9 @@ class ReferenceAttention:
         return out.to(q.dtype), lse
 
     def diagonal_backward(
-        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float, dq: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float,
+        dq: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """See ``AttentionBackend``."""
         dtype, gradients = lse.dtype, []
         wide_q, wide_dout, dq = q.to(dtype), dout.to(dtype), dq.to(dtype)
@@ -152,18 +179,25 @@ class ReferenceAttention:
         return dq.to(q.dtype), gradients
 
     @staticmethod
-    def _scores(q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, rows: slice, keys: slice, scale: float) -> tuple[Tensor, Tensor]:
-        """Masked scores [Hkv, rows * group, keys] and values [Hkv, keys, d], in the wide type."""
+    def _scores(
+        q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, rows: slice, keys: slice, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return masked scores [Hkv, rows * group, keys] and values [Hkv, keys, d], group = Hq / Hkv."""
         dtype = wide(q.dtype)
         heads_k, heads_v = (t[keys].to(dtype).transpose(0, 1) for t in (k, v))
         scores = _to_kv_heads(q[rows].to(dtype), k.shape[1]) @ heads_k.transpose(1, 2) * scale
         column = torch.arange(keys.start, keys.stop, device=q.device)
         seen = (column >= bounds.lo_device[rows, None]) & (column < bounds.hi_device[rows, None])
-        return scores.masked_fill_(~seen.repeat_interleave(q.shape[1] // k.shape[1], dim=0), -torch.inf), heads_v
+        # The scores' rows are (row, head of the group), so each row's mask is repeated for its heads.
+        unseen = ~seen.repeat_interleave(q.shape[1] // k.shape[1], dim=0)
+        return scores.masked_fill_(unseen, -torch.inf), heads_v
 
 
 def _blocks(q: Tensor, bounds: KeyBounds) -> list[tuple[slice, slice]]:
-    """Blocks of query rows, each with the hull of the keys that they see; rows that see nothing make no block of their own."""
+    """Divide the query rows into blocks, each with the smallest range of keys that contains all it sees.
+
+    A block's scores need about SCORE_BYTES. Blocks that see no key are left out.
+    """
     blocks, start = [], 0
     while start < q.shape[0]:
         visible = max(int(bounds.hi[start:].max() - bounds.lo[start:].min()), 1)
@@ -177,29 +211,31 @@ def _blocks(q: Tensor, bounds: KeyBounds) -> list[tuple[slice, slice]]:
 
 
 def _to_kv_heads(x: Tensor, kv_heads: int) -> Tensor:
-    """[n, Hq, w] -> [Hkv, n * group, w]: the query heads of one KV head side by side."""
+    """Collect the query heads of each KV head: [n, Hq, w] -> [Hkv, n * group, w]."""
     n, heads, width = x.shape
-    return x.view(n, kv_heads, heads // kv_heads, width).permute(1, 0, 2, 3).reshape(kv_heads, n * (heads // kv_heads), width)
+    group = heads // kv_heads
+    return x.view(n, kv_heads, group, width).permute(1, 0, 2, 3).reshape(kv_heads, n * group, width)
 
 
 def _from_kv_heads(x: Tensor, heads: int) -> Tensor:
-    """The inverse of ``_to_kv_heads``."""
+    """Invert ``_to_kv_heads``."""
     kv_heads, rows, width = x.shape
     group = heads // kv_heads
-    return x.view(kv_heads, rows // group, group, width).permute(1, 0, 2, 3).reshape(rows // group, heads, width)
+    x = x.view(kv_heads, rows // group, group, width)
+    return x.permute(1, 0, 2, 3).reshape(rows // group, heads, width)
 
 
 def _per_query_head(kv: Tensor, q: Tensor) -> Tensor:
-    """[N, Hkv, d] -> [N, Hq, d]."""
+    """Repeat each KV head for its query heads: [N, Hkv, d] -> [N, Hq, d]."""
     return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1)
 
 
 def _sum_query_heads(x: Tensor, kv_heads: int) -> Tensor:
-    """[N, Hq, d] -> [N, Hkv, d]."""
+    """Sum over the query heads of each KV head: [N, Hq, d] -> [N, Hkv, d]."""
     return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).sum(2)
 
 
 def _diagonal_score(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale * q . k of each row and head, [N, Hq], in the wide type."""
+    """Return scale * q . k of each row and query head, [N, Hq]."""
     dtype = wide(q.dtype)
     return (q.to(dtype) * _per_query_head(k, q).to(dtype)).sum(-1) * scale

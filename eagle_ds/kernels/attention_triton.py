@@ -26,11 +26,13 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from eagle_ds.kernels import diagonal_triton
 from eagle_ds.kernels.attention import KeyBounds
 from eagle_ds.kernels.attention_split import Split, pieces_for
 
 logger = logging.getLogger(__name__)
 
+HOPPER = 132  # multiprocessors of a Hopper GPU
 LOG2E = 1.4426950408889634
 
 Tile = tuple[int, int, int, int]
@@ -216,15 +218,23 @@ def _dkv_kernel(Q, K, V, DOut, DK, DV, Lse2, Delta, Lo, Hi, First, FullFirst, Fu
     tl.store(to_v, tl.load(to_v, mask=inside, other=0.0) + dv, mask=inside)
 
 
-class TritonAttention:
-    """``AttentionBackend`` for half-precision CUDA tensors, d a power of two from 16 to 256, and bounds that do not decrease.
+class TritonBackend:
+    """``AttentionBackend`` for half-precision CUDA tensors, d a power of two from 16 to 256.
 
-    ``programs``: blocks that the GPU has room for at a time; where rows and heads make less than half of them, keys are split.
+    Bounds must not decrease from row to row.
+
+    Args:
+        head_dim: d; heads wider than 128 need smaller tiles.
+        programs: multiprocessors of the GPU. If rows and heads fill less than half of them, keys are split.
     """
 
-    def __init__(self, head_dim: int, programs: int) -> None:
+    diagonal_forward = staticmethod(diagonal_triton.diagonal_forward)
+    diagonal_backward = staticmethod(diagonal_triton.diagonal_backward)
+
+    def __init__(self, head_dim: int = 128, programs: int = HOPPER) -> None:
         self.programs = programs
-        self.tiles = {kernel: list(tiles) for kernel, tiles in (TILES if head_dim <= 128 else TILES_OF_WIDE_HEADS).items()}
+        tiles = TILES if head_dim <= 128 else TILES_OF_WIDE_HEADS
+        self.tiles = {kernel: list(sizes) for kernel, sizes in tiles.items()}
 
     def _launch(self, kernel: str, launch: Callable[[int, int, int, int], None]) -> None:
         """``launch`` with the largest tile that this GPU has room for. Raises OutOfResources if it has for none."""
