@@ -62,7 +62,7 @@ class Agreement:
         return everyone
 
     def together(self, action: Callable[[], Result]) -> Result:
-        """Run ``action`` on every rank; all raise RankFailure if it raised on any, else return their own result.
+        """Run ``action`` on every rank. Returns its result, or raises RankFailure on all if it raised on any.
 
         ``action`` must not be collective itself: where it raises, the other ranks would wait for this one
         inside it.

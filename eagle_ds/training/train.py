@@ -228,7 +228,7 @@ class Trainer:
         return self.done == self.total_steps or (interval > 0 and self.done % interval == 0)
 
     def _handle_not_finite(self, outcome: StepOutcome) -> None:
-        """Stop, or skip the step, as ``training.non_finite`` says. All ranks are here: they share the norm."""
+        """Stop, or skip the step, as ``training.non_finite`` says. Collective: all ranks share the norm."""
         culprits = [name for names in self.world.agreement.gather_objects(outcome.culprits) for name in names]
         named = ", ".join(dict.fromkeys(culprits))
         if not named:  # every loss is finite, so the norm became infinite when gradients were summed
