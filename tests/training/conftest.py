@@ -1,4 +1,4 @@
-"""One pool of processes for all engine tests."""
+"""One process pool, shared by all training tests."""
 
 from __future__ import annotations
 

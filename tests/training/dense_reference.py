@@ -1,4 +1,6 @@
-"""The dense float64 reference over a whole store: what one optimizer step and one evaluation must come to."""
+"""The dense float64 reference over a whole store: the expected result of an optimizer step and an
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Dense:
 
 
 def dense_step(recipe: Recipe, weights: dict[str, Tensor], root: str | None = None) -> Dense:
-    """``weights`` under training names; the batch is the store ``root``, by default the recipe's own."""
+    """Compute one step in float64 over the store ``root``, by default the recipe's. ``weights`` have training
+    names.
+    """
     training, arch = recipe.training, DraftArch.from_recipe(recipe)
     store = Store(root or recipe.data.store)
     vocab = load_or_build(Store(recipe.data.store), arch.draft_vocab_size)
@@ -51,17 +55,29 @@ def dense_step(recipe: Recipe, weights: dict[str, Tensor], root: str | None = No
 
 
 def _sums(
-    recipe: Recipe, arch: DraftArch, store: Store, lookup: dict[str, Tensor], head: Tensor, t2d: Tensor, mix: Tensor
+    recipe: Recipe,
+    arch: DraftArch,
+    store: Store,
+    lookup: dict[str, Tensor],
+    head: Tensor,
+    t2d: Tensor,
+    mix: Tensor,
 ) -> tuple[ReferenceSums, int]:
     training, parts, tokens = recipe.training, [], 0
     for entry in store.entries:
         with store.reader(entry) as reader:
             ids, mask = reader.read_small("input_ids").long(), reader.read_small("loss_mask").numpy()
-            aux, hidden = (reader.read_rows(name, [(0, entry.num_tokens)]).double() for name in ("aux_hidden_state", "hidden_state"))
+            aux, hidden = (
+                reader.read_rows(name, [(0, entry.num_tokens)]).double()
+                for name in ("aux_hidden_state", "hidden_state")
+            )
         found = document_sums(
-            lookup, arch, head, t2d, ids, mask, aux, hidden, training.ttt_steps, training.mask_alignment, training.loss, mix
+            lookup, arch, head, t2d, ids, mask, aux, hidden,
+            training.ttt_steps, training.mask_alignment, training.loss, mix,
         )  # fmt: skip
         parts.append(found)
         tokens += entry.num_tokens if found.trained.any() else 0
     fields = ReferenceSums.__dataclass_fields__
-    return ReferenceSums(**{name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in fields}), tokens
+    return ReferenceSums(
+        **{name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in fields}
+    ), tokens

@@ -1,6 +1,8 @@
-"""One rank of a run under DeepSpeed's launcher, with a fault: launched_run.py RECIPE.json FAULT RANK MICRO_BATCH.
+"""One rank of a run under DeepSpeed's launcher, with a fault.
 
-Faults, on rank RANK after its micro-batch MICRO_BATCH: "memory" raises an out-of-memory error, "term" sends SIGTERM.
+Usage: launched_run.py RECIPE.json FAULT RANK MICRO_BATCH. On rank RANK, after its micro-batch MICRO_BATCH,
+    the fault
+"memory" raises an out-of-memory error and "term" sends SIGTERM.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from eagle_ds.training.step import MicroBatchRunner
 
 
 def main() -> None:
-    path, fault, faulty_rank, at_call = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    path, fault, faulty_rank, at_call = [
+        argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")
+    ]
     recipe, rank, calls = Recipe.model_validate_json(Path(path).read_text()), int(os.environ["RANK"]), []
     original = MicroBatchRunner.__call__
 

@@ -1,4 +1,6 @@
-"""Evaluation counts every held-out sample once under any layout; metrics and learning rate are their formulae."""
+"""Evaluation counts every held-out sample once in any layout; metrics and learning rate follow their
+formulas.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         (4, {"parallel__ulysses": 2, "training__loss_normalization": "positions"}, 1, "alpha"),
     ],
 )
-def test_every_held_out_sample_counts_once(pool: GlooPool, tiny: Tiny, world: int, layout: dict[str, Any], stage: int, loss: str) -> None:
+def test_every_held_out_sample_counts_once(
+    pool: GlooPool, tiny: Tiny, world: int, layout: dict[str, Any], stage: int, loss: str
+) -> None:
     name = f"eval{world}{stage}{loss}"
-    fixed = {"training__max_steps": 1, "training__eval_interval": 1, "training__loss": loss, "training__learning_rate": 1e-30}
+    fixed = {
+        "training__max_steps": 1,
+        "training__eval_interval": 1,
+        "training__loss": loss,
+        "training__learning_rate": 1e-30,
+    }
     recipe = tiny.recipe(name, **fixed, deepspeed=str(tiny.root / f"ds_stage{stage}.json"), **layout)
     pool.run(run_training, world, recipe)
-    dense = dense_step(recipe, load_file(recipe.run_dir / "best" / "draft_state.safetensors"), recipe.data.eval_store)
+    dense = dense_step(
+        recipe, load_file(recipe.run_dir / "best" / "draft_state.safetensors"), recipe.data.eval_store
+    )
     lines = [json.loads(line) for line in (recipe.run_dir / "eval.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     for line in lines:
@@ -54,7 +65,9 @@ def test_every_held_out_sample_counts_once(pool: GlooPool, tiny: Tiny, world: in
         assert line["trained_rows"] == int(dense.sums.length[1])
         assert line["accuracy"] == pytest.approx((dense.sums.correct / dense.sums.trained).tolist())
         assert line["acceptance"] == pytest.approx((dense.sums.alpha / dense.sums.trained).tolist(), rel=1e-4)
-        assert line["simulated_length"] == pytest.approx(1 + float(dense.sums.length[0] / dense.sums.length[1]), rel=1e-5)
+        assert line["simulated_length"] == pytest.approx(
+            1 + float(dense.sums.length[0] / dense.sums.length[1]), rel=1e-5
+        )
 
 
 def test_real_decoding_during_training_chooses_the_best_draft(pool: GlooPool, tmp_path: Path) -> None:
@@ -94,8 +107,16 @@ def sums(**columns: list[float]) -> LossSums:
     return LossSums(steps, torch.tensor([3.0, 4.0], dtype=torch.float64))
 
 
-def test_metrics_are_their_formulae() -> None:
-    found = sums(loss=[8, 6], cross_entropy=[8, 6], entropy=[4, 3], counted=[4, 2], trained=[8, 4], correct=[2, 1], alpha=[4, 1])
+def test_metrics_follow_their_formulas() -> None:
+    found = sums(
+        loss=[8, 6],
+        cross_entropy=[8, 6],
+        entropy=[4, 3],
+        counted=[4, 2],
+        trained=[8, 4],
+        correct=[2, 1],
+        alpha=[4, 1],
+    )
     decay = torch.tensor([1.0, 0.5], dtype=torch.float64)
     metrics = metrics_of(found, decay, None)
     assert metrics.loss == 8 / 4 + 0.5 * 6 / 2
@@ -125,7 +146,7 @@ def test_the_learning_rate_rises_then_falls_to_its_minimum() -> None:
     assert [learning_rate(step, 4, constant) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
 
 
-def test_lines_after_the_checkpoint_and_torn_ones_are_dropped(tmp_path: Path) -> None:
+def test_log_lines_after_the_checkpoint_and_incomplete_ones_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     keep_until(path, 2)
@@ -133,4 +154,8 @@ def test_lines_after_the_checkpoint_and_torn_ones_are_dropped(tmp_path: Path) ->
 
 
 def test_monitors_get_numbers_only() -> None:
-    assert scalars({"loss": 1, "accuracy": [0.5, 0.25], "name": "x"}) == [("loss", 1.0), ("accuracy_0", 0.5), ("accuracy_1", 0.25)]
+    assert scalars({"loss": 1, "accuracy": [0.5, 0.25], "name": "x"}) == [
+        ("loss", 1.0),
+        ("accuracy_0", 0.5),
+        ("accuracy_1", 0.25),
+    ]

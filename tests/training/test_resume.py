@@ -1,4 +1,6 @@
-"""A resumed run equals an uninterrupted one bit for bit, and nothing half-written is ever resumed from."""
+"""A resumed run equals an uninterrupted one bit for bit, and an incomplete checkpoint is never resumed
+from.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in json.loads(text).items() if k not in TIMED} for text in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(text).items() if k not in TIMED}
+        for text in path.read_text().splitlines()
+    ]
 
 
 def settings(stage: int, tiny: Tiny) -> dict[str, Any]:
@@ -45,8 +50,12 @@ RESUMED = [(0, 2, None), (1, 2, "ring"), (2, 2, "ulysses"), (3, 2, "ring"), (1, 
 
 
 @pytest.mark.parametrize(("stage", "world", "sharing"), RESUMED)
-def test_a_resumed_run_is_the_whole_one_bit_for_bit(pool: GlooPool, tiny: Tiny, stage: int, world: int, sharing: str | None) -> None:
-    """Cut off after step 3 and its evaluation: step 2 is the newest checkpoint, and step 3 is done again."""
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    pool: GlooPool, tiny: Tiny, stage: int, world: int, sharing: str | None
+) -> None:
+    """Interrupted after step 3 and its evaluation: step 2 is the newest checkpoint, so step 3 is trained
+    again.
+    """
     layout = {f"parallel__{sharing}": 2} if sharing else {}
     whole = tiny.recipe(f"whole{stage}{world}", **settings(stage, tiny), **layout)
     halves = tiny.recipe(f"halves{stage}{world}", **settings(stage, tiny), **layout)
@@ -55,7 +64,9 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(pool: GlooPool, tiny: Tiny, 
     assert latest(halves.run_dir).step == 2 and len(lines(halves.run_dir / "log.jsonl")) == 3
     pool.run(run_training, world, halves)
     for folder in ("checkpoints/step_5", "best"):
-        first, second = (load_file(run.run_dir / folder / "draft_state.safetensors") for run in (whole, halves))
+        first, second = (
+            load_file(run.run_dir / folder / "draft_state.safetensors") for run in (whole, halves)
+        )
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert lines(halves.run_dir / "log.jsonl") == lines(whole.run_dir / "log.jsonl")
     assert lines(halves.run_dir / "eval.jsonl") == lines(whole.run_dir / "eval.jsonl")
@@ -70,7 +81,11 @@ def finished(pool: GlooPool, tiny: Tiny) -> Tiny:
 
 def test_a_finished_run_says_so_and_does_nothing(pool: GlooPool, finished: Tiny) -> None:
     recipe = finished.recipe("done", **settings(1, finished) | {"training__learning_rate": 0.5})
-    saved = [*(recipe.run_dir / "checkpoints").rglob("*"), *(recipe.run_dir / "best").rglob("*"), recipe.run_dir / "recipe.json"]
+    saved = [
+        *(recipe.run_dir / "checkpoints").rglob("*"),
+        *(recipe.run_dir / "best").rglob("*"),
+        recipe.run_dir / "recipe.json",
+    ]
     before = {path: path.stat().st_mtime_ns for path in saved}
     pool.run(run_training, 1, recipe)
     assert {path: path.stat().st_mtime_ns for path in saved} == before
@@ -85,7 +100,7 @@ def test_every_save_holds_a_draft_that_loads_without_deepspeed(finished: Tiny) -
         assert all(tensor.dtype == torch.float32 for tensor in draft.state.values())
 
 
-def test_a_torn_save_is_never_resumed_from(pool: GlooPool, finished: Tiny) -> None:
+def test_an_incomplete_checkpoint_is_never_resumed_from(pool: GlooPool, finished: Tiny) -> None:
     source = finished.root / "runs" / "done"
     torn = finished.root / "runs" / "torn"
     shutil.copytree(source, torn)
@@ -97,7 +112,7 @@ def test_a_torn_save_is_never_resumed_from(pool: GlooPool, finished: Tiny) -> No
     assert not list((torn / "checkpoints").glob(".step_*"))
 
 
-def test_a_full_disk_is_an_error_and_the_run_goes_on_from_the_checkpoint_before(pool: GlooPool, tiny: Tiny) -> None:
+def test_after_a_full_disk_the_run_resumes_from_the_previous_checkpoint(pool: GlooPool, tiny: Tiny) -> None:
     whole, full = (tiny.recipe(name, **settings(1, tiny)) for name in ("roomy", "full"))
     pool.run(run_training, 1, whole)
     text = pool.run(train_onto_a_full_disk, 1, full, 4)[0]
@@ -107,7 +122,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_from_the_checkpoint_before(
     assert lines(full.run_dir / "log.jsonl") == lines(whole.run_dir / "log.jsonl")
 
 
-def test_a_checkpoint_whose_state_is_gone_is_an_error(pool: GlooPool, finished: Tiny) -> None:
+def test_a_checkpoint_without_its_state_is_an_error(pool: GlooPool, finished: Tiny) -> None:
     broken = finished.root / "runs" / "broken"
     shutil.copytree(finished.root / "runs" / "done", broken)
     (broken / "checkpoints" / "step_5" / "state.json").unlink()
@@ -124,7 +139,9 @@ def test_a_checkpoint_whose_state_is_gone_is_an_error(pool: GlooPool, finished: 
         ({"draft__rope_theta": 200.0}, "draft.rope_theta = 100.0 (now 200.0)"),
     ],
 )
-def test_settings_that_change_the_meaning_of_a_checkpoint_are_refused(finished: Tiny, change: dict[str, Any], expected: str) -> None:
+def test_settings_that_change_the_meaning_of_a_checkpoint_are_refused(
+    finished: Tiny, change: dict[str, Any], expected: str
+) -> None:
     state = latest(finished.root / "runs" / "done")
     recipe = finished.recipe("done", **{**settings(1, finished), **change})
     with pytest.raises(ValueError, match=r"--fresh") as error:
@@ -134,7 +151,9 @@ def test_settings_that_change_the_meaning_of_a_checkpoint_are_refused(finished: 
 
 def test_other_settings_may_change(finished: Tiny) -> None:
     state = latest(finished.root / "runs" / "done")
-    recipe = finished.recipe("done", **{**settings(1, finished), "training__max_steps": 20, "training__learning_rate": 2e-3})
+    recipe = finished.recipe(
+        "done", **{**settings(1, finished), "training__max_steps": 20, "training__learning_rate": 2e-3}
+    )
     assert find_resumable(recipe, state.manifest_hash, 1) == state
 
 
@@ -151,26 +170,32 @@ def test_other_stores_and_worlds_are_refused(finished: Tiny) -> None:
 
 def test_a_draft_starts_from_another_run(pool: GlooPool, finished: Tiny) -> None:
     source = finished.root / "runs" / "done"
-    recipe = finished.recipe("onward", draft__init_from=str(source), training__max_steps=1, training__learning_rate=1e-30)
+    recipe = finished.recipe(
+        "onward", draft__init_from=str(source), training__max_steps=1, training__learning_rate=1e-30
+    )
     pool.run(run_training, 1, recipe)
     folders = (source / "best", recipe.run_dir / "checkpoints" / "step_1")
     first, second = (load_file(folder / "draft_state.safetensors") for folder in folders)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_draft_as_wide_as_its_target_does_not_store_the_shared_embedding(pool: GlooPool, tiny: Tiny) -> None:
+def test_a_draft_as_wide_as_its_target_does_not_store_the_shared_embedding(
+    pool: GlooPool, tiny: Tiny
+) -> None:
     recipe = tiny.recipe("head", training__max_steps=1, training__learning_rate=1e-30)
     pool.run(run_training, 1, recipe)
     state = load_file(recipe.run_dir / "checkpoints/step_1/draft_state.safetensors")
     assert "embed_tokens.weight" not in state
 
 
-def test_a_store_without_label_facts_trains_the_same(pool: GlooPool, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_store_without_token_labels_trains_the_same(pool: GlooPool, tiny: Tiny, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     write_store(bare, tiny.target, MASKS, seed=1, labels=False)
     runs = []
     for name, store in (("with", tiny.root / "train"), ("without", bare)):
-        recipe = tiny.recipe(name, data__store=str(store), parallel__ring=2, training__gradient_accumulation=3)
+        recipe = tiny.recipe(
+            name, data__store=str(store), parallel__ring=2, training__gradient_accumulation=3
+        )
         pool.run(run_training, 2, recipe)
         runs.append([line["loss"] for line in lines(recipe.run_dir / "log.jsonl")])
     assert runs[0] == pytest.approx(runs[1], rel=1e-6)

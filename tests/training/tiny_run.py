@@ -1,4 +1,4 @@
-"""A run small enough to train in a test: target folder, stores and recipe, all random, all in the real formats."""
+"""A run small enough for tests: a random target, stores and a recipe, all in the real formats."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MASKS = (
 
 @dataclass(frozen=True)
 class Tiny:
-    """Paths of what a tiny run reads."""
+    """The folder of a tiny run and the paths in it."""
 
     root: Path
 
@@ -45,7 +45,13 @@ class Tiny:
         """A recipe that runs on CPU; ``overrides`` by dotted name with ``__`` for the dot."""
         tree: dict[str, Any] = {
             "name": name,
-            "target": {"model": str(self.target), "dtype": "float32", "hidden_size": H, "num_layers": LAYERS, "vocab_size": V},
+            "target": {
+                "model": str(self.target),
+                "dtype": "float32",
+                "hidden_size": H,
+                "num_layers": LAYERS,
+                "vocab_size": V,
+            },
             "draft": {
                 "hidden_size": H,
                 "intermediate_size": 20,
@@ -55,9 +61,19 @@ class Tiny:
                 "vocab_size": VD,
                 "rope_theta": 100.0,
             },
-            "data": {"store": str(self.root / "train"), "eval_store": str(self.root / "held_out"), "max_length": 64},
+            "data": {
+                "store": str(self.root / "train"),
+                "eval_store": str(self.root / "held_out"),
+                "max_length": 64,
+            },
             "parallel": {},
-            "training": {"ttt_steps": 3, "max_steps": 4, "epochs": 100, "learning_rate": 1e-3, "warmup_ratio": 0.0},
+            "training": {
+                "ttt_steps": 3,
+                "max_steps": 4,
+                "epochs": 100,
+                "learning_rate": 1e-3,
+                "warmup_ratio": 0.0,
+            },
             "deepspeed": str(self.root / "ds_stage1.json"),
             "output_dir": str(self.root / "runs" / name),
         }
@@ -71,7 +87,9 @@ class Tiny:
 
 
 def make_tiny(root: Path, *, labels: bool = True, dtype: str = "float32") -> Tiny:
-    """Write target, stores and DeepSpeed JSONs (stages 0 to 3 in float32, 0 and 1 in bfloat16) below ``root``."""
+    """Write target, stores and DeepSpeed JSONs (stages 0 to 3 in float32, 0 and 1 in bfloat16) below
+    ``root``.
+    """
     tiny = Tiny(root)
     write_target(tiny.target)
     write_store(root / "train", tiny.target, MASKS, seed=1, labels=labels, dtype=dtype)
@@ -82,7 +100,9 @@ def make_tiny(root: Path, *, labels: bool = True, dtype: str = "float32") -> Tin
             zero["stage3_param_persistence_threshold"] = 0  # partition even tiny parameters
         (root / f"ds_stage{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
         if stage < 2:
-            (root / f"ds_bf16_stage{stage}.json").write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": zero}))
+            (root / f"ds_bf16_stage{stage}.json").write_text(
+                json.dumps({"bf16": {"enabled": True}, "zero_optimization": zero})
+            )
     return tiny
 
 
@@ -116,15 +136,30 @@ def target_head(folder: Path) -> torch.Tensor:
     return load_file(folder / "model.safetensors")["lm_head.weight"]
 
 
-def write_store(root: Path, target: Path, masks: tuple[str, ...], *, seed: int, labels: bool = True, dtype: str = "float32") -> None:
+def write_store(
+    root: Path,
+    target: Path,
+    masks: tuple[str, ...],
+    *,
+    seed: int,
+    labels: bool = True,
+    dtype: str = "float32",
+) -> None:
     """One sample a mask of 0 and 1, random but for its labels, which are the target's."""
-    head, rng, layers = target_head(target), np.random.default_rng(seed), TargetInfo.from_folder(target).aux_ids
+    head, rng, layers = (
+        target_head(target),
+        np.random.default_rng(seed),
+        TargetInfo.from_folder(target).aux_ids,
+    )
     vocab, width = head.shape
     info = StoreInfo("tiny", target_hash(target), "none", width, layers, vocab, dtype=dtype)
     with StoreWriter(root, info) as writer:
         for number, mask in enumerate(masks):
             size = len(mask)
-            aux, hidden = (torch.from_numpy(rng.standard_normal((size, w))).to(getattr(torch, dtype)) for w in (3 * width, width))
+            aux, hidden = (
+                torch.from_numpy(rng.standard_normal((size, w))).to(getattr(torch, dtype))
+                for w in (3 * width, width)
+            )
             logits = hidden.float() @ head.t()
             writer.add(
                 Sample(

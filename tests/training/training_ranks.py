@@ -1,4 +1,4 @@
-"""Functions that the training tests run on each rank of a process pool: train normally, or with a fault on one rank."""
+"""Functions that the training tests run on each rank of a process pool: train, with or without a fault."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from eagle_ds.training.world import World, join_world
 
 @dataclass
 class Steps:
-    """What several optimizer steps did: the weights before and after all, and norm, metrics and outcome of each step."""
+    """What several optimizer steps did: weights before and after them; norm, metrics and outcome of each."""
 
     before: dict[str, Tensor]
     after: dict[str, Tensor]
@@ -65,12 +65,14 @@ def take_steps(rank: int, world: int, recipe: Recipe, optimizer: str = "SGD") ->
             outcome = trainer.step.run(feed, recipe.training.learning_rate)
             norms.append(outcome.grad_norm)
             applied.append(outcome.applied)
-            metrics.append(metrics_of(sum_over_ranks(outcome.sums, world)(), trainer.step.decay, outcome.positions))
+            metrics.append(
+                metrics_of(sum_over_ranks(outcome.sums, world)(), trainer.step.decay, outcome.positions)
+            )
     return Steps(before, full_state(engine), norms, metrics, applied)
 
 
 def take_offloading_steps(rank: int, world: int, recipe: Recipe) -> tuple[Steps, int]:
-    """Run ``take_steps`` with all activations offloaded, however small. Returns also the number of host slabs."""
+    """Run ``take_steps`` with all activations offloaded. Returns also the number of host slabs."""
     made = []
 
     def offload(device: torch.device) -> ActivationOffload:
@@ -95,8 +97,8 @@ def make_trainer(rank: int, world: int, recipe: Recipe, optimizer: str = "AdamW"
 def reset_process(world: int) -> None:
     """Reset what a pool process keeps from earlier tests and a new process would not have.
 
-    DeepSpeed's ZeRO-3 numbers modules and parameters with global counters and expects the same numbers on all ranks.
-    The pool forms no group of one process, so a single rank needs an address to form it.
+    DeepSpeed's ZeRO-3 numbers modules and parameters with global counters and expects the same numbers on all
+    ranks. The pool forms no group of one process, so a single rank needs an address to form it.
     """
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     Init.param_id = 0
@@ -118,7 +120,9 @@ def error_of_training(
     recipe = FAULTS[fault](recipe)
     started = time.perf_counter()
     try:
-        with mock.patch.object(RankDataset, "micro_batches", FAULTY_READS.get(fault, RankDataset.micro_batches)):
+        with mock.patch.object(
+            RankDataset, "micro_batches", FAULTY_READS.get(fault, RankDataset.micro_batches)
+        ):
             train_rank(recipe, rank)
     except ValueError as error:
         return str(error), time.perf_counter() - started
@@ -190,12 +194,17 @@ def train_until(rank: int, world: int, recipe: Recipe, stop_after: int) -> None:
             raise Interrupted
         return was_due
 
-    with mock.patch.object(Trainer, "_evaluate_and_save", evaluate_and_save), contextlib.suppress(Interrupted):
+    with (
+        mock.patch.object(Trainer, "_evaluate_and_save", evaluate_and_save),
+        contextlib.suppress(Interrupted),
+    ):
         train_rank(recipe, rank)
 
 
 def train_onto_a_full_disk(rank: int, world: int, recipe: Recipe, from_step: int) -> str:
-    """Train, with a file size limit of a few bytes from the checkpoint of ``from_step`` on. Returns the error's text."""
+    """Train with a tiny limit on file sizes from the checkpoint of ``from_step`` on. Returns the error's
+    text.
+    """
     reset_process(world)
     original, before = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -215,10 +224,15 @@ def train_onto_a_full_disk(rank: int, world: int, recipe: Recipe, from_step: int
 
 
 def refusal(rank: int, world: int, recipe: Recipe, memory_bytes: list[int], host: int = 1 << 40) -> str:
-    """Return the error of ``Sizes.check`` if rank r's GPU has ``memory_bytes[r]`` and the host has ``host`` bytes free."""
+    """Return the error of ``Sizes.check`` for GPUs of ``memory_bytes[rank]`` and ``host`` bytes of host
+    memory.
+    """
     reset_process(world)
     joined = join_world(recipe.parallel, rank)
-    config, inputs = deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world), open_inputs(recipe, joined)
+    config, inputs = (
+        deepspeed_config(recipe, read_ds_json(recipe.deepspeed), world),
+        open_inputs(recipe, joined),
+    )
     on_gpu = replace(joined, device=torch.device("cuda", rank))
     host_memory = mock.patch("eagle_ds.training.sizing.host_memory_bytes", lambda: host)
     with mock.patch.object(World, "memory_bytes", memory_bytes[rank]), host_memory:
@@ -231,7 +245,11 @@ def refusal(rank: int, world: int, recipe: Recipe, memory_bytes: list[int], host
 
 
 def run_into(
-    rank: int, world: int, recipe: Recipe, error: BaseException, where: str = "eagle_ds.model.draft.Eagle3Draft.forward"
+    rank: int,
+    world: int,
+    recipe: Recipe,
+    error: BaseException,
+    where: str = "eagle_ds.model.draft.Eagle3Draft.forward",
 ) -> tuple[str, str]:
     """Train, with ``error`` raised by the first forward or by the function ``where``.
 
@@ -246,8 +264,12 @@ def run_into(
     return "", ""
 
 
-def train_until_sigterm(rank: int, world: int, recipe: Recipe, signalled_rank: int, after_step: int) -> int | None:
-    """Train, with SIGTERM sent to one rank after step ``after_step``. Returns the exit code, None for a complete run."""
+def train_until_sigterm(
+    rank: int, world: int, recipe: Recipe, signalled_rank: int, after_step: int
+) -> int | None:
+    """Train, with SIGTERM sent to one rank after step ``after_step``. Returns the exit code, None for a
+    complete run.
+    """
     reset_process(world)
     original = Trainer._evaluate_and_save
 
