@@ -25,14 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from eagle_ds.config.recipe import Recipe, load_recipe
 from eagle_ds.config.run_folder import lock_run
-from eagle_ds.config.sections import ParallelConfig
 from eagle_ds.config.settings import dotted_fields, section_of
 from eagle_ds.training.preflight import check_files, check_layout
 
 if TYPE_CHECKING:
     from eagle_ds.training.world import World
-
-    JoinWorld = Callable[[ParallelConfig, int], World]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +42,7 @@ Train:       deepspeed --num_gpus {world} {script}
 Look first:  {script} --plan         (resolved recipe, sharding, memory, time, files; starts nothing)
 Change:      {script} --training.max_steps 10 --training.learning_rate 5e-5
 Resume:      the same command again  (from the newest checkpoint in the run folder)
-Stop:        kill PID, of any training process (all save a checkpoint at the next step and end)
+Stop:        kill PID of any rank     (all ranks save a checkpoint at the next step and end)
 
 options:
   --help            show this text
@@ -95,9 +92,8 @@ def main(script: str, accelerator: str | None = None) -> None:
     level = logging.INFO if rank <= 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     try:
-        if options.num_gpus is not None and options.num_gpus < 1:
-            text = "is out of range; give 1 or more, or leave it out"
-            raise ValueError(f"--num_gpus {options.num_gpus} {text}")
+        if (wanted := options.num_gpus) is not None and wanted < 1:
+            raise ValueError(f"--num_gpus {wanted} is out of range; give 1 or more, or leave it out")
         recipe = load_recipe(call.recipe_json, overrides)
         if options.help or options.plan:
             if rank <= 0:
@@ -106,10 +102,7 @@ def main(script: str, accelerator: str | None = None) -> None:
         # Every rank checks again: on a cluster, its node may have other files than the one that started the
         # launcher.
         check_files(recipe, call.recipe_json, overrides)
-        if rank >= 0:
-            world_size = int(os.environ["WORLD_SIZE"])
-        else:
-            world_size = choose_world_size(recipe, options.num_gpus, call.accelerator)
+        world_size = int(os.environ["WORLD_SIZE"]) if rank >= 0 else choose_world_size(recipe, call)
         check_layout(recipe, world_size)
         if options.fresh and rank <= 0:
             set_aside(recipe.run_dir)
@@ -153,9 +146,8 @@ def _complain_once(error: ValueError, code: int) -> None:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--help", "--plan", "--fresh"):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("-h", dest="help", action="store_true")
+    for flags in (("--help", "-h"), ("--plan",), ("--fresh",)):
+        parser.add_argument(*flags, action="store_true")
     parser.add_argument("--num_gpus", type=int)
     parser.add_argument("--gpu")
     parser.add_argument("--local_rank", "--local-rank", type=int)
@@ -189,28 +181,27 @@ def _plan_text(call: Invocation, recipe: Recipe) -> str:
     return describe_plan(recipe, call.recipe_json, world_size, gpu, call.overrides)
 
 
-def choose_world_size(recipe: Recipe, wanted: int | None, accelerator: str | None) -> int:
+def choose_world_size(recipe: Recipe, call: Invocation) -> int:
     """Return the number of processes that ``bash NAME.sh`` starts.
 
-    That is ``wanted``, or else all visible GPUs that form whole sequence-parallel groups. On a CPU it is one
-    group.
+    That is ``--num_gpus``, or else all visible GPUs that form whole sequence-parallel groups. On a CPU it is
+    one group.
 
     Raises ValueError if there are not enough GPUs.
     """
-    size = recipe.parallel.size
-    if accelerator == "cpu":
+    size, wanted = recipe.parallel.size, call.options.num_gpus
+    if call.accelerator == "cpu":
         return wanted or size
     import torch
 
     visible = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     world_size = wanted or visible // size * size
     if not size <= world_size <= visible:
-        raise ValueError(
-            f"{recipe.name} needs ulysses {recipe.parallel.ulysses} * ring {recipe.parallel.ring} = {size} "
-            f"GPUs{f' and {wanted} were asked for' if wanted else ''}, but {visible} can be seen; "
-            "lower --parallel.ulysses or --parallel.ring"
-            f"{'' if visible else ', or set DS_ACCELERATOR=cpu to run on the CPU'}"
-        )
+        layout = f"ulysses {recipe.parallel.ulysses} * ring {recipe.parallel.ring} = {size} GPUs"
+        asked = f" and {wanted} were asked for" if wanted else ""
+        remedy = "lower --parallel.ulysses or --parallel.ring"
+        remedy += "" if visible else ", or set DS_ACCELERATOR=cpu to run on the CPU"
+        raise ValueError(f"{recipe.name} needs {layout}{asked}, but {visible} can be seen; {remedy}")
     return world_size
 
 
@@ -223,10 +214,8 @@ def launcher_command(call: Invocation, world_size: int) -> list[str]:
         where = ["--include", f"localhost:{','.join(chosen)}"]
     else:
         where = ["--num_gpus", str(world_size)]
-    return [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", *where),
-        *("--master_port", str(_free_port()), str(call.script), *call.overrides),
-    ]
+    arguments = ["--master_port", str(_free_port()), str(call.script), *call.overrides]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *where, *arguments]
 
 
 def _start_launcher(call: Invocation, world_size: int) -> None:
@@ -258,11 +247,11 @@ def _train(recipe: Recipe, rank: int) -> None:
         sys.exit(FAILED)
 
 
-def train_rank(recipe: Recipe, local_rank: int, join: JoinWorld | None = None) -> None:
+def train_rank(recipe: Recipe, local_rank: int, join: Callable[..., World] | None = None) -> None:
     """Join the process group, train as one of its ranks, and leave it.
 
     Args:
-        join: forms the process groups; `join_world` by default.
+        join: forms the process groups from the parallel section and the local rank; default `join_world`.
 
     Raises what `train` raises.
     """

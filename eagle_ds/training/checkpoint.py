@@ -31,9 +31,8 @@ from torch import Tensor
 
 from eagle_ds.config import run_folder
 from eagle_ds.config.recipe import Recipe
-from eagle_ds.data.vocab import VocabMap
 from eagle_ds.drafts.loading import ARCH_FILE, STATE_FILE, VOCAB_FILE
-from eagle_ds.model.arch import DraftArch
+from eagle_ds.training.inputs import Inputs
 from eagle_ds.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -86,8 +85,7 @@ class RunState:
             best = tree.pop("best")
             return cls(**tree, best=Best(**best) if best else None)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            text = f"checkpoint {folder} cannot be read ({error}); start from step 0 with --fresh"
-            raise ValueError(text) from error
+            raise ValueError(f"checkpoint {folder} cannot be read ({error}); restart with --fresh") from error
 
 
 def latest(run_dir: Path) -> RunState | None:
@@ -99,12 +97,9 @@ def latest(run_dir: Path) -> RunState | None:
 class Checkpoints:
     """Writes and loads the checkpoints of one run. Every method is collective."""
 
-    def __init__(
-        self, run_dir: Path, keep: int, engine: DeepSpeedEngine, arch: DraftArch, vocab: VocabMap,
-        world: World,
-    ) -> None:  # fmt: skip
-        self.run_dir, self.keep = run_dir, keep
-        self.engine, self.arch, self.vocab, self.world = engine, arch, vocab, world
+    def __init__(self, recipe: Recipe, engine: DeepSpeedEngine, inputs: Inputs, world: World) -> None:
+        self.run_dir, self.keep = recipe.run_dir, recipe.training.keep_checkpoints
+        self.engine, self.inputs, self.world = engine, inputs, world
 
     def save(self, state: RunState) -> None:
         """Write the checkpoint of ``state.step``, completely or not at all, then delete the oldest ones.
@@ -138,11 +133,7 @@ class Checkpoints:
 
     def _on_first(self, action: Callable[[], None], what: Path) -> None:
         """Let rank 0 write ``what`` while the others wait; all ranks fail if it cannot."""
-
-        def write() -> None:
-            with explaining_write_errors(what):
-                action()
-
+        write = explaining_write_errors(what)(action)
         self.world.agreement.together(write if self.world.is_first else lambda: None)
 
     def _delete_partial(self) -> None:
@@ -153,7 +144,7 @@ class Checkpoints:
 
     def _publish(self, partial: Path, folder: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
         """Add the draft and the state, rename the folder, and only then let ``latest`` name it."""
-        write_draft(partial, tensors, self.arch, self.vocab)
+        write_draft(partial, tensors, self.inputs)
         (partial / RUN_STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
@@ -172,7 +163,7 @@ class Checkpoints:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_draft(partial, tensors, self.arch, self.vocab)
+        write_draft(partial, tensors, self.inputs)
         if best.exists():
             best.rename(old)
         partial.rename(best)
@@ -203,14 +194,15 @@ def full_state(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return state
 
 
-def write_draft(folder: Path, tensors: dict[str, Tensor], arch: DraftArch, vocab: VocabMap) -> None:
+def write_draft(folder: Path, tensors: dict[str, Tensor], inputs: Inputs) -> None:
     """Write the files that ``eagle_ds.drafts.loading.load_checkpoint`` reads."""
+    arch = inputs.arch
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / STATE_FILE)
     tree = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)}
     if arch.rope_scaling is not None:
         tree["rope_scaling"] = arch.rope_scaling.model_dump()
     (folder / ARCH_FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    vocab.save(folder / VOCAB_FILE)
+    inputs.vocab.save(folder / VOCAB_FILE)
 
 
 def find_resumable(recipe: Recipe, manifest_hash: str, world_size: int) -> RunState | None:

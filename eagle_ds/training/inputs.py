@@ -63,22 +63,22 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     target = agreement.first_then_all(lambda: resolve_target(model, revision, weights=True))
     info, identity = agreement.together(lambda: _check_target(recipe, target))
     train = agreement.together(lambda: _open_store(recipe, recipe.data.store, identity))
-    held_out = agreement.together(lambda: _open_held_out(recipe, identity))
+    # Without evaluations the held-out store is not needed, so it may be missing.
+    held = recipe.data.eval_store if recipe.training.eval_interval else None
+    held_out = agreement.together(lambda: None if held is None else _open_store(recipe, held, identity))
     start = agreement.together(lambda: initial_draft(recipe, info) if recipe.draft.init_from else None)
     if start:
         vocab, arch = start.vocab, start.arch
     else:
         vocab = agreement.first_then_all(lambda: load_or_build(train.store, recipe.draft.vocab_size))
         arch = DraftArch.from_recipe(recipe)
-    agreement.same(
-        {
-            "recipe": _short_hash(recipe.model_dump_json().encode()),
-            "store manifest": train.store.manifest_hash,
-            "held-out manifest": held_out.store.manifest_hash if held_out else None,
-            "draft vocabulary": _short_hash(vocab.d2t.numpy().tobytes()),
-            "target": identity,
-        }
-    )
+    agreement.same({
+        "recipe": _short_hash(recipe.model_dump_json().encode()),
+        "store manifest": train.store.manifest_hash,
+        "held-out manifest": held_out.store.manifest_hash if held_out else None,
+        "draft vocabulary": _short_hash(vocab.d2t.numpy().tobytes()),
+        "target": identity,
+    })  # fmt: skip
     return Inputs(target, train, held_out, vocab, arch, start)
 
 
@@ -86,12 +86,6 @@ def _check_target(recipe: Recipe, folder: Path) -> tuple[TargetInfo, str]:
     info = TargetInfo.from_folder(folder)
     info.check_against(recipe.target)
     return info, target_hash(folder)
-
-
-def _open_held_out(recipe: Recipe, identity: str) -> OpenStore | None:
-    if not recipe.training.eval_interval or recipe.data.eval_store is None:
-        return None
-    return _open_store(recipe, recipe.data.eval_store, identity)
 
 
 def _open_store(recipe: Recipe, root: str, identity: str) -> OpenStore:

@@ -46,14 +46,12 @@ def check_start(folder: Path) -> None:
         )
 
 
-def check_store(
-    recipe: Recipe, root: str | Path, info: StoreInfo, remedy: str, target_hash: str = ""
-) -> None:
+def check_store(recipe: Recipe, root: str | Path, info: StoreInfo, remedy: str, identity: str = "") -> None:
     """Raise ValueError unless the store ``root`` holds hidden states of the recipe's target and layers.
 
     Args:
         remedy: ends the error message where a size or the layers differ.
-        target_hash: hash of the target's weights. It is compared where it is given and the store knows its
+        identity: hash of the target's weights. It is compared where it is given and the store knows its
             own; stores converted from other formats may not.
     """
     target = recipe.target
@@ -65,9 +63,9 @@ def check_store(
         if found != expected:
             text = f"was captured with {name} {found}, the recipe says {expected}"
             raise ValueError(f"the store {root} {text}; {remedy}")
-    if target_hash and info.target_hash and info.target_hash != target_hash:
+    if identity and info.target_hash and info.target_hash != identity:
         raise ValueError(
             f"the store {root} was captured from other weights ({info.target}, hash {info.target_hash}) than "
-            f"those of {target.model} (hash {target_hash}), so the labels would come from the wrong head; "
+            f"those of {target.model} (hash {identity}), so the labels would come from the wrong head; "
             "capture again, or set target.model to the target that the store was captured from"
         )

@@ -63,11 +63,10 @@ def gather_line(outcome: StepOutcome, pace: Pace, decay: Tensor, fields: Line, w
         A function that waits for the device to finish the step and returns the line.
     """
     sums = sum_over_ranks(outcome.sums, world.topology.world_size)
-    elapsed = (time.perf_counter() - pace.started) / pace.steps
+    stats, elapsed = outcome.stats, (time.perf_counter() - pace.started) / pace.steps
     # One gather of integers: times travel as microseconds. Of the first three the slowest rank counts, of the
     # rest the sum.
     slowest = (peak_bytes(world.device), int(pace.wait_s * 1e6), int(outcome.read_s * 1e6))
-    stats = outcome.stats
     table = world.agreement.gather((*slowest, stats.bytes_read, stats.bytes_inflated, stats.bytes_used))
     peak, wait, read = table[:, :3].max(0).tolist()
     volumes = zip(("bytes_read", "bytes_inflated", "bytes_used"), table[:, 3:].sum(0).tolist(), strict=True)

@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Sizes:
         weight = {pack: tokens[pack] + self.settings.ttt_steps * queries[pack] for pack in packs}
         candidates = {max(packs, key=measure.__getitem__) for measure in (tokens, queries, weight)}
         shardings = (self.settings.shard([samples[n].document for n in pack]) for pack in candidates)
-        return max(shardings, key=lambda sharding: peak_bytes(self.setup, sharding))
+        return max(shardings, key=partial(predicted_peak, self.setup))
 
     def check(self, samples: Sequence[TrainSample], packs: Sequence[Pack]) -> None:
         """Log what the largest of ``packs`` is predicted to need; refuse it if it does not fit. Collective.
@@ -95,7 +96,8 @@ class Sizes:
         """
         sharding = self.largest(samples, packs)
         text = "largest sequence: %d tokens, %d trained rows, about %.1f GiB a process"
-        logger.info(text, sharding.num_tokens, sharding.num_queries, peak_bytes(self.setup, sharding) / GIB)
+        peak = predicted_peak(self.setup, sharding)
+        logger.info(text, sharding.num_tokens, sharding.num_queries, peak / GIB)
         balance = ", ".join(f"{name} {value:.3f}" for name, value in sharding.balance.items())
         logger.info("busiest rank / mean: %s", balance)
         if self.world.device.type != "cuda":
@@ -127,7 +129,7 @@ class Sizes:
             )
 
 
-def peak_bytes(setup: Setup, sharding: SequenceSharding) -> int:
+def predicted_peak(setup: Setup, sharding: SequenceSharding) -> int:
     """Predict the peak memory of the busiest rank on the device that it really has, a GPU or a CPU."""
     return setup.memory(sharding, cpu=setup.device.name != "cuda").peak_bytes
 
@@ -138,7 +140,7 @@ def after_out_of_memory(setup: Setup, sharding: SequenceSharding) -> str:
     The prediction may have been that it fits. The advice then assumes a device of slightly less than the
     predicted need, because the real memory proved to be smaller than that.
     """
-    device, needed = setup.device, peak_bytes(setup, sharding)
+    device, needed = setup.device, predicted_peak(setup, sharding)
     share = min(1.0, 0.98 * needed / device.usable_bytes)
     smaller = replace(setup, device=Device(device.name, share * device.memory_gib))
     return f"by prediction {describe_need(sharding, needed)}; {smaller.advice(sharding)}"

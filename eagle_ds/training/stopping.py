@@ -98,8 +98,6 @@ def _is_alive(pid: int) -> bool:
     """Whether a process exists. Signal 0 only checks, and is sent to nobody."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it exists and belongs to another user
-        return True
+    except OSError as error:  # a PermissionError means that it exists and belongs to another user
+        return isinstance(error, PermissionError)
     return True

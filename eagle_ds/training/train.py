@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,9 @@ def train(recipe: Recipe, world: World, measure: MeasureAcceptance) -> None:
         SystemExit: with code 143 after SIGTERM, once a checkpoint is saved.
     """
     setup, size = prepare(recipe, world), world.topology.world_size
-    with only_run_in_folder(setup):
+    # No lock on the other ranks, nor where the file system has none.
+    lock = world.agreement.together(lambda: lock_run(recipe.run_dir) if world.is_first else None)
+    with lock or nullcontext():
         data = setup.inputs.train.store.manifest_hash
         resumed = world.agreement.together(lambda: find_resumable(recipe, data, size))
         world.agreement.same({"checkpoint to resume from": resumed.step if resumed else None})
@@ -100,18 +102,6 @@ def make_sampler(recipe: Recipe, inputs: Inputs, world: World) -> Sampler:
     )  # fmt: skip
 
 
-@contextmanager
-def only_run_in_folder(setup: RunSetup) -> Iterator[None]:
-    """Lock the run folder. Collective. Raises RankFailure on all ranks if another run is active in it."""
-    world, run_dir = setup.world, setup.recipe.run_dir
-    lock = world.agreement.together(lambda: lock_run(run_dir) if world.is_first else None)
-    try:
-        yield
-    finally:
-        if lock:
-            lock.close()
-
-
 def build_engine(setup: RunSetup) -> Trainable:
     """Build draft, head and engine. Collective. Raises OutOfMemory on a rank that has too little."""
     try:
@@ -150,14 +140,12 @@ class Trainer:
             self.evaluator = Evaluator(runner, held_out, recipe.data.pack_tokens, self.feed_settings)
 
         # Output: checkpoints by all ranks, logs by rank 0.
-        engine, keep = trainable.engine, training.keep_checkpoints
-        self.checkpoints = Checkpoints(recipe.run_dir, keep, engine, inputs.arch, inputs.vocab, world)
-        self.log = RunLog(recipe.run_dir, engine, self.total_steps) if world.is_first else None
+        self.checkpoints = Checkpoints(recipe, trainable.engine, inputs, world)
+        self.log = RunLog(recipe.run_dir, trainable.engine, self.total_steps) if world.is_first else None
         self.line = DeferredLine(self.log, world.agreement)
 
         # Position of the run.
-        self.done = self.saved = 0
-        self.skipped_steps = 0
+        self.done = self.saved = self.skipped_steps = 0
         self.best: Best | None = None
         packs, trained = len(self.sampler.epoch_packs(0)), self.sampler.trained_packs(0)
         logger.info("%d optimizer steps; an epoch is %d of %d sequences", self.total_steps, trained, packs)
@@ -300,8 +288,7 @@ class Trainer:
         self.checkpoints.load(state)
         self.done = self.saved = state.step
         self.best, self.skipped_steps = state.best, state.skipped_steps
-        text = "resuming %s at step %d; %d steps in all"
-        logger.info(text, self.recipe.run_dir, state.step, self.total_steps)
+        logger.info("resuming %s at step %d of %d", self.recipe.run_dir, state.step, self.total_steps)
 
     def _stops(self, stop: StopRequest) -> bool:
         """Whether any rank received SIGTERM; all ranks have then saved this step. Collective."""
@@ -309,8 +296,7 @@ class Trainer:
             return False
         if self.saved < self.done:
             self._save()
-        text = "SIGTERM: step %d of %d is saved, and the same command resumes from it"
-        logger.info(text, self.done, self.total_steps)
+        logger.info("SIGTERM: saved step %d of %d; the same command resumes", self.done, self.total_steps)
         return True
 
     def _on_first(self, write: Callable[[RunLog], None]) -> None:
