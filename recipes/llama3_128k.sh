@@ -1,37 +1,40 @@
 #!/usr/bin/env bash
-# llama3_128k: trains an EAGLE-3 draft for Llama-3.1-8B-Instruct on sequences of up to 131072 tokens, on 8 GPUs.
+# llama3_128k: trains an EAGLE-3 draft for Llama-3.1-8B-Instruct on up to 131072 tokens, on 8 GPUs.
 #
 # The steps of a run:
-#   1. python tools/prepare_hidden_states.py --recipe recipes/llama3_128k.json    capture the target's hidden states
-#   2. recipes/llama3_128k.sh --plan                                              check memory, time and files
-#   3. deepspeed --num_gpus 8 recipes/llama3_128k.sh                              train; the same command resumes
-#   4. python tools/export_draft.py runs/llama3_128k --out drafts/llama3-128k     export for SGLang and vLLM
+#   1. Capture the target's hidden states: python tools/prepare_hidden_states.py --recipe recipes/llama3_128k.json
+#   2. Check memory, time and files:       recipes/llama3_128k.sh --plan
+#   3. Train; the same command resumes:    deepspeed --num_gpus 8 recipes/llama3_128k.sh
+#   4. Export for SGLang and vLLM:         python tools/export_draft.py runs/llama3_128k
 # The values are in recipes/llama3_128k.json. Copy both files under a new name to make your own recipe.
 #
 # Why these values:
 #   target.aux_layer_ids null     The draft reads the outputs of layers [1, L//2-1, L-4], here 1, 15 and 28.
 #                                 SGLang and vLLM read these layers by default.
-#   draft sizes                   Those of one layer of the target, as in every published draft for it. With the same
-#                                 hidden size, draft and target share one embedding.
-#   draft.vocab_size 32000        The output head is the widest matrix of a TTT step. The 32000 most frequent trained
-#                                 tokens cover chats; the full 128256 would make the head four times as large.
-#   draft.rope_*                  The target's own, which reach 131072 tokens. They must be written out: a serving
-#                                 engine takes a missing base for 10000.
-#   parallel.ulysses 8, ring 1    The target has 8 KV heads: each GPU gets one, no head is replicated, and K_0/V_0 are
-#                                 exchanged once per sequence.
-#   data.pack_tokens 131072       A batch is a number of tokens: one long sample, or many short ones packed together.
+#   draft sizes                   Those of one layer of the target, as in every published draft for it. With
+#                                 the same hidden size, draft and target share one embedding.
+#   draft.vocab_size 32000        The output head is the widest matrix of a TTT step. The 32000 most frequent
+#                                 trained tokens cover chats; the full 128256 would make the head four times
+#                                 as large.
+#   draft.rope_*                  The target's own, which reach 131072 tokens. They must be written out: a
+#                                 serving engine takes a missing base for 10000.
+#   parallel.ulysses 8, ring 1    The target has 8 KV heads: each GPU gets one, no head is replicated, and
+#                                 K_0/V_0 are exchanged once per sequence.
+#   data.pack_tokens 131072       A batch is a number of tokens: one long sample, or many short ones packed
+#                                 together.
 #   data.overlong truncate        A longer sample is still useful up to 131072 tokens.
-#   training.ttt_steps 7          EAGLE-3's own value; servers draft 3 to 7 tokens.
-#   training.recompute none       Fastest. A GPU needs 25 GiB (see --plan). For longer sequences or smaller GPUs,
-#                                 "selective" needs 21 GiB and "full" 13 GiB.
+#   training.ttt_steps 7          EAGLE-3's own number of TTT steps.
+#   training.recompute none       Fastest. A GPU needs 25 GiB (see --plan). For longer sequences or smaller
+#                                 GPUs, "selective" needs 21 GiB and "full" 13 GiB.
 #   training.gradient_clipping 0.5, betas (0.9, 0.95)
 #                                 As in EAGLE's own training code.
-#   deepspeed zero1               The draft has 425 million trained parameters. Partitioning the optimizer state saves
-#                                 memory; partitioning weights would add communication and save little.
+#   deepspeed zero1               The draft has 425 million trained parameters. Partitioning the optimizer
+#                                 state saves memory; partitioning weights would add communication and save
+#                                 little.
 #
-# Measured: with these shapes and synthetic features, one step with every row trained takes 9.6 s and 105 GiB on one H200
-# with recompute selective (10.0 s and 53 GiB with full), and 2.50 s and 41 GiB per GPU on four with none (2.62 s and
-# 17 GiB with full). Not yet run on eight GPUs. See docs/benchmarks/h200.md.
+# Measured: with these shapes and synthetic features, one step with every row trained takes 9.6 s and 105 GiB
+# on one H200 with recompute selective (10.0 s and 53 GiB with full), and 2.50 s and 41 GiB per GPU on four
+# with none (2.62 s and 17 GiB with full). Not yet run on eight GPUs. See docs/benchmarks/h200.md.
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3

@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
 # smollm2_cpu: trains an EAGLE-3 draft for SmolLM2-135M-Instruct in two CPU processes. "make demo" runs it.
 #
-# It is small enough for two cores and 8 GB of memory, and it uses the same code as the largest run: capture, store,
-# a ring of two ranks, DeepSpeed. Use it to see the whole path work before you take GPUs.
+# It is small enough for two cores and 8 GB of memory, and it uses the same code as the largest run: capture,
+# store, a ring of two ranks, DeepSpeed. Use it to see the whole path work before you take GPUs.
 # The values are in recipes/smollm2_cpu.json. Copy both files under a new name to make your own recipe.
 #
 # Why these values:
-#   target.dtype float32          The CPU path computes in float32, so that real decoding can be compared with the
-#                                 target's own answers token by token.
-#   draft sizes                   Those of one layer of the target, so that draft and target share one embedding.
-#   draft.vocab_size 4096         A twelfth of the target's 49152 tokens. At this width the output head is most of the
-#                                 work.
-#   training.ttt_steps 3          Each TTT step costs time for every row. The minutes of a demo are better spent on more
-#                                 rows.
+#   target.dtype float32          The CPU path computes in float32, so that real decoding can be compared with
+#                                 the target's own answers token by token.
+#   draft sizes                   Those of one layer of the target, so that draft and target share one
+#                                 embedding.
+#   draft.vocab_size 4096         A twelfth of the target's 49152 tokens. At this width the output head is
+#                                 most of the work.
+#   training.ttt_steps 3          Each TTT step costs time for every row. The minutes of a demo are better
+#                                 spent on more rows.
 #   draft.rope_theta 100000       The target's own.
-#   parallel.ring 2               Ulysses needs a divisor of the 9 query heads: 1, 3 or 9. Two processes can only form a
-#                                 ring.
-#   data.pack_tokens 512          Small batches give many optimizer steps, and a draft that starts from random weights
-#                                 needs many steps.
-#   training.learning_rate 2e-3   A draft of 8 million parameters trains well with a higher rate than the 1e-4 of the
-#                                 8B recipe.
+#   parallel.ring 2               Ulysses needs a divisor of the 9 query heads: 1, 3 or 9. Two processes can
+#                                 only form a ring.
+#   data.pack_tokens 512          Small batches give many optimizer steps, and a draft that starts from random
+#                                 weights needs many steps.
+#   training.learning_rate 2e-3   A draft of 8 million parameters trains well with a higher rate than the 1e-4
+#                                 of the 8B recipe.
 #
-# Measured: 264 steps on 120 conversations take 238 s on 2 CPU cores, with 1.1 GiB per process. See docs/benchmarks/demo.md.
+# Measured: 264 steps on 120 conversations take 238 s on 2 CPU cores, with 1.1 GiB per process. See
+# docs/benchmarks/demo.md.
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# llama3_128k_twin: recipes/llama3_128k at a small scale, for tests: same layout, ratio of heads and DeepSpeed JSON.
+# llama3_128k_twin: recipes/llama3_128k at a small scale, for tests: same layout, ratio of heads and DeepSpeed
+# JSON.
 """:"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python="$root/.venv/bin/python"; [ -x "$python" ] || python=python3
