@@ -18,20 +18,19 @@ from triton.runtime import interpreter
 from triton.runtime.errors import OutOfResources
 
 from eagle_ds.kernels import (
-    attention_cuda,
+    attention_cudnn,
     attention_split,
     diagonal_triton,
     elementwise_triton,
     loss_triton,
     norm_triton,
-    rows_triton,
     sums_triton,
 )
 from eagle_ds.kernels.attention import AttentionBackend, KeyBounds, ReferenceAttention, merge
-from eagle_ds.kernels.attention_cuda import CudnnBackend, TritonBackend
-from eagle_ds.kernels.attention_parts import Cut
-from eagle_ds.kernels.attention_triton import TILES, TritonAttention
-from eagle_ds.kernels.elementwise import rotate_plain
+from eagle_ds.kernels.attention_cudnn import CudnnBackend
+from eagle_ds.kernels.attention_partition import Partition
+from eagle_ds.kernels.attention_triton import TILES, TritonBackend
+from eagle_ds.kernels.backend import PlainOperations
 from eagle_ds.kernels.loss import LossKernels, PlainKernels
 from eagle_ds.kernels.loss_triton import TritonKernels
 from tests.micro_batch import relative_error
@@ -95,7 +94,7 @@ def split_keys(lo: np.ndarray, hi: np.ndarray, keys: int) -> Errors:
     generator = torch.Generator().manual_seed(0)
     q, dout = (torch.randn(len(lo), HEADS, WIDTH, generator=generator).half() for _ in range(2))
     kv = torch.randn(keys, KV_HEADS, 2 * WIDTH, generator=generator).half()
-    kernel, plain, bounds = TritonAttention(WIDTH, 1), ReferenceAttention(), KeyBounds.make(lo, hi, CPU)
+    kernel, plain, bounds = TritonBackend(WIDTH, 1), ReferenceAttention(), KeyBounds.make(lo, hi, CPU)
     set_blocks(kernel, programs=48)
     assert kernel._split(bounds, HEADS) is not None
     found, expected = [], []
@@ -110,7 +109,7 @@ def split_keys(lo: np.ndarray, hi: np.ndarray, keys: int) -> Errors:
 
 def smaller_tiles() -> Errors:
     """A GPU that has no room for the first tiles gets the ones behind them, once and for all; without any left it hears why."""
-    kernel, tried = TritonAttention(WIDTH, 1), []
+    kernel, tried = TritonBackend(WIDTH, 1), []
 
     def launch(*tile: int) -> None:
         tried.append(tile)
@@ -164,17 +163,17 @@ def allow_new_numpy() -> None:
 def backend() -> TritonBackend:
     """With small blocks."""
     made = TritonBackend(WIDTH)
-    set_blocks(made.forward.__self__)
+    set_blocks(made)
     assert made.diagonal_forward is diagonal_triton.diagonal_forward
     return made
 
 
 def backend_in_parts() -> CudnnBackend:
     """Every kind of part, at the size of these problems."""
-    forward = Cut(4, False, call=0, triton=2, keys=4, square=4, long_run=8, long_block=16)
-    cuts = (forward, Cut(6, False, beside=1, call=0, keys=8, square=6, long_run=12, long_block=8))
+    forward = Partition(4, False, launch_pairs=0, triton_ratio=2, key_multiple=4, square=4, max_run=8, max_keys=16)
+    cuts = (forward, Partition(6, False, overhead_rows=1, launch_pairs=0, key_multiple=8, square=6, max_run=12, max_keys=8))
     made, plain = CudnnBackend(WIDTH, 1, *cuts), ReferenceAttention()
-    set_blocks(made.triton_forward.__self__)
+    set_blocks(made)
 
     def bounds(q: torch.Tensor, k: torch.Tensor, causal: bool) -> KeyBounds:
         hi = np.arange(1, len(q) + 1) if causal else np.full(len(q), len(k))
@@ -190,7 +189,7 @@ def backend_in_parts() -> CudnnBackend:
         dq = plain.backward(dout, q, k, v, out, lse, bounds(q, k, causal), scale, dk, dv)
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
-    attention_cuda._cudnn_forward, attention_cuda._cudnn_backward = forward, backward
+    attention_cudnn._cudnn_forward, attention_cudnn._cudnn_backward = forward, backward
     return made
 
 
@@ -235,11 +234,11 @@ def rows() -> Errors:
     generator = torch.Generator().manual_seed(0)
     table, total = torch.randn(37, 50, generator=generator).half(), torch.randn(37, 50, generator=generator)
     x, index = torch.randn(11, 40, generator=generator).half(), torch.randperm(37, generator=generator)[:11]
-    rows_triton.BLOCK = 16
+    elementwise_triton.ROW_BLOCK = 16
     expected = total.double()
     expected[index, :40] += x.double()
-    taken = rows_triton.take(table, index, 40)
-    rows_triton.add(total, index, x)
+    taken = elementwise_triton.take(table, index, 40)
+    elementwise_triton.add(total, index, x)
     return {"taken": relative_error(taken, table[index, :40]), "total": relative_error(total, expected)}
 
 
@@ -250,11 +249,11 @@ def rotations() -> Errors:
     x, y = (t[:, : 3 * WIDTH].unflatten(-1, (3, WIDTH)) for t in (raw, torch.zeros_like(raw)))
     cos, sin = angles.cos(), angles.sin()
     elementwise_triton.rotate(x, cos, sin, back=False, y=y)
-    expected = rotate_plain(x.double(), cos.double(), sin.double())
+    expected = PlainOperations.rope(x.double(), cos.double(), sin.double())
     return {"there": relative_error(y, expected), "back": relative_error(elementwise_triton.rotate(y, cos, sin, back=True), x)}
 
 
-def set_blocks(kernel: TritonAttention, programs: int = 1) -> None:
+def set_blocks(kernel: TritonBackend, programs: int = 1) -> None:
     kernel.programs = programs
     kernel.tiles = {name: [(16, 32, 4, 1)] for name in kernel.tiles}
 

@@ -13,8 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eagle_ds.kernels.attention import AttentionBackend, KeyBounds, ReferenceAttention, merge
-from eagle_ds.kernels.attention_cuda import _behind_blocks, _parts
-from eagle_ds.kernels.attention_parts import BACKWARD, FORWARD, Block, Cut, Part, keys_behind
+from eagle_ds.kernels.attention_partition import (
+    BACKWARD,
+    FORWARD,
+    Partition,
+    Rectangle,
+    RowGroup,
+    first_uncovered_keys,
+    uncovered_bounds,
+)
 from eagle_ds.kernels.attention_split import Split, pieces_for
 from tests.micro_batch import relative_error
 
@@ -117,16 +124,16 @@ def test_a_long_window_is_cut_at_once() -> None:
     rows = np.arange(1 << 18)
     bounds = KeyBounds.make(np.maximum(rows - 99, 0), rows + 1, torch.device("cpu"))
     started = time.process_time()
-    assert list(Cut()(bounds)) == [Part(0, len(rows))]
+    assert Partition().groups(bounds) == [RowGroup(0, len(rows))]
     assert time.process_time() - started < 5  # looking at all rows behind each one takes a minute
 
 
 def test_long_causal_runs_come_in_pieces() -> None:
     lo, hi, _ = causal(38)
-    bounds, cut = KeyBounds.make(lo, hi, torch.device("cpu")), Cut(square=4, long_run=16)
-    first, block = Part(0, 16, (), 0), Block(0, 16, 0, 16)
-    assert list(cut(bounds)) == [first, Part(16, 38, (block, Block(16, 24, 0, 16)), 16, 2)]  # a piece of six rows would not pay
-    assert list(cut(bounds.rows(0, 37))) == [first, Part(16, 36, (block, Block(16, 20, 0, 16)), 16), Part(36, 37)]  # padding neither
+    bounds, partition = KeyBounds.make(lo, hi, torch.device("cpu")), Partition(square=4, max_run=16)
+    first, block = RowGroup(0, 16, (), 0), Rectangle(0, 16, 0, 16)
+    assert partition.groups(bounds) == [first, RowGroup(16, 38, (block, Rectangle(16, 24, 0, 16)), 16, 2)]  # a piece of six rows would not pay
+    assert partition.groups(bounds.rows(0, 37)) == [first, RowGroup(16, 36, (block, Rectangle(16, 20, 0, 16)), 16), RowGroup(36, 37)]  # padding neither
 
 
 def test_shapes_are_few() -> None:
@@ -138,9 +145,9 @@ def test_shapes_are_few() -> None:
         ends = np.cumsum(turns)
         rows = np.concatenate([np.arange(a, b) for a, b in zip(ends[::2], ends[1::2], strict=True)])
         bounds = KeyBounds.make(np.zeros_like(rows), rows + 1, torch.device("cpu"))
-        for part in BACKWARD.of_heads(32)(bounds):
-            squares |= {part.size + part.padding} if part.square is not None else set()
-            blocks |= {(block.stop - block.start, block.last_key - block.first_key) for block in part.blocks}
+        for group in BACKWARD.for_heads(32).groups(bounds):
+            squares |= {group.size + group.padding} if group.square is not None else set()
+            blocks |= {(block.stop - block.start, block.last_key - block.first_key) for block in group.rectangles}
     assert len(squares) <= 24 and len(blocks) <= 130, (len(squares), len(blocks))
     assert len({rows for rows, _ in blocks}) <= 16 and len({keys for _, keys in blocks}) <= 10
 
@@ -155,37 +162,37 @@ def test_little_is_left_behind_full_blocks() -> None:
         rows = np.concatenate([np.arange(a, b) for a, b in zip(ends[::2], ends[1::2], strict=True)])
         rows = rows[rows < 1 << 17]
         bounds = KeyBounds.make(np.zeros_like(rows), rows + 1, torch.device("cpu"))
-        for cut in (FORWARD.of_heads(32), BACKWARD.of_heads(32)):
-            left = sum((bounds.hi[p.start : p.stop] - keys_behind(bounds, p)).sum() for p in cut(bounds) if p.square is None)
+        for partition in (FORWARD.for_heads(32), BACKWARD.for_heads(32)):
+            left = sum((bounds.hi[p.start : p.stop] - first_uncovered_keys(bounds, p)).sum() for p in partition.groups(bounds) if p.square is None)
             assert left < 0.14 * (rows + 1).sum()
 
 
 def test_the_rectangle_that_saves_most_comes_first() -> None:
     rows = np.concatenate([np.arange(20, 30), np.arange(100, 106)])
     bounds = KeyBounds.make(np.zeros_like(rows), rows + 1, torch.device("cpu"))
-    (part,) = Cut(rows=3, call=0, triton=2, keys=8, long_block=40)(bounds)
-    assert part.blocks == (
-        *(Block(10, 16, a, b) for a, b in ((0, 40), (40, 80), (80, 96))),  # the last six rows
-        Block(13, 16, 96, 104),  # behind them
-        Block(4, 10, 0, 24),  # and before them: nine rows and 16 keys would save as much
-        Block(1, 4, 0, 16),
+    (group,) = Partition(min_rows=3, launch_pairs=0, triton_ratio=2, key_multiple=8, max_keys=40).groups(bounds)
+    assert group.rectangles == (
+        *(Rectangle(10, 16, a, b) for a, b in ((0, 40), (40, 80), (80, 96))),  # the last six rows
+        Rectangle(13, 16, 96, 104),  # behind them
+        Rectangle(4, 10, 0, 24),  # and before them: nine rows and 16 keys would save as much
+        Rectangle(1, 4, 0, 16),
     )
-    (part,) = Cut(rows=3, beside=3, call=0, triton=2, keys=8, long_block=40)(bounds)
-    assert part.blocks[3:] == (Block(1, 10, 0, 16), Block(4, 10, 16, 24))  # rows count for more where a block costs something beside them
+    (group,) = Partition(min_rows=3, overhead_rows=3, launch_pairs=0, triton_ratio=2, key_multiple=8, max_keys=40).groups(bounds)
+    assert group.rectangles[3:] == (Rectangle(1, 10, 0, 16), Rectangle(4, 10, 16, 24))  # rows count for more where a block costs something beside them
 
 
 def test_blocks_have_more_rows_where_heads_are_few() -> None:
-    assert [FORWARD.of_heads(heads).rows for heads in (8, 32, 64)] == [2048, 512, 512]
-    assert [BACKWARD.of_heads(heads).rows for heads in (8, 32, 64)] == [512, 512, 512], "a backward has keys to fill a GPU with"
+    assert [FORWARD.for_heads(heads).min_rows for heads in (8, 32, 64)] == [2048, 512, 512]
+    assert [BACKWARD.for_heads(heads).min_rows for heads in (8, 32, 64)] == [512, 512, 512], "a backward has keys to fill a GPU with"
 
 
 def test_other_cuts_may_share_bounds() -> None:
     lo, hi, _ = causal(40)
     bounds = KeyBounds.make(lo, hi + 60, torch.device("cpu"))
-    coarse, fine = (_parts(bounds, Cut(20, call=0, keys=10, square=square, long_block=30)) for square in (100, 20))
-    assert [part.square for part in coarse] == [None] and [(part.square, part.padding) for part in fine] == [(60, 0)]
-    assert _behind_blocks(bounds, coarse[0]).lo.tolist() == [60] * 20 + [80] * 20
-    assert _behind_blocks(bounds, Part(0, 40)).lo.tolist() == [0] * 40
+    coarse, fine = (Partition(20, launch_pairs=0, key_multiple=10, square=square, max_keys=30).groups(bounds) for square in (100, 20))
+    assert [group.square for group in coarse] == [None] and [(group.square, group.padding) for group in fine] == [(60, 0)]
+    assert uncovered_bounds(bounds, coarse[0]).lo.tolist() == [60] * 20 + [80] * 20
+    assert uncovered_bounds(bounds, RowGroup(0, 40)).lo.tolist() == [0] * 40
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -194,21 +201,21 @@ def test_parts_for_cudnn_cover_the_rows_once_and_hold_what_they_promise(
     problem: tuple[np.ndarray, np.ndarray, int], rows: int, keys: int, longer: int, beside: int, square: int
 ) -> None:
     bounds = KeyBounds.make(*problem[:2], torch.device("cpu"))
-    cut = Cut(rows, True, beside, beside, 2.0, keys, square, square << longer, keys * longer)
-    parts = list(cut(bounds))
-    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(len(bounds.lo)))
-    for part in parts:
-        check_part(part, bounds.lo[part.start : part.stop], bounds.hi[part.start : part.stop], cut)
+    partition = Partition(rows, True, beside, beside, 2.0, keys, square, square << longer, keys * longer)
+    parts = partition.groups(bounds)
+    assert [row for group in parts for row in range(group.start, group.stop)] == list(range(len(bounds.lo)))
+    for group in parts:
+        check_group(group, bounds.lo[group.start : group.stop], bounds.hi[group.start : group.stop], partition)
 
 
 def test_a_window_over_turns_is_cut_where_blocks_reach_beyond_a_later_row() -> None:
     """The block with the last key stands at none of the ends of the list."""
     lo, hi, _ = window_with_turns()
-    cut = Cut(rows=4, by_heads=False, call=0, triton=2.0, keys=4, square=100, long_block=40)
-    parts = list(cut(KeyBounds.make(lo, hi, torch.device("cpu"))))
+    partition = Partition(min_rows=4, by_heads=False, launch_pairs=0, triton_ratio=2.0, key_multiple=4, square=100, max_keys=40)
+    parts = partition.groups(KeyBounds.make(lo, hi, torch.device("cpu")))
     assert len(parts) > 1
-    for part in parts:
-        check_part(part, lo[part.start : part.stop], hi[part.start : part.stop], cut)
+    for group in parts:
+        check_group(group, lo[group.start : group.stop], hi[group.start : group.stop], partition)
 
 
 def window_with_turns() -> tuple[np.ndarray, np.ndarray, int]:
@@ -216,24 +223,24 @@ def window_with_turns() -> tuple[np.ndarray, np.ndarray, int]:
     return np.maximum(rows - 39, 0), rows + 1, 60
 
 
-def check_part(part: Part, lo: np.ndarray, hi: np.ndarray, cut: Cut) -> None:
+def check_group(group: RowGroup, lo: np.ndarray, hi: np.ndarray, partition: Partition) -> None:
     """Every key that a row sees is in one of its blocks, or in the square or the interval behind them, once; no interval begins
     before that of the row before."""
     seen = lo.copy()
-    for start, stop, first_key, last_key in part.blocks:
+    for start, stop, first_key, last_key in group.rectangles:
         assert (seen[start:stop] == first_key).all() and first_key < last_key <= hi[start:stop].min()
-        assert 0 <= start < stop <= part.size + part.padding
+        assert 0 <= start < stop <= group.size + group.padding
         sides = (stop - start, last_key - first_key)
-        if part.square is None:
-            assert sides[0] in cut.sizes and sides[1] % cut.keys == 0 and sides[1] <= cut.long_block
+        if group.square is None:
+            assert sides[0] in partition.sizes and sides[1] % partition.key_multiple == 0 and sides[1] <= partition.max_keys
         else:
-            assert all(side % cut.square == 0 and (side // cut.square).bit_count() == 1 for side in sides)
+            assert all(side % partition.square == 0 and (side // partition.square).bit_count() == 1 for side in sides)
         seen[start:stop] = last_key
-    if part.square is not None:
-        assert (part.size + part.padding) % cut.square == 0 and 2 * part.padding <= cut.square and (seen == part.square).all()
-        assert (hi == part.square + 1 + np.arange(part.size)).all()
+    if group.square is not None:
+        assert (group.size + group.padding) % partition.square == 0 and 2 * group.padding <= partition.square and (seen == group.square).all()
+        assert (hi == group.square + 1 + np.arange(group.size)).all()
         return
-    behind = keys_behind(KeyBounds.make(lo, hi, torch.device("cpu")), part._replace(start=0, stop=part.size))
+    behind = first_uncovered_keys(KeyBounds.make(lo, hi, torch.device("cpu")), group._replace(start=0, stop=group.size))
     assert (behind == seen).all() and (np.diff(behind) >= 0).all() and (behind >= lo).all()
 
 
@@ -291,17 +298,17 @@ def gpu_problems() -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(8, 2, 128), (8, 8, 64), (9, 3, 64), (16, 1, 128), (4, 2, 256)])
 @pytest.mark.parametrize("backend", ["TritonBackend", "CudnnBackend"])
 def test_gpu_backends_agree_with_the_dense_softmax(problem: str, heads: int, kv_heads: int, d: int, backend: str) -> None:
-    from eagle_ds.kernels import attention_cuda
+    from eagle_ds.kernels import attention_cudnn, attention_triton
 
     if backend == "CudnnBackend":
         if d > 128:
             pytest.skip("cuDNN's attention ends at d = 128 here")
-        forward = Cut(64, call=0, triton=2, keys=128, square=64, long_run=512, long_block=512)
-        backward = Cut(32, beside=8, call=0, triton=2, keys=256, square=128, long_run=256, long_block=256)
-        cuts = (forward, backward)
-        kernel: AttentionBackend = attention_cuda.CudnnBackend(d, 132, *cuts)
+        forward = Partition(64, launch_pairs=0, triton_ratio=2, key_multiple=128, square=64, max_run=512, max_keys=512)
+        backward = Partition(32, overhead_rows=8, launch_pairs=0, triton_ratio=2, key_multiple=256, square=128, max_run=256, max_keys=256)
+        partitions = (forward, backward)
+        kernel: AttentionBackend = attention_cudnn.CudnnBackend(d, 132, *partitions)
     else:
-        kernel = attention_cuda.TritonBackend(d)
+        kernel = attention_triton.TritonBackend(d)
     lo, hi, keys = gpu_problems()[problem]
     errors = compare(kernel, lo, hi, keys, heads=heads, kv_heads=kv_heads, d=d, count=3, dtype=torch.bfloat16, device="cuda")
     for name, error in errors.items():

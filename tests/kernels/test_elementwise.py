@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle_ds.kernels.elementwise import rope, rotate_plain, swiglu, swiglu_plain
+from eagle_ds.kernels.backend import PlainOperations, operations_for
 from eagle_ds.kernels.rope import inverse_frequencies, rotation
 from tests.micro_batch import relative_error
 
@@ -20,7 +20,7 @@ def angles(rows: int, d: int, dtype: torch.dtype, device: str = "cpu") -> tuple[
 def test_rope_keeps_lengths_and_depends_on_distance_alone() -> None:
     x, y = torch.randn(1, 2, 8, dtype=torch.float64), torch.randn(1, 2, 8, dtype=torch.float64)
     cos, sin = angles(6, 8, torch.float64)
-    turned_x, turned_y = (rope(v.expand(6, 2, 8), cos, sin) for v in (x, y))
+    turned_x, turned_y = (operations_for(v).rope(v.expand(6, 2, 8), cos, sin) for v in (x, y))
     assert torch.allclose(turned_x.norm(dim=-1), x.norm(dim=-1).expand(6, 2))
     dots = (turned_x[1:] * turned_y[:-1]).sum(-1)
     assert torch.allclose(dots, dots[:1].expand_as(dots))
@@ -33,22 +33,23 @@ def test_fused_rope_agrees(heads: int, d: int) -> None:
     cos, sin = angles(133, d, torch.float32, "cuda")
     grad = torch.randn_like(x)
     plain = x.detach().double().requires_grad_()
-    expected = rotate_plain(plain, cos.double(), sin.double())
+    expected = PlainOperations.rope(plain, cos.double(), sin.double())
     expected.backward(grad.double())
-    found = rope(x, cos, sin)
+    found = operations_for(x).rope(x, cos, sin)
     found.backward(grad)
-    assert relative_error(found, expected.detach()) < BF16_BOUND and relative_error(x.grad, plain.grad) < BF16_BOUND
+    assert relative_error(found, expected.detach()) < BF16_BOUND
+    assert relative_error(x.grad, plain.grad) < BF16_BOUND
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spent", [False, True])
-def test_fused_swiglu_agrees(spent: bool) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_fused_swiglu_agrees(overwrite: bool) -> None:
     gate, up = (torch.randn(77, 333, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     grad = torch.randn_like(gate)
     plain = [x.detach().double().requires_grad_() for x in (gate, up)]
-    expected = swiglu_plain(*plain)
+    expected = PlainOperations.swiglu(*plain)
     expected.backward(grad.double())
-    found = swiglu(gate * 1, up * 1, spent=spent)  # of tensors that nobody else reads
+    found = operations_for(gate).swiglu(gate * 1, up * 1, overwrite=overwrite)  # copies: nothing else reads them
     found.backward(grad)
     assert relative_error(found, expected.detach()) < BF16_BOUND
     assert all(relative_error(x.grad, p.grad) < BF16_BOUND for x, p in zip((gate, up), plain, strict=True))

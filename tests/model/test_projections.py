@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from eagle_ds.kernels.elementwise import rotate_plain
-from eagle_ds.kernels.rows import add_rows, take_rows
+from eagle_ds.kernels.backend import PlainOperations, operations_for
 from eagle_ds.model.projections import ProjectionWeights, StepProjections
 from eagle_ds.sharding import tiles
 
@@ -33,7 +32,7 @@ def written_out(embeddings: Tensor, index: Tensor, positions: Tensor, states: li
         qkv = z @ weights.weight.t() + (0 if weights.bias is None else weights.bias)
         q, k, v = qkv.unflatten(-1, (-1, HEAD_DIM)).split([HEADS, KV_HEADS, KV_HEADS], 1)
         angles = rotation(positions + step)
-        made += [rotate_plain(q, *angles)] + ([rotate_plain(k, *angles), v] if step else [])
+        made += [PlainOperations.rope(q, *angles)] + ([PlainOperations.rope(k, *angles), v] if step else [])
     return made
 
 
@@ -73,10 +72,10 @@ def test_a_second_backward_is_refused() -> None:
 
 def test_rows_are_taken_and_added_where_the_index_says() -> None:
     table, index = torch.arange(20.0).view(5, 4), torch.tensor([3, 0])
-    taken = take_rows(table, index, 3)
+    taken = operations_for(table).take_rows(table, index, 3)
     assert taken.tolist() == [[12, 13, 14], [0, 1, 2]]
     total = torch.zeros(5, 4)
-    add_rows(total, index, taken)
+    operations_for(total).add_rows(total, index, taken)
     assert torch.equal(total[index, :3], taken) and total.sum() == taken.sum()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eagle_ds.kernels import elementwise
+from eagle_ds.kernels.backend import PlainOperations
 from eagle_ds.model import draft
 from eagle_ds.model.loss import LossSettings, head_loss
 from eagle_ds.model.offload import ActivationOffload
@@ -44,17 +44,21 @@ def write_over(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, in_p
     assert in_place
     g, u = (x.clone().requires_grad_() for x in (gate, up))
     with torch.enable_grad():
-        d_gate, d_up = torch.autograd.grad(elementwise.swiglu_plain(g, u), (g, u), grad)
+        d_gate, d_up = torch.autograd.grad(PlainOperations.swiglu(g, u), (g, u), grad)
     gate.numpy()[:], up.numpy()[:] = d_gate.numpy(), d_up.numpy()
     return gate, up
 
 
 @pytest.fixture
 def written_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = pytest.importorskip("eagle_ds.kernels.elementwise_triton", reason="Triton is not installed")
-    monkeypatch.setattr(kernels, "swiglu_forward", elementwise.swiglu_plain)
-    monkeypatch.setattr(kernels, "swiglu_backward", write_over)
-    monkeypatch.setattr(draft, "swiglu", lambda gate, up, *, spent: elementwise._SwiGLU.apply(gate, up, spent))
+    gpu = pytest.importorskip("eagle_ds.kernels.operations_triton", reason="Triton is not installed")
+    monkeypatch.setattr(gpu.elementwise, "swiglu_forward", PlainOperations.swiglu)
+    monkeypatch.setattr(gpu.elementwise, "swiglu_backward", write_over)
+
+    class Overwriting(PlainOperations):
+        swiglu = staticmethod(gpu.TritonOperations.swiglu)
+
+    monkeypatch.setattr(draft, "operations_for", lambda _: Overwriting)
 
 
 @pytest.mark.parametrize("offloads", [False, True])
@@ -75,7 +79,7 @@ def test_nobody_reads_gate_and_up_after_their_gradients_are_written_over_them(
 @pytest.mark.usefixtures("written_over")
 def test_a_second_backward_of_what_was_written_over_is_refused() -> None:
     gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    product = draft.swiglu(gate * 1, up * 1, spent=True).sum()
+    product = draft.operations_for(gate).swiglu(gate * 1, up * 1, overwrite=True).sum()
     product.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
