@@ -23,11 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _require_packages() -> None:
-    """One sentence where this Python has not the packages: a tool ends with it, an importing program gets it as ImportError."""
+    """Check that the needed packages are installed.
+
+    If not, a tool exits with one sentence that says how to install them. Other programs get an ImportError.
+    """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if not missing:
         return
-    sentence = f"{sys.executable} has no {', '.join(missing)}; run `make venv`, then `source .venv/bin/activate`, in {ROOT}"
+    fix = f"run `make venv`, then `source .venv/bin/activate`, in {ROOT}"
+    sentence = f"{sys.executable} has no {', '.join(missing)}; {fix}"
     started = getattr(sys.modules.get("__main__"), "__file__", None)
     if started and Path(started).resolve().parent == ROOT / "tools":
         sys.exit(f"error: {sentence}")

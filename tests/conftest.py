@@ -1,4 +1,4 @@
-"""Before anything imports torch: one thread a process, no network, DeepSpeed on the CPU where there is no GPU."""
+"""Set, before torch is imported: one thread per process, no network, DeepSpeed on the CPU without a GPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if not Path("/dev/nvidiactl").exists():
 TESTS = Path(__file__).parent
 # Files and folders whose tests start process groups or whole commands. `make quick` leaves them out.
 SLOW = (
-    *("tools", "test_recipes.py", "parallel/test_layouts.py", "bench/test_step.py", "bench/test_alone.py"),
-    *("training", "evaluation/test_acceptance.py", "bench", "data/test_read_pool.py", "capture/test_embedded.py"),
+    *("tools", "test_recipes.py", "parallel/test_layouts.py", "bench/test_step.py", "training"),
+    *("evaluation/test_acceptance.py", "bench", "data/test_read_pool.py", "capture/test_embedded.py"),
     *("kernels/test_interpreted.py", "store/test_store_damage.py", "estimate/test_memory.py"),
 )
 

@@ -1,4 +1,4 @@
-"""Requirements: the lock lies inside the ranges, the environment is the lock, and SGLang's own pins agree with it."""
+"""The lock lies inside the ranges, the environment equals the lock, and SGLang's own pins agree with it."""
 
 from __future__ import annotations
 

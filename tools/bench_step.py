@@ -94,9 +94,17 @@ def sweep_shape(text: str) -> tuple[int, float]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add_shape(parser)
+    add_layout(parser)
+    add_run(parser)
+    options = parser.parse_args()
+    check(parser, options)
+    return options
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
     shape = parser.add_argument_group("shape")
     shape.add_argument("--model", choices=MODELS, default="llama3_8b", help="sizes of draft and target")
     shape.add_argument("--recipe", type=Path, help="take the sizes from this recipe JSON instead")
@@ -110,6 +118,9 @@ def parse() -> argparse.Namespace:
         "--sweep", nargs="+", type=sweep_shape, metavar="SEQ:FRACTION", help="several shapes in one start"
     )
     shape.add_argument("--ttt-steps", type=int, help="T; default: the recipe's, 7")
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
     layout = parser.add_argument_group("layout and settings")
     layout.add_argument("--ulysses", type=int, default=1)
     layout.add_argument("--ring", type=int, default=1)
@@ -126,6 +137,9 @@ def parse() -> argparse.Namespace:
     offload = "keep the activations of the TTT steps in pinned host memory"
     layout.add_argument(OFFLOAD, action="store_true", help=offload)
     layout.add_argument("--deepspeed-config", help="default: the recipe's")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
     store = parser.add_argument_group("from disk")
     store.add_argument(
         "--from-store", type=Path, metavar="FOLDER", help="also time steps from HDF5 files; made if missing"
@@ -155,7 +169,10 @@ def parse() -> argparse.Namespace:
     )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     parser.add_argument("--local_rank", type=int, default=local_rank, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a usage error for options that contradict each other."""
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: give 1 or more")
     if options.warmup < 0:
@@ -168,7 +185,6 @@ def parse() -> argparse.Namespace:
         parser.error(f"--alone-of runs a single process that reads no store; leave out {wrong}")
     if options.alone_rank is not None and not options.alone_of:
         parser.error("--alone-rank chooses one of the ranks that --alone-of N sets; give both")
-    return options
 
 
 def main() -> None:

@@ -143,14 +143,7 @@ def assemble(
         parts = gather(targets, lambda document, p: getattr(document, name)[p])
         return torch.from_numpy(np.concatenate(parts)).to(dtype) if parts else torch.zeros(0, dtype=dtype)
 
-    # Row p at step k reads token x[p+1+k], and its label comes from that row's hidden state. Past the end of
-    # p's document there is neither: the token index then points to the extra token 0, and the target index to
-    # any held row, because such a pair is never trained.
-    label_rows = rg.rows(queries)[:, None] + 1 + np.arange(steps)
-    index = rg.rank_of(label_rows.reshape(-1), targets).reshape(label_rows.shape)
-    ends = np.array([stop for _, stop in sharding.document_bounds()])
-    inside = label_rows < ends[np.searchsorted(ends, label_rows[:, :1] - 1, side="right")]
-    token_index = np.where(inside, index, rg.count(targets)).T
+    token_index, target_index = _label_indices(sharding, rank)
     trained = gather(queries, lambda document, p: trained_pairs(document.loss_mask, p, steps, alignment))
     target_ids = gather(targets, lambda document, p: document.input_ids[p])
     # The zero appended to input_ids stands for x[S], which a document's last row would read.
@@ -164,14 +157,32 @@ def assemble(
         context_positions=_concatenate(gather(context, lambda _, p: p)),
         query_index=_index(queries, held),
         token_ids=_concatenate([*target_ids, np.zeros(1, dtype=np.int32)]),
-        token_index=torch.from_numpy(np.ascontiguousarray(token_index)),
+        token_index=token_index,
         query_positions=_concatenate(gather(queries, lambda _, p: p)),
         target_hidden=target_hidden,
-        target_index=torch.from_numpy(np.minimum(index, max(rg.count(targets) - 1, 0))),
+        target_index=target_index,
         trained=torch.from_numpy(np.concatenate([np.zeros((0, steps), dtype=bool), *trained])),
         target_token=labels("target_token_id", torch.int64),
         target_logsumexp=labels("target_logsumexp", torch.float32),
     )
+
+
+def _label_indices(sharding: SequenceSharding, rank: int) -> tuple[Tensor, Tensor]:
+    """Return token_index [T, N] and target_index [N, T] of the rank's query rows, both int64.
+
+    Row p at TTT step k reads token x[p+1+k], and its label comes from that row's hidden state. Past the end
+    of p's document there is neither: the token index then points to the extra token 0, and the target index
+    to any held row, because such a pair is never trained.
+    """
+    queries, targets = sharding.queries[rank], sharding.target_rows(rank)
+    label_rows = rg.rows(queries)[:, None] + 1 + np.arange(sharding.ttt_steps)
+    index = rg.rank_of(label_rows.reshape(-1), targets).reshape(label_rows.shape)
+    ends = np.array([stop for _, stop in sharding.document_bounds()])
+    # label_rows[:, 0] - 1 is p itself: the first end after p is the end of p's document.
+    inside = label_rows < ends[np.searchsorted(ends, label_rows[:, :1] - 1, side="right")]
+    token_index = np.where(inside, index, rg.count(targets)).T
+    target_index = np.minimum(index, max(rg.count(targets) - 1, 0))
+    return torch.from_numpy(np.ascontiguousarray(token_index)), torch.from_numpy(target_index)
 
 
 def _index(rows: rg.Ranges, held: rg.Ranges) -> Tensor | None:

@@ -52,6 +52,21 @@ def _label_kernel(Target, Lse, Entropy, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _acceptance_gradient(z, t, lse, lse_draft, lse_full, below_sum, alpha, mix, MODE: tl.constexpr):
+    """Gradient with respect to the draft's logits z of the losses made of alpha = sum_v min(p_v, q'_v).
+
+    With m_v = [p_v < q'_v], dalpha/dz_v = p_v * (m_v - sum_u m_u p_u), and ``below_sum`` is that sum.
+    """
+    p, q = tl.exp(z - lse), tl.exp(t - lse_draft)
+    d_alpha = p * (tl.where(p < tl.exp(t - lse_full), 1.0, 0.0) - below_sum)
+    if MODE == 1:  # noqa: SIM108 (a constexpr branch, not a value)
+        d = -d_alpha / alpha
+    else:
+        d = mix * (p - q) - (1 - mix) * d_alpha
+    return d
+
+
+@triton.jit
 def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, CrossEntropy, Alpha, Best, DLogits, vocab,
                 MODE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Losses of one row, and with GRADIENT its weighted gradient. MODE is the loss, see MODES."""
@@ -61,7 +76,6 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
     Target += target_row * vocab
     lse_draft, lse_full = tl.load(LseDraft + target_row), tl.load(LseFull + target_row)
     columns = tl.arange(0, BLOCK)
-
     # First reading. Each of BLOCK lanes keeps its own running max, its place, and its sum of exp(z - max).
     peaks = tl.load(Logits + columns, mask=columns < vocab, other=float("-inf"))
     places = columns
@@ -74,13 +88,11 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
         places = tl.where(higher, start + columns, places)
         peaks = tl.maximum(peaks, z)
     peak = tl.max(peaks, 0)
-    # The first column that has the maximum. A row of NaN equals nothing: the result must still be a valid
-    # column, because the caller looks it up.
+    # The first column that has the maximum. For a row of NaN still a valid column: the caller looks it up.
     best = tl.min(tl.where(peaks == peak, places, vocab - 1), 0)
     lse = peak + tl.log(tl.sum(totals * tl.exp(peaks - peak), 0))
 
-    # Second reading. q' = q * full_share, as exp(t - lse_full) = exp(t - lse_draft) * exp(lse_draft -
-    # lse_full).
+    # Second reading. q' = q * full_share, as exp(t - lse_full) = exp(t - lse_draft) * exp(lse_draft - lse_full).
     mix, weight = tl.load(Mix + row), tl.load(Weight + row)
     full_share = tl.exp(lse_draft - lse_full)
     label_dots = tl.zeros([BLOCK], dtype=tl.float32)
@@ -91,8 +103,7 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
         z = tl.load(Logits + start + columns, mask=real, other=float("-inf"))
         t = tl.load(Target + start + columns, mask=real, other=float("-inf"))
         p, q = tl.exp(z - lse), tl.exp(t - lse_draft)
-        # The product saves an exponential, but the mask p < q' of other gradients needs q' without its
-        # rounding.
+        # The product saves an exponential, but the mask p < q' of other gradients needs q' unrounded.
         q_full = q * full_share if MODE == 0 else tl.exp(t - lse_full)
         label_dots += tl.where(real, q * z, 0.0)
         alphas += tl.minimum(p, q_full)
@@ -106,19 +117,14 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
     tl.store(Alpha + row, alpha)
     tl.store(Best + row, best)
 
-    # Third reading: dalpha/dz = p * (m - m.p), now that m.p (below_sum) and alpha are known.
+    # Third reading, now that sum_v [p < q'] p (below_sum) and alpha are known.
     if GRADIENT and MODE > 0:
         below_sum = tl.sum(below, 0)
         for start in tl.range(0, vocab, BLOCK):
             real = start + columns < vocab
             z = tl.load(Logits + start + columns, mask=real, other=float("-inf"))
             t = tl.load(Target + start + columns, mask=real, other=float("-inf"))
-            p, q = tl.exp(z - lse), tl.exp(t - lse_draft)
-            d_alpha = p * (tl.where(p < tl.exp(t - lse_full), 1.0, 0.0) - below_sum)
-            if MODE == 1:  # noqa: SIM108 (a constexpr branch, not a value)
-                d = -d_alpha / alpha
-            else:
-                d = mix * (p - q) - (1 - mix) * d_alpha
+            d = _acceptance_gradient(z, t, lse, lse_draft, lse_full, below_sum, alpha, mix, MODE)
             to = DLogits + row * vocab + start + columns
             tl.store(to, (d * weight).to(DLogits.dtype.element_ty), mask=real)
 
