@@ -1,4 +1,4 @@
-"""Attention with cuDNN for large rectangles and causal squares, and Triton for the other keys and the diagonals.
+"""Attention with cuDNN for large rectangles and causal squares, with Triton for other keys and diagonals.
 
 cuDNN is called through aten, whose ops return and accept lse. attention_partition.py decides which rows and
 keys go to which kernel. The results of several kernels for one row are merged by log-sum-exp; in the backward
@@ -31,7 +31,9 @@ class CudnnBackend(TritonBackend):
         super().__init__(head_dim, programs)
         self.forward_partition, self.backward_partition = forward_partition, backward_partition
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """See ``AttentionBackend``."""
         groups = self.forward_partition.for_heads(q.shape[1]).groups(bounds)
         done = [self._group_forward(q[g.start : g.stop], k, v, bounds, g, scale) for g in groups]
@@ -58,8 +60,8 @@ class CudnnBackend(TritonBackend):
             q = _pad(q, group.size + group.padding)
             # The square's keys may end before the padded rows do: pad them too. Causality hides the padding
             # from real rows, and results of padded rows are dropped.
-            own_k, own_v = (_pad(x[group.square : group.square + len(q)], len(q)) for x in (k, v))
-            out, lse = _cudnn_forward(q, own_k, own_v, True, scale)
+            keys = slice(group.square, group.square + len(q))
+            out, lse = _cudnn_forward(q, *(_pad(x[keys], len(q)) for x in (k, v)), True, scale)
         out = out.to(_sum_dtype(group, q))
         for r in group.rectangles:
             rows, keys = slice(r.start, r.stop), slice(r.first_key, r.last_key)
@@ -78,8 +80,8 @@ class CudnnBackend(TritonBackend):
             dout, q, out = (_pad(x, group.size + group.padding) for x in (dout, q, out))
             lse = _pad(lse, len(q), torch.inf)  # p = exp(s - inf) = 0: padded rows add nothing to dk and dv
             keys = slice(group.square, group.square + len(q))
-            own_k, own_v = (_pad(x[keys], len(q)) for x in (k, v))
-            dq, *gradients = _cudnn_backward(dout, q, own_k, own_v, out, lse, True, scale)
+            own_kv = (_pad(x[keys], len(q)) for x in (k, v))  # no names: the copies are freed after the call
+            dq, *gradients = _cudnn_backward(dout, q, *own_kv, out, lse, True, scale)
             add_into(dk[keys], dv[keys], *(g[: len(dk[keys])] for g in gradients))
         dq = dq.to(_sum_dtype(group, q))
         for r in group.rectangles:
@@ -107,7 +109,7 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
 
 
 def _sum_dtype(group: RowGroup, q: Tensor) -> torch.dtype:
-    """Return the dtype of partial sums: float32 if many rectangles are added, as each sum would be rounded."""
+    """Return the dtype of partial sums: float32 if many are added, because each sum is rounded."""
     return torch.float32 if len(group.rectangles) > FEW_RECTANGLES else q.dtype
 
 
@@ -132,8 +134,9 @@ def _cudnn_backward(
     # Without dropout the random seed and offset are not read. lse must be dense [1, Hq, N, 1].
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *(_heads_first(x) for x in (dout, q, k, v, out)), lse.t().contiguous().view(1, q.shape[1], q.shape[0], 1),
-        seed, seed, None, None, None, q.shape[0], k.shape[0], 0.0, causal, scale=scale,
+        *(_heads_first(x) for x in (dout, q, k, v, out)),
+        lse.t().contiguous().view(1, q.shape[1], q.shape[0], 1), seed, seed, None, None, None,
+        q.shape[0], k.shape[0], 0.0, causal, scale=scale,
     )  # fmt: skip
     dq, dk, dv = (g.squeeze(0).transpose(0, 1) for g in grads)
     return dq, dk, dv

@@ -1,8 +1,8 @@
-"""Every size of a draft model in one frozen object: what a checkpoint's config.json says, and nothing about training."""
+"""The architecture of a draft in one frozen object: the sizes and switches of a checkpoint's config.json."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.config.sections import RopeScaling
@@ -12,8 +12,10 @@ from eagle_ds.config.sections import RopeScaling
 class DraftArch:
     """An EAGLE-3 draft: one decoder layer over fused target states (arXiv:2503.01840).
 
-    ``norm_before_fc``: one RMSNorm over the A*H wide concatenation; ``fc_norm``: one RMSNorm for each auxiliary state
-    (EAGLE-3.1); ``norm_output``: the normed state, not the raw one, is handed to the next step (EAGLE-3.1).
+    Attributes:
+        norm_before_fc: one RMSNorm over the concatenated auxiliary states [A*H].
+        fc_norm: one RMSNorm for each auxiliary state [H] (EAGLE-3.1).
+        norm_output: the next TTT step starts from the normed state (EAGLE-3.1).
     """
 
     hidden_size: int
@@ -37,30 +39,17 @@ class DraftArch:
 
     @property
     def trains_embedding(self) -> bool:
-        """With D != H the draft has an embedding of its own; otherwise it shares the target's, frozen."""
+        """Whether the draft has an embedding of its own (D != H) instead of the target's, frozen."""
         return self.hidden_size != self.target_hidden_size
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> DraftArch:
-        """The architecture that a recipe asks for."""
-        draft = recipe.draft
+        """Return the architecture that a recipe asks for."""
+        draft, target = recipe.draft, recipe.target
+        # Settings with the same name in the recipe's draft section; the others are given below.
+        shared = {f.name: getattr(draft, f.name) for f in fields(cls) if f.name in type(draft).model_fields}
         return cls(
-            hidden_size=draft.hidden_size,
-            intermediate_size=draft.intermediate_size,
-            num_attention_heads=draft.num_attention_heads,
-            num_key_value_heads=draft.num_key_value_heads,
-            head_dim=draft.head_dim,
-            draft_vocab_size=draft.vocab_size,
-            target_hidden_size=recipe.target.hidden_size,
-            target_vocab_size=recipe.target.vocab_size,
-            max_position_embeddings=recipe.data.max_length,
-            rope_theta=draft.rope_theta,
-            rope_scaling=draft.rope_scaling,
-            rms_norm_eps=draft.rms_norm_eps,
-            num_aux=len(recipe.target.aux_ids),
-            sliding_window=draft.sliding_window,
-            attention_bias=draft.attention_bias,
-            fc_norm=draft.fc_norm,
-            norm_output=draft.norm_output,
-            norm_before_fc=draft.norm_before_fc,
-        )
+            **shared, draft_vocab_size=draft.vocab_size, target_hidden_size=target.hidden_size,
+            target_vocab_size=target.vocab_size, max_position_embeddings=recipe.data.max_length,
+            num_aux=len(target.aux_ids),
+        )  # fmt: skip

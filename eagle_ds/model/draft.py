@@ -1,8 +1,8 @@
-"""The EAGLE-3 draft (arXiv:2503.01840): building blocks, and the test-time-training unroll over them.
+"""The EAGLE-3 draft (arXiv:2503.01840): its modules, and the test-time-training (TTT) unroll over them.
 
-Parameter names are the serving engines' own, but for the head, whose norm and matrix live in one module
-(``head.norm_weight`` is served as ``norm.weight``, ``head.weight`` as ``lm_head.weight``) because the fused loss reads
-both, and ZeRO-3 gathers parameters module by module.
+Parameter names are those of the serving engines, except in the head: ``head.norm_weight`` is served as
+``norm.weight`` and ``head.weight`` as ``lm_head.weight``. The fused loss reads both, and ZeRO-3 gathers
+parameters module by module, so they are in one module.
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.sharding.tiles import tile_rows
 
 HeadLoss = Callable[[list[Tensor], Tensor, Tensor, float], Any]
-"""(T states [N, D], norm weight [D], head weight [Vd, D], eps) -> a differentiable loss and what goes with it."""
+"""(T states [N, D], norm weight [D], head weight [Vd, D], eps) -> (differentiable loss, sums for the log)."""
 
 WeightAndBias = tuple[Tensor, Tensor | None]
-"""(weight, bias or None) of projections, one below the other: copies that outlive their modules' calls."""
+"""Copies of (weight, bias or None) of several projections, concatenated by rows."""
 
 Recompute = Literal["none", "selective", "mlp", "full"]
-"""What is computed again in the backward: nothing; everything but matmuls, whose results are kept; the MLP and output
-projection; also K_0 and V_0 of the context rows, and queries are exchanged again. Of the steps' own q, k and v nothing is ever
-computed again but a norm."""
+"""What the backward recomputes. Per-step q, k and v are never recomputed; only their input norm is.
+
+    none       nothing
+    selective  everything except the results of matmuls
+    mlp        the output projection and the MLP
+    full       the same, and K_0/V_0 of the context rows; queries are exchanged between ranks again
+"""
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -82,7 +86,7 @@ class SharedEmbedding(nn.Module):
         self.register_buffer("weight", torch.zeros(vocab_size, width), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """int64 [...] -> [..., width]."""
+        """Look up int64 ids [...]; return [..., width]."""
         return F.embedding(ids, self.weight)
 
 
@@ -100,9 +104,10 @@ class DraftAttention(nn.Module):
         self.frequencies, self.rope_factor = inverse_frequencies(d, arch.rope_theta, arch.rope_scaling)
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin) [M, 1, d/2] for int64 positions [M], float32 (float64 for float64 models)."""
+        """Return (cos, sin) [M, 1, d/2] for int64 positions [M]: float64 for float64 models, else float32."""
         self.frequencies = self.frequencies.to(positions.device)
-        return rotation(positions, self.frequencies, self.rope_factor, torch.promote_types(dtype, torch.float32))
+        angle_dtype = torch.promote_types(dtype, torch.float32)
+        return rotation(positions, self.frequencies, self.rope_factor, angle_dtype)
 
     def copy_projections(self) -> WeightAndBias:
         """Return copies of weight [(Hq + 2 Hkv) d, 2D] and bias of q, k and v, concatenated by rows."""
@@ -111,7 +116,7 @@ class DraftAttention(nn.Module):
         return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
     def project_q(self, z: Tensor, positions: Tensor) -> Tensor:
-        """z [M, 2D] -> rotated queries [M, Hq, d]."""
+        """Map z [M, 2D] to rotated queries [M, Hq, d]."""
         q = self.q_proj(z).unflatten(-1, (self.heads, self.head_dim))
         return operations_for(q).rope(q, *self.rotation(positions, q.dtype))
 
@@ -140,15 +145,16 @@ class DraftMLP(nn.Module):
         self.down_proj = ResidualLinear(arch.intermediate_size, arch.hidden_size, bias=False)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x and what the result is added to, [M, D] -> [M, D]."""
+        """Return residual + MLP(x), each [M, D]."""
         gate, x = self.gate_proj(x)
-        # Nobody else reads gate and up, so their gradients overwrite them: two tensors [M, I] less at the peak.
+        # Nothing else reads gate and up, so their gradients overwrite them: two tensors [M, I] less at the
+        # peak.
         product = operations_for(gate).swiglu(gate, self.up_proj(x), overwrite=True)
         return self.down_proj(product, residual)
 
 
 class DraftLayer(nn.Module):
-    """The decoder layer, cut where attention goes: ``qkv_input`` before it, ``finish`` after it."""
+    """The decoder layer without its attention: ``qkv_input`` comes before it, ``finish`` after."""
 
     def __init__(self, arch: DraftArch) -> None:
         super().__init__()
@@ -166,7 +172,8 @@ class DraftLayer(nn.Module):
     def qkv_input(self, embedding: Tensor, state: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return z [M, 2D] = [norm(e) ; norm(g)] for the state g [M, D].
 
-        e is ``embedding`` [M, D] or, with ``ids`` [M], the rows ``ids`` of a frozen table ``embedding`` [V, D].
+        e is ``embedding`` [M, D] or, with ``ids`` [M], the rows ``ids`` of a frozen table ``embedding`` [V,
+        D].
         """
         width = state.shape[-1]
         z = state.new_empty(*state.shape[:-1], 2 * width)
@@ -177,13 +184,16 @@ class DraftLayer(nn.Module):
         return self.hidden_norm.write_into(z, width, state)
 
     def finish(self, state: Tensor, attended: Tensor) -> Tensor:
-        """State g_k [M, D] and attention output [M, Hq, d] -> g_{k+1} [M, D]; both residuals are un-normed states."""
+        """Map state g_k [M, D] and attention output [M, Hq, d] to g_{k+1} [M, D].
+
+        Both residuals are states before their norm.
+        """
         state = self.self_attn.o_proj(attended.flatten(1), state)
         return self.mlp(self.post_attention_layernorm(state), state)
 
 
 class DraftHead(nn.Module):
-    """Final norm and draft-vocabulary matrix. With ``norm_output`` the states that reach it are normed already."""
+    """Final norm and the matrix to the draft vocabulary."""
 
     def __init__(self, arch: DraftArch) -> None:
         super().__init__()
@@ -193,20 +203,23 @@ class DraftHead(nn.Module):
         nn.init.normal_(self.weight, std=arch.hidden_size**-0.5)
 
     def norm(self, state: Tensor) -> Tensor:
-        """[M, D] -> [M, D]."""
+        """Apply the final norm to states [M, D]."""
         return _rms_norm(state, self.norm_weight, self.eps)
 
     def logits(self, state: Tensor) -> Tensor:
-        """Un-normed state [M, D] -> logits [M, Vd]."""
+        """Return logits [M, Vd] of states [M, D] before the final norm."""
         return F.linear(self.norm(state), self.weight)
 
     def forward(self, states: list[Tensor], loss: HeadLoss) -> Any:
-        """``loss(states, norm_weight, weight, eps)`` over the T un-normed states [N, D] of the unroll."""
+        """Return ``loss(states, norm_weight, weight, eps)`` for the T states [N, D] of the unroll.
+
+        A call of this module, so that ZeRO-3 gathers both weights for the loss.
+        """
         return loss(states, self.norm_weight, self.weight, self.eps)
 
 
 class Eagle3Draft(nn.Module):
-    """The draft. ``forward`` runs one micro-batch of test-time training; the other methods are its parts."""
+    """The draft. ``forward`` runs one micro-batch of test-time training: `unroll`, then the head's loss."""
 
     def __init__(self, arch: DraftArch) -> None:
         super().__init__()
@@ -220,14 +233,15 @@ class Eagle3Draft(nn.Module):
         if arch.norm_before_fc:
             self.input_norm = RMSNorm(width, arch.rms_norm_eps)
         if arch.fc_norm:
-            self.fc_norm = nn.ModuleList(RMSNorm(arch.target_hidden_size, arch.rms_norm_eps) for _ in range(arch.num_aux))
+            norms = (RMSNorm(arch.target_hidden_size, arch.rms_norm_eps) for _ in range(arch.num_aux))
+            self.fc_norm = nn.ModuleList(norms)
         self.fc = nn.Linear(width, arch.hidden_size, bias=False)
         self.midlayer = DraftLayer(arch)
         self.head = DraftHead(arch)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal init of the linear layers, scaled by fan-in as target models' own are."""
+        """Initialise linear layers from a normal distribution with standard deviation 1 / sqrt(fan-in)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
@@ -235,7 +249,7 @@ class Eagle3Draft(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def fuse(self, aux: Tensor) -> Tensor:
-        """Auxiliary states [M, A*H] -> g_0 [M, D]."""
+        """Map auxiliary states [M, A*H] of the target to g_0 [M, D]."""
         if self.arch.norm_before_fc:
             aux = self.input_norm(aux)
         if self.arch.fc_norm:
@@ -244,123 +258,140 @@ class Eagle3Draft(nn.Module):
         return self.fc(aux)
 
     def next_state(self, state: Tensor) -> Tensor:
-        """Output of the layer -> what the next step starts from (EAGLE-3.1 norms it)."""
+        """Map the layer's output g [M, D] to the next TTT step's input; EAGLE-3.1 norms it."""
         return self.head.norm(state) if self.arch.norm_output else state
 
     def forward(
-        self, batch: Batch, prefix: PrefixAttention, loss: HeadLoss, recompute: Recompute = "none", offload: ActivationOffload | None = None
-    ) -> Any:
-        """What ``loss`` makes of the T states of one micro-batch. Collective over the sequence-parallel group."""
+        self, batch: Batch, prefix: PrefixAttention, loss: HeadLoss, recompute: Recompute = "none",
+        offload: ActivationOffload | None = None,
+    ) -> Any:  # fmt: skip
+        """Return ``loss`` of the T states of one micro-batch. Collective over the sequence-parallel group."""
         return self.head(self.unroll(batch, prefix, recompute, offload), loss)
 
     def unroll(
-        self, batch: Batch, prefix: PrefixAttention, recompute: Recompute = "none", offload: ActivationOffload | None = None
-    ) -> list[Tensor]:
-        """[g_1 .. g_T] of the query rows, each [N, D], before the final norm. K_0/V_0 are computed for context rows only.
+        self, batch: Batch, prefix: PrefixAttention, recompute: Recompute = "none",
+        offload: ActivationOffload | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """Return [g_1 .. g_T] of the query rows, each [N, D], before the final norm. Collective.
 
-        With ``offload``, what all of it leaves for the backward goes to host memory, but for the batch's own rows."""
+        With ``offload`` the tensors saved for the backward go to host memory, except the batch's own.
+        """
         fused = self.fuse(batch.aux)
         if offload is None:
-            return self._unroll(batch, prefix, fused, recompute)
+            return self._unroll(batch, prefix, fused, recompute, lambda *_: None)
         with offload.saving():
             return self._unroll(batch, prefix, fused, recompute, offload.stay)
 
     def _unroll(
-        self, batch: Batch, prefix: PrefixAttention, fused: Tensor, recompute: Recompute, stay: Callable[..., None] | None = None
-    ) -> list[Tensor]:
-        """``stay`` is told of the weights lent, and of the diagonal keys and values, all of which the last step's backward reads first."""
-        again = "none" if recompute == "mlp" else recompute
+        self, batch: Batch, prefix: PrefixAttention, fused: Tensor, recompute: Recompute,
+        stay: Callable[..., None],
+    ) -> list[Tensor]:  # fmt: skip
+        """Run all TTT steps.
+
+        ``stay(*tensors)`` keeps tensors on the device: those that the last step's backward reads first.
+        """
+        # Copy the projections' weights once: all TTT steps use them, outside of their modules' calls
+        # (ZeRO-3).
         weights = self.midlayer.copy_weights()
-        if stay:
-            stay(weights.weight)
-        keys_at = self.arch.num_attention_heads * self.arch.head_dim
-        kv_weights = weights.weight[keys_at:], None if weights.bias is None else weights.bias[keys_at:]
-        rows = (_pick(fused, batch.context_index), batch.context_ids, batch.context_positions)
-        backward_token = prefix.share_keys(*self._in_tiles(again, partial(self.context_kv, kv_weights), *rows))
+        stay(weights.weight)
+        # K_0/V_0 of all context rows, computed with the rows of k and v in the concatenated weights, and sent
+        # once.
+        q_rows = self.arch.num_attention_heads * self.arch.head_dim
+        kv_weights = weights.weight[q_rows:], None if weights.bias is None else weights.bias[q_rows:]
+        rows = (_select(fused, batch.context_index), batch.context_ids, batch.context_positions)
+        kv_recompute = "none" if recompute == "mlp" else recompute
+        project_kv = partial(self.context_kv, kv_weights)
+        backward_token = prefix.share_keys(*self._in_tiles(kv_recompute, project_kv, *rows))
+        # The token half of q, k and v, computed once for all steps (projections.py). It has a backward token
+        # too.
         project = self._step_projections(batch)
-        begun = project.begin(*self._tokens(batch.token_ids), weights)
-        state, states, diagonals = _pick(fused, batch.query_index), [], []
+        projection_token = project.begin(*self._tokens(batch.token_ids), weights)
+        # From here on only query rows: step k maps g_k to g_{k+1}, and its keys join the diagonals of later
+        # steps.
+        state, states, diagonals = _select(fused, batch.query_index), [], []
         for step in range(batch.sharding.ttt_steps):
-            q, *kv = project(begun, step, state)
+            q, *kv = project(projection_token, step, state)
             diagonals += kv
-            if stay:
-                stay(*kv)
+            stay(*kv)
             attended = prefix.attend(backward_token, step, q, diagonals)
-            raw = self._finish(state, attended, recompute)
-            states.append(raw)
-            state = self.next_state(raw)
+            states.append(self._finish(state, attended, recompute))
+            state = self.next_state(states[-1])
         return states
 
     def _step_projections(self, batch: Batch) -> StepProjections:
         arch, attention = self.arch, self.midlayer.self_attn
         return StepProjections(
-            batch.token_index,
-            batch.query_positions,
-            partial(attention.rotation, dtype=self.fc.weight.dtype),
-            query_heads=arch.num_attention_heads,
-            kv_heads=arch.num_key_value_heads,
-            head_dim=arch.head_dim,
+            batch.token_index, batch.query_positions, partial(attention.rotation, dtype=self.fc.weight.dtype),
+            query_heads=arch.num_attention_heads, kv_heads=arch.num_key_value_heads, head_dim=arch.head_dim,
             eps=arch.rms_norm_eps,
-        )
+        )  # fmt: skip
 
     def _tokens(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(embeddings [M, D], None), or (a frozen table, the rows ``ids`` [M] of it)."""
+        """Return (embeddings [M, D], None), or for a frozen table (the table, ``ids`` [M])."""
         if isinstance(self.embed_tokens, SharedEmbedding):
             return self.embed_tokens.weight, ids
         return self.embed_tokens(ids), None
 
-    def _run(self, recompute: Recompute, function: Callable[..., Any], *inputs: Any, unread: int | None = None) -> Any:
-        """Call ``function``, keeping for the backward all that autograd wants, its matmuls' results, or its inputs alone.
+    def _in_tiles(
+        self, recompute: Recompute, function: Callable[..., tuple[Tensor, ...]], *rows: Tensor,
+        unread: int | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Return ``function(*rows)`` for [M, ...] inputs and outputs; with recomputation, tile by tile.
 
-        ``unread``: the matmul that sums over so many numbers has a result that no backward reads.
+        Only one tile is recomputed at a time, so intermediate tensors (z, the MLP's) never exist for all
+        rows.
+
+        Args:
+            recompute: what is kept for the backward: everything ("none"), the inputs and the results of
+            matmuls
+                ("selective"), or only the inputs.
+            function: called once for each tile.
+            rows: inputs with the same M.
+            unread: size of the inner dimension of the matmul whose result no backward reads, so that
+                "selective" need not keep it.
         """
         if recompute == "none":
-            return function(*inputs)
-        contexts = partial(create_selective_checkpoint_contexts, _all_matmuls_but(unread))
-        context = {"context_fn": contexts} if recompute == "selective" else {}
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **context)
-
-    def _in_tiles(
-        self, recompute: Recompute, function: Callable[..., tuple[Tensor, ...]], *rows: Tensor, unread: int | None = None
-    ) -> tuple[Tensor, ...]:
-        """``function`` of [M, ...] tensors to [M, ...] tensors. What is recomputed is so a tile of rows at a time, so that neither
-        the width of the MLP nor that of z ever meets all rows."""
-        if recompute == "none":
             return function(*rows)
-        tiles = zip(*(x.split(tile_rows(len(x))) for x in rows), strict=True)
-        done = [self._run(recompute, function, *tile, unread=unread) for tile in tiles]
+        contexts = partial(create_selective_checkpoint_contexts, _save_matmuls_except(unread))
+        options = {"context_fn": contexts} if recompute == "selective" else {}
+        # Non-reentrant: the reentrant kind would fire a parameter's gradient hooks T times, which breaks
+        # ZeRO.
+        run = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
+        done = [run(*tile) for tile in zip(*(x.split(tile_rows(len(x))) for x in rows), strict=True)]
         return done[0] if len(done) == 1 else tuple(torch.cat(parts) for parts in zip(*done, strict=True))
 
     def _finish(self, state: Tensor, attended: Tensor, recompute: Recompute) -> Tensor:
-        """The layer's second half."""
-        again: Recompute = "full" if recompute == "mlp" else recompute
-        return self._in_tiles(again, self._finished, state, attended, unread=self.arch.intermediate_size)[0]
+        """Apply the layer's second half; nothing reads the result of ``down_proj`` in the backward."""
+        mode: Recompute = "full" if recompute == "mlp" else recompute
+        return self._in_tiles(mode, self._finish_tile, state, attended, unread=self.arch.intermediate_size)[0]
 
-    def _finished(self, state: Tensor, attended: Tensor) -> tuple[Tensor]:
+    def _finish_tile(self, state: Tensor, attended: Tensor) -> tuple[Tensor]:
         return (self.midlayer.finish(state, attended),)
 
     def qkv_input(self, ids: Tensor, state: Tensor) -> Tensor:
-        """z [M, 2D] of the tokens ``ids`` [M] and states [M, D]."""
+        """Return z [M, 2D] for the tokens ``ids`` [M] and states [M, D]."""
         tokens, rows = self._tokens(ids)
         return self.midlayer.qkv_input(tokens, state, rows)
 
     def context_kv(
         self, kv_weights: WeightAndBias, state: Tensor, ids: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """K_0, V_0 [M, Hkv, d] of rows with fused states [M, D] and next tokens ``ids`` [M]."""
+        """Return K_0 and V_0 [M, Hkv, d] of rows with fused states [M, D] and next tokens ``ids`` [M]."""
         return self.midlayer.self_attn.project_kv(self.qkv_input(ids, state), positions, kv_weights)
 
 
-def _pick(rows: Tensor, index: Tensor | None) -> Tensor:
-    """Some of the rows; no index means all of them, in place."""
+def _select(rows: Tensor, index: Tensor | None) -> Tensor:
+    """Return ``rows[index]``, or ``rows`` itself, without a copy, if there is no index."""
     return rows if index is None else rows[index]
 
 
-def _all_matmuls_but(inner: int | None) -> Callable[..., CheckpointPolicy]:
-    """Policy of selective recomputation: keep matmuls' results, but those of one that sums over ``inner``."""
+def _save_matmuls_except(inner: int | None) -> Callable[..., CheckpointPolicy]:
+    """Return a checkpoint policy: save results of matmuls, except those with inner dimension ``inner``."""
+    matmuls = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
     def policy(_context: Any, op: Any, *inputs: Any, **_options: Any) -> CheckpointPolicy:
-        matmul = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        return CheckpointPolicy.MUST_SAVE if matmul and inputs[-1].shape[0] != inner else CheckpointPolicy.PREFER_RECOMPUTE
+        # The last input of mm and addmm is the right matrix [inner, out].
+        save = op in matmuls and inputs[-1].shape[0] != inner
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy

@@ -1,13 +1,22 @@
-"""q, k and v of the query rows at every TTT step, W [norm(e) ; norm(g)] = W_e norm(e) + W_g norm(g), with nothing made twice.
+"""q, k and v of the query rows at every TTT step, with the token's part computed once.
 
-e is the embedding of one token, and row p of step k reads token p+1+k: the same one as row p+1 of step k-1, through the same W_e.
-So W_e norm(e) is made once a token, before the first step, and the matmul of a step adds its own half to the rows that it picks
-there. Of all matmul work of an 8B draft that saves 5.4%. The way back is alike:
+The projections read z = [norm(e) ; norm(g)], so W z = W_e norm(e) + W_g norm(g). e is the embedding of one
+token. Row p of step k reads token p+1+k, the same one as row p+1 of step k-1, through the same W_e. So W_e
+norm(e) is computed once for each token, before the first step, into a table [tokens, (Hq + 2 Hkv) d]. A step
+picks its rows of the table, adds W_g norm(g_k), and rotates. For an 8B draft this saves 5.4% of all matmul
+work.
 
-    d (W_e norm(e)) [t] = sum over k of dqkv_k [t-1-k]        added up in float32; then one matmul each for dW_e and d norm(e)
-    dW_g                = sum over k of dqkv_k^T norm(g_k)    added up in float32 by the matmuls that make it
+Backward. Write dqkv_k for the gradient of step k before the rotation. Token t is read by row t-1-k of step k,
+so
 
-Of a step only g_k is kept for that: its norm is made again, and what a rotation did is undone by one back.
+    d table[t]  = sum over k of dqkv_k[t-1-k]
+    dW_e        = d table^T norm(e),   d norm(e) = d table W_e      once, after the backward of all steps
+    dW_g        = sum over k of dqkv_k^T norm(g_k)
+    d norm(g_k) = dqkv_k W_g
+
+The sums over k are kept in float32: `_Step.backward` adds to them, and `_Begin.backward` finishes them. A
+backward token (model/ttt.py) orders the two. A step saves g_k only: norm(g_k) is recomputed, and the rotation
+of a gradient is undone by rotating back, so q and k are not needed.
 """
 
 from __future__ import annotations
@@ -25,7 +34,7 @@ from eagle_ds.sharding.tiles import tile_rows
 
 
 class ProjectionWeights(NamedTuple):
-    """What a layer projects with: q, k and v one below the other, and the norms in front of both halves of their input."""
+    """Weights of q, k and v, concatenated by rows, and of the norms of both halves of their input."""
 
     weight: Tensor  # [(Hq + 2 Hkv) d, 2D]
     bias: Tensor | None  # [(Hq + 2 Hkv) d]
@@ -34,9 +43,12 @@ class ProjectionWeights(NamedTuple):
 
 
 class StepProjections:
-    """The projections of one micro-batch: ``begin``, then the steps in order, once each.
+    """The projections of one micro-batch: call ``begin``, then each step in order, once.
 
-    ``token_index``: int64 [T, N], which token row p of step k reads. ``rotation``: int64 positions -> (cos, sin).
+    Args:
+        token_index: int64 [T, N]; row p of step k reads token ``token_index[k, p]``.
+        positions: RoPE positions of the query rows at step 0, int64 [N].
+        rotation: maps int64 positions to (cos, sin).
     """
 
     def __init__(
@@ -45,37 +57,46 @@ class StepProjections:
     ) -> None:  # fmt: skip
         self.token_index, self.positions, self.rotation = token_index, positions, rotation
         self.query_heads, self.kv_heads, self.head_dim, self.eps = query_heads, kv_heads, head_dim, eps
-        self.table: Tensor | None = None  # W_e norm(e), until the last step has read it
-        self._weights: ProjectionWeights | None = None  # until the last backward
+        self.table: Tensor | None = None  # W_e norm(e), freed by the last step
+        self._weights: ProjectionWeights | None = None  # freed by the last backward
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None
         self._tokens = 0
         self.operations: type[PlainOperations] = PlainOperations  # chosen in ``begin``
 
     def begin(self, tokens: Tensor, rows: Tensor | None, weights: ProjectionWeights) -> Tensor:
-        """Make every token's half, from embeddings ``tokens`` [M, D] or from the ``rows`` (int64 [M]) of a table that learns nothing.
+        """Compute the table, and return the backward token that every step needs.
 
-        Returns a scalar that ties the steps to this call in the autograd graph: pass it to each of them."""
+        Args:
+            tokens: embeddings [M, D], or a frozen table (no gradient).
+            rows: int64 [M], rows of the frozen table; None if ``tokens`` are embeddings.
+            weights: differentiable copies.
+        """
         self._weights = ProjectionWeights(*(w if w is None else w.detach() for w in weights))
         self.operations = operations_for(weights.weight)
         self._tokens = len(tokens if rows is None else rows)
         return _Begin.apply(self, tokens, rows, *weights)
 
     def __call__(self, backward_token: Tensor, step: int, state: Tensor) -> tuple[Tensor, ...]:
-        """States g_k [N, D] -> rotated queries [N, Hq, d], and from step 1 on the row's diagonal: a rotated key and a plain value, each
-        [N, Hkv, d]. The keys of step 0 are among K_0."""
+        """Return rotated queries [N, Hq, d] for states g_k [N, D].
+
+        From step 1 on also the rows' diagonal: rotated keys and plain values, each [N, Hkv, d]. (The keys of
+        step 0 are among K_0.)
+        """
         return _Step.apply(self, step, backward_token, state)
 
     def heads(self, step: int) -> list[int]:
-        """Heads of q, or of q, k and v."""
+        """Return the numbers of heads of q at step 0, of q, k and v later."""
         return [self.query_heads, self.kv_heads, self.kv_heads][: 3 if step else 1]
 
     def split(self, raw: Tensor) -> list[Tensor]:
-        """Columns of one or three projections [n, *] -> views [n, heads, d]."""
+        """View the columns of one or three projections [n, *] as tensors [n, heads, d]."""
         heads = self.heads(raw.shape[1] > self.query_heads * self.head_dim)
         return list(raw.unflatten(-1, (sum(heads), self.head_dim)).split(heads, 1))
 
-    def rotate(self, to: list[Tensor], parts: list[Tensor], step: int, rows: slice, *, back: bool = False) -> None:
-        """Queries and keys of ``rows`` rotated for ``step``, or back, and values as they are."""
+    def rotate(
+        self, to: list[Tensor], parts: list[Tensor], step: int, rows: slice, *, back: bool = False
+    ) -> None:
+        """Write q and k of ``rows``, rotated for ``step`` or back, and v unchanged."""
         angles = self.rotation(self.positions[rows] + step)
         for y, x in zip(to[:2], parts[:2], strict=True):
             self.operations.rotate_into(y, x, *angles, back=back)
@@ -84,13 +105,15 @@ class StepProjections:
 
     @property
     def weights(self) -> ProjectionWeights:
-        """As they were in ``begin``."""
-        assert self._weights is not None, "begin first; a second backward finds nothing"
+        """The weights given to ``begin``."""
+        assert self._weights is not None, "call begin first; a second backward finds nothing"
         return self._weights
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the steps' backwards add to, in float32 at least, made by the first: gradients of the table [M, (Hq + 2 Hkv) d], of
-        W_g, and of the norm in front of it."""
+        """Return the sums over steps, in float32 at least: d table, dW_g, and d of the state norm's weight.
+
+        Allocated by the first backward of a step: by then the loss has freed its memory.
+        """
         if self._sums is None:
             weight = self.weights.weight
             columns, width = weight.shape
@@ -99,7 +122,7 @@ class StepProjections:
         return self._sums
 
     def norm_tokens(self, tokens: Tensor, rows: Tensor | None, tile: slice) -> Tensor:
-        """Return norm(e) [tile, D] of one tile of the tokens."""
+        """Return norm(e) [n, D] for one tile of n tokens."""
         norm = self.weights.token_norm
         if rows is None:
             return self.operations.rms_norm(tokens[tile], norm, self.eps)
@@ -108,15 +131,21 @@ class StepProjections:
         return self.operations.norm_rows_into(normed, 0, tokens, ids, norm, self.eps)
 
     def end(self) -> None:
-        """Let go of weights and sums."""
+        """Free weights and sums."""
         self._weights = self._sums = None
 
 
 class _Begin(torch.autograd.Function):
-    """The table out in forward; in backward, which autograd runs after every step's, the gradients that they have added up."""
+    """Forward: compute the table. Backward: dW_e and d norm(e), and return what the steps have summed.
+
+    The result is the backward token, so autograd runs this backward after those of all steps.
+    """
 
     @staticmethod
-    def forward(ctx: Any, steps: StepProjections, tokens: Tensor, rows: Tensor | None, *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, steps: StepProjections, tokens: Tensor, rows: Tensor | None, *_parameters: Tensor | None
+    ) -> Tensor:
+        # The parameters are inputs for autograd's sake; the values come from ``steps.weights``.
         weight, bias, norm, _ = steps.weights
         first = weight[:, : len(norm)]
         steps.table = weight.new_empty(len(tokens if rows is None else rows), len(weight))
@@ -124,40 +153,47 @@ class _Begin(torch.autograd.Function):
             torch.mm(steps.norm_tokens(tokens, rows, tile), first.t(), out=steps.table[tile])
         if bias is not None:
             steps.table += bias
-        ctx.steps, ctx.table = steps, None if rows is None else tokens  # a table is no activation: nothing to carry away
+        # A frozen table is no activation, so offloading must not see it: keep it as an attribute, and save
+        # its rows.
+        ctx.steps, ctx.table = steps, None if rows is None else tokens
         ctx.save_for_backward(tokens if rows is None else rows)
         return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        tokens, rows = (kept, None) if ctx.table is None else (ctx.table, kept)
-        weight, bias, norm, _ = ctx.steps.weights
-        d_table, d_second, d_state_norm = ctx.steps.sums()
+        (saved,) = ctx.saved_tensors
+        tokens, rows = (saved, None) if ctx.table is None else (ctx.table, saved)
+        steps: StepProjections = ctx.steps
+        weight, bias, norm, _ = steps.weights
+        d_table, d_second, d_state_norm = steps.sums()
         d_first, d_norm = torch.zeros_like(d_second), torch.zeros_like(d_state_norm)
         d_tokens = torch.empty_like(tokens) if ctx.needs_input_grad[1] else None
         for tile in _tiles(len(d_table)):
             d = d_table[tile].to(weight.dtype)
-            ctx.steps.operations.add_product(d_first, d.t(), ctx.steps.norm_tokens(tokens, rows, tile))
+            steps.operations.add_product(d_first, d.t(), steps.norm_tokens(tokens, rows, tile))
             source, ids = (tokens[tile], None) if rows is None else (tokens, rows[tile])
             d_normed, d_part = d @ weight[:, : len(norm)], None if d_tokens is None else d_tokens[tile]
-            d_norm += ctx.steps.operations.rms_norm_gradients(d_normed, source, norm, ctx.steps.eps, ids, dx=d_part)
-        ctx.steps.end()
+            norm_gradients = steps.operations.rms_norm_gradients
+            d_norm += norm_gradients(d_normed, source, norm, steps.eps, ids, dx=d_part)
+        steps.end()
         d_bias = None if bias is None else d_table.sum(0)
         gradients = (torch.cat([d_first, d_second], 1), d_bias, d_norm, d_state_norm)
         return None, d_tokens, None, *(g if g is None else g.to(weight.dtype) for g in gradients)
 
 
 class _Step(torch.autograd.Function):
-    """One step; adds to the sums in backward."""
+    """One TTT step. The backward returns d g_k, and adds to the sums of `StepProjections`."""
 
     @staticmethod
-    def forward(ctx: Any, steps: StepProjections, step: int, backward_token: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-        assert steps.table is not None, "begin, then the steps in order, once each"
+    def forward(
+        ctx: Any, steps: StepProjections, step: int, backward_token: Tensor, state: Tensor
+    ) -> tuple[Tensor, ...]:
+        assert steps.table is not None, "call begin, then each step in order, once"
         weight, _, _, norm = steps.weights
         heads, index = steps.heads(step), steps.token_index[step]
+        # Step 0 needs q only: the first rows of the weights, and the first columns of the table.
         columns = sum(heads) * steps.head_dim
-        second = weight[:columns, len(norm) :]
+        second = weight[:columns, len(norm) :]  # W_g
         made = tuple(state.new_empty(len(state), n, steps.head_dim) for n in heads)
         for tile in _tiles(len(state)):
             raw = steps.operations.take_rows(steps.table, index[tile], columns)
@@ -182,11 +218,14 @@ class _Step(torch.autograd.Function):
             d = state.new_empty(len(x), columns)
             steps.rotate(steps.split(d), [g[tile] for g in gradients], ctx.step, tile, back=True)
             steps.operations.add_rows(d_table, index[tile], d)
-            steps.operations.add_product(d_second[:columns], d.t(), steps.operations.rms_norm(x, norm, steps.eps))
+            # norm(g) is recomputed, and freed as soon as it has been used.
+            own = steps.operations
+            own.add_product(d_second[:columns], d.t(), own.rms_norm(x, norm, steps.eps))
             d_norm += steps.operations.rms_norm_gradients(d @ second, x, norm, steps.eps, dx=d_state[tile])
         return None, None, d_state.new_zeros(()), d_state
 
 
 def _tiles(rows: int) -> Iterator[slice]:
+    """Divide rows into tiles of ``tile_rows``."""
     size = tile_rows(rows)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
