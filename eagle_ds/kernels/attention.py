@@ -4,8 +4,8 @@ Query row i attends to the keys lo[i] <= j < hi[i] of a key buffer. A causal mas
 windows, trained rows only and the blocks of a ring all have this form. An empty interval gives out = 0 and
 lse = -inf.
 
-Attention to a union of disjoint key sets (the prefix in several blocks, the row's own diagonal keys) is computed
-set by set and merged. With (out_a, lse_a) and (out_b, lse_b):
+Attention to a union of disjoint key sets (the prefix in several blocks, the row's own diagonal keys) is
+computed set by set and merged. With (out_a, lse_a) and (out_b, lse_b):
 
     lse = log(exp(lse_a) + exp(lse_b))        out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
@@ -13,11 +13,12 @@ The backward of any one set takes the FINAL out and lse, after all merges. Write
 p_ij = exp(s_ij - lse_i) for the probability of key j in the joint softmax, so out_i = sum_j p_ij v_j. Then
 
     dv_j  = sum_i p_ij dout_i
-    ds_ij = p_ij (dout_i . v_j - sum_l p_il dout_i . v_l) = p_ij (dout_i . v_j - delta_i),  delta_i = dout_i . out_i
+    ds_ij = p_ij (dout_i . v_j - sum_l p_il dout_i . v_l)
+          = p_ij (dout_i . v_j - delta_i)     delta_i = dout_i . out_i
     dq_i  = scale sum_j ds_ij k_j             dk_j  = scale sum_i ds_ij q_i
 
-delta_i needs the final out only, so these hold whichever set j belongs to: each set's backward is independent,
-the gradients add up, and there is no gradient through lse.
+delta_i needs the final out only, so these hold whichever set j belongs to: each set's backward is
+independent, the gradients add up, and there is no gradient through lse.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class KeyBounds:
         """Maximal runs [start, stop) of two or more rows with one first key, each seeing one key more."""
         sees = self.hi > self.lo
         grows = (np.diff(self.lo) == 0) & (np.diff(self.hi) == 1) & (sees[1:] == sees[:-1])
-        # grows[i] compares rows i and i+1: a run begins where it turns true, and ends one row after its last true.
+        # grows[i] compares rows i and i+1: a run begins where it turns true, and ends one row after its last
+        # true.
         edges = np.flatnonzero(np.diff(np.concatenate([[False], grows, [False]])))
         starts, lasts = edges[::2].tolist(), edges[1::2].tolist()
         return [(start, last + 1) for start, last in zip(starts, lasts, strict=True)]
@@ -69,10 +71,10 @@ class KeyBounds:
 class AttentionBackend(Protocol):
     """What every implementation of attention offers.
 
-    Shapes: q [N, Hq, d]; k and v [M, Hkv, d], where Hkv divides Hq; out [N, Hq, d]; lse [N, Hq] in float32, or in
-    float64 for float64 inputs. ``scale`` multiplies q.k. ``diagonals`` are [K_1, V_1, K_2, V_2, ...], each
-    [N, Hkv, d]: keys and values that row p alone sees. For such a key dK = ds * scale * q and dV = p * dout,
-    summed over the query heads of its KV head.
+    Shapes: q [N, Hq, d]; k and v [M, Hkv, d], where Hkv divides Hq; out [N, Hq, d]; lse [N, Hq] in float32,
+    or in float64 for float64 inputs. ``scale`` multiplies q.k. ``diagonals`` are [K_1, V_1, K_2, V_2, ...],
+    each [N, Hkv, d]: keys and values that row p alone sees. For such a key dK = ds * scale * q and dV = p *
+    dout, summed over the query heads of its KV head.
     """
 
     def forward(
@@ -117,7 +119,7 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class ReferenceAttention:
-    """Plain PyTorch in float32 or float64, a block of query rows at a time: the reference, and the CPU path."""
+    """Plain PyTorch in float32 or float64, by blocks of query rows: the reference, and the CPU path."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float
@@ -145,7 +147,8 @@ class ReferenceAttention:
             scores, heads_v = self._scores(q, k, v, bounds, rows, keys, scale)
             heads_k = k[keys].to(dtype).transpose(0, 1)
             heads_q, heads_dout = (_to_kv_heads(t[rows].to(dtype), k.shape[1]) for t in (q, dout))
-            row_lse, row_delta = (_to_kv_heads(t[rows].to(dtype).unsqueeze(-1), k.shape[1]) for t in (lse, delta))
+            columns = (t[rows].to(dtype).unsqueeze(-1) for t in (lse, delta))
+            row_lse, row_delta = (_to_kv_heads(column, k.shape[1]) for column in columns)
             p = torch.exp(scores - row_lse)
             ds = p * (heads_dout @ heads_v.transpose(1, 2) - row_delta) * scale
             dq[rows] = _from_kv_heads(ds @ heads_k, q.shape[1])

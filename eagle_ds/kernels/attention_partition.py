@@ -1,4 +1,4 @@
-r"""Partition the rows of a sequence into groups, each with the kernels that are fastest for it. Integers on the host.
+r"""Partition the rows of a sequence into groups, each with its fastest kernels. Integers, on the host only.
 
 cuDNN has the fastest kernels, but only for full rectangles (every row sees every key) and causal squares, and
 it builds an execution plan for each new shape (90 ms for forward and backward). So rows are covered by few
@@ -9,7 +9,7 @@ shapes, the same ones whatever the lengths of documents and turns. There are two
       keys lo ->        own                   keys lo ->
     a +--------+--------+\                    +-----------+..
       |        |        | \                   |     1     |...   1  the rectangle that saves most
-      | rect   | rect   |  \ causal           +-----------+---+. 2  the best one before it (none here), after it
+      | rect   | rect   |  \ causal           +-----------+---+. 2  the best one before it and after it
       |        |        |   \ square          |     1     | 2 |..
     b +--------+--------+----\                +-----------+---+..  .  uncovered keys: Triton
 
@@ -41,7 +41,7 @@ EVEN = 8  # rectangles have 1 to EVEN times min_rows rows; above that two sizes 
 
 
 class Rectangle(NamedTuple):
-    """Query rows [start, stop) of a group, counting from its first, that all see the keys [first_key, last_key)."""
+    """Query rows [start, stop), counted within the group, that all see the keys [first_key, last_key)."""
 
     start: int
     stop: int
@@ -50,7 +50,7 @@ class Rectangle(NamedTuple):
 
 
 class RowGroup(NamedTuple):
-    """Query rows [start, stop) and how to attend to their keys: rectangles first, then a causal square or Triton."""
+    """Query rows [start, stop), their rectangles of keys, and their causal square if they have one."""
 
     start: int
     stop: int
@@ -77,9 +77,9 @@ class Partition:
     launch_pairs: int = 1 << 24  # cost of launching a rectangle's kernels, in (row, key) pairs over all heads
     triton_ratio: float = 1.4  # Triton time / cuDNN time
     key_multiple: int = 4096
-    square: int = 4096  # below this, cuDNN's plans and extra passes over dK/dV cost more than its kernels save
+    square: int = 4096  # smaller ones cost more in plans and passes over dK/dV than they save
     max_run: int = 65536  # rows of a causal square; also rows and keys of a run's rectangle
-    max_keys: int = 32768  # of a staircase's rectangle: cuDNN's backward needs 512 bytes per query head and key
+    max_keys: int = 32768  # of a rectangle: cuDNN's backward needs 512 bytes per query head and key
 
     def __post_init__(self) -> None:
         assert self.max_keys % self.key_multiple == 0 and self.triton_ratio > 1, self
@@ -91,7 +91,7 @@ class Partition:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Numbers of rows that a staircase's rectangle may have, ascending. Few, as each shape costs a plan."""
+        """Possible row counts of a staircase's rectangle, ascending. Few, as each shape costs a plan."""
         sizes = [self.min_rows * i for i in range(1, EVEN + 1)]
         while sizes[-1] < self.max_run:
             sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
@@ -144,7 +144,7 @@ class Partition:
             start += side
 
     def _staircase(self, bounds: KeyBounds, start: int, stop: int) -> Iterator[RowGroup]:
-        """Yield the rows [start, stop), with the rectangles of each document; one group unless windows overlap."""
+        """Yield the rows [start, stop) with each document's rectangles; one group unless windows overlap."""
         found: list[Rectangle] = []
         # Rows with the same first key belong together. A window moves it at every row: as many edges as rows,
         # so only stretches that can hold a rectangle are visited.
@@ -167,7 +167,7 @@ class Partition:
     def _rectangles(
         self, hi: np.ndarray, lo: int, start: int, stop: int
     ) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (first row, last row, first key, last key) of rectangles below the staircase of [start, stop).
+        """Yield (first row, last row, first key, last key) of rectangles under the staircase.
 
         All begin at key ``lo`` or where an earlier one ends, and each ends with the last of the rows it was
         chosen from. So the first uncovered key never decreases from row to row.
@@ -205,7 +205,7 @@ def first_uncovered_keys(bounds: KeyBounds, group: RowGroup) -> np.ndarray:
 
 
 def uncovered_bounds(bounds: KeyBounds, group: RowGroup) -> KeyBounds:
-    """Return the bounds of the group's rows without the keys of its rectangles. Computed once for each bounds."""
+    """Return the bounds of the group's rows without the keys of its rectangles; remembered in ``bounds``."""
     if group not in bounds.memo:
         own = bounds.rows(group.start, group.stop)
         if group.rectangles:

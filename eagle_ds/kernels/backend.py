@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagle_ds.kernels.attention import AttentionBackend, ReferenceAttention
-from eagle_ds.kernels.loss import LossKernels, PlainKernels
+from eagle_ds.kernels.loss import PlainKernels
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ def is_half_on_gpu(x: Tensor) -> bool:
 
 
 class PlainOperations:
-    """Every operation in plain PyTorch: the reference, and the CPU path. Sums are kept in float32 at least."""
+    """Every operation in plain PyTorch: the reference, and the CPU path."""
 
-    loss: type[LossKernels] = PlainKernels
+    loss: type[PlainKernels] = PlainKernels
 
     @staticmethod
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -47,7 +47,7 @@ class PlainOperations:
 
     @staticmethod
     def norm_into(z: Tensor, column: int, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Overwrite the W columns of z [M, *] from ``column`` on with ``rms_norm(x)``, x [M, W], and return z.
+        """Overwrite W columns of z [M, *], from ``column`` on, with ``rms_norm(x)``, x [M, W]; return z.
 
         Differentiable in x, the weight and the other columns of z. The overwritten values must not need a
         gradient: the gradient of z is passed on whole, with nothing zeroed.
@@ -59,14 +59,15 @@ class PlainOperations:
     def norm_rows_into(
         z: Tensor, column: int, table: Tensor, rows: Tensor, weight: Tensor, eps: float
     ) -> Tensor:
-        """Do ``norm_into`` with x = table[rows], for a frozen table [V, W] (no gradient) and int64 rows [M]."""
+        """Do ``norm_into`` with x = table[rows], for a frozen table [V, W] and int64 rows [M]."""
         return PlainOperations.norm_into(z, column, F.embedding(rows, table.detach()), weight, eps)
 
     @staticmethod
     def rms_norm_gradients(
-        grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *, dx: Tensor | None = None
-    ) -> Tensor:
-        """Return dw [W], in float32 at least on a GPU, of ``rms_norm(x)`` for the gradient ``grad`` [M, W].
+        grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None,
+        dx: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return dw [W] of ``rms_norm(x)`` for the gradient ``grad`` [M, W]; on a GPU in float32.
 
         No autograd. With ``rows`` the input was x[rows]. ``dx`` [M, W], if given, is overwritten.
         """
@@ -117,7 +118,7 @@ class PlainOperations:
 
     @staticmethod
     def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-        """Do total += a @ b. On a GPU one kernel, which rounds nothing before it adds to a float32 ``total``."""
+        """Do total += a @ b. On a GPU in one kernel, which does not round a @ b before it is added."""
         total += a @ b
 
 
@@ -144,13 +145,17 @@ def choose_attention(device: torch.device | str, dtype: torch.dtype, head_dim: i
     return backend
 
 
-def _choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[AttentionBackend, str]:
+def _choose_attention(
+    device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[AttentionBackend, str]:
+    """Return (backend, reason for the choice)."""
+    plain = ReferenceAttention()
     if device.type != "cuda":
-        return ReferenceAttention(), f"plain PyTorch on {device.type}"
+        return plain, f"plain PyTorch on {device.type}"
     if dtype not in HALF:
-        return ReferenceAttention(), f"plain PyTorch: the GPU kernels support bfloat16 and float16, not {dtype}"
+        return plain, f"plain PyTorch: the GPU kernels support bfloat16 and float16, not {dtype}"
     if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
-        return ReferenceAttention(), f"plain PyTorch: head_dim {head_dim} is not a power of two from 16 to 256"
+        return plain, f"plain PyTorch: head_dim {head_dim} is not a power of two from 16 to 256"
     from eagle_ds.kernels.attention_cudnn import CudnnBackend
     from eagle_ds.kernels.attention_triton import TritonBackend
 

@@ -1,8 +1,15 @@
-"""The diagonal keys of a row on the GPU: merged into (out, lse) in one pass, and their whole backward in another.
+"""The diagonal keys of a row on a GPU: merged into (out, lse) by one kernel, their whole backward in another.
 
-Elementwise work, bound by memory: a program handles one row and one KV head, loads its query heads once and walks
-over the row's keys, so nothing of size [N, Hq, d] is written but the result. The plain version, and what the methods
-take and return, are ``ReferenceAttention``'s.
+A diagonal key K_i[p] has one score per query head, s = scale * q.k. The forward merges the keys one by one
+into the running (out, lse), which is the merge of attention.py for a key set of one. With the final out and
+lse, the backward is elementwise in rows (derived in attention.py):
+
+    p = exp(s - lse)     delta = dout.out     ds = p * (dout.v - delta) * scale
+    dq += ds * k         dk = sum of ds * q,  dv = sum of p * dout, over the query heads of the KV head
+
+Both are bound by memory. One program handles one row and one KV head: it loads the head's GROUP = Hq / Hkv
+query heads once and loops over the row's keys, so nothing of size [N, Hq, d] is written but the result. Plain
+version: ``ReferenceAttention``.
 """
 
 from __future__ import annotations
@@ -16,14 +23,24 @@ from torch import Tensor
 
 
 @triton.jit
-def _diagonal_forward_kernel(Q, Out, Lse, Merged, MergedLse, Ks, Vs, scale, COUNT: tl.constexpr, GROUP: tl.constexpr,
-                             GROUP_PADDED: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def _places(GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr):
+    """Offsets of this program's query heads in lse and in q, and of its KV head in k; all tensors are dense.
+
+    Triton's ranges are powers of two long, so GROUP is padded and ``real`` masks the rest.
+    """
     row, kv_head, kv_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     group, width = tl.arange(0, GROUP_PADDED), tl.arange(0, D)
     real = group < GROUP
     heads = (row * kv_heads + kv_head) * GROUP + group
     at = heads[:, None] * D + width[None, :]
     kv_at = (row * kv_heads + kv_head) * D + width
+    return heads, real, at, kv_at
+
+
+@triton.jit
+def _diagonal_forward_kernel(Q, Out, Lse, Merged, MergedLse, Ks, Vs, scale, COUNT: tl.constexpr,
+                             GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    heads, real, at, kv_at = _places(GROUP, GROUP_PADDED, D)
     q = tl.load(Q + at, mask=real[:, None], other=0.0).to(tl.float32)
     out = tl.load(Out + at, mask=real[:, None], other=0.0).to(tl.float32)
     lse = tl.load(Lse + heads, mask=real, other=0.0)
@@ -31,7 +48,7 @@ def _diagonal_forward_kernel(Q, Out, Lse, Merged, MergedLse, Ks, Vs, scale, COUN
         k = tl.load(Ks[i] + kv_at).to(tl.float32)
         v = tl.load(Vs[i] + kv_at).to(tl.float32)
         s = tl.sum(q * k[None, :], 1) * scale
-        peak = tl.maximum(lse, s)
+        peak = tl.maximum(lse, s)  # subtracted before exp, so that it cannot overflow
         a, b = tl.exp(lse - peak), tl.exp(s - peak)
         out = (out * a[:, None] + v[None, :] * b[:, None]) / (a + b)[:, None]
         lse = peak + tl.log(a + b)
@@ -40,14 +57,10 @@ def _diagonal_forward_kernel(Q, Out, Lse, Merged, MergedLse, Ks, Vs, scale, COUN
 
 
 @triton.jit
-def _diagonal_backward_kernel(Q, DOut, Out, Lse, DQ, DQOut, Ks, Vs, DKs, DVs, scale, COUNT: tl.constexpr, GROUP: tl.constexpr,
-                              GROUP_PADDED: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    row, kv_head, kv_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    group, width = tl.arange(0, GROUP_PADDED), tl.arange(0, D)
-    real = group < GROUP
-    heads = (row * kv_heads + kv_head) * GROUP + group
-    at = heads[:, None] * D + width[None, :]
-    kv_at = (row * kv_heads + kv_head) * D + width
+def _diagonal_backward_kernel(Q, DOut, Out, Lse, DQ, DQOut, Ks, Vs, DKs, DVs, scale,
+                              COUNT: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+                              D: tl.constexpr):  # fmt: skip
+    heads, real, at, kv_at = _places(GROUP, GROUP_PADDED, D)
     q = tl.load(Q + at, mask=real[:, None], other=0.0).to(tl.float32)
     dout = tl.load(DOut + at, mask=real[:, None], other=0.0).to(tl.float32)
     out = tl.load(Out + at, mask=real[:, None], other=0.0).to(tl.float32)
@@ -57,6 +70,7 @@ def _diagonal_backward_kernel(Q, DOut, Out, Lse, DQ, DQOut, Ks, Vs, DKs, DVs, sc
     for i in tl.static_range(COUNT):
         k = tl.load(Ks[i] + kv_at).to(tl.float32)
         v = tl.load(Vs[i] + kv_at).to(tl.float32)
+        # Padded heads have lse = 0 and would give p = 1: they must not reach the sums over the group.
         p = tl.where(real, tl.exp(tl.sum(q * k[None, :], 1) * scale - lse), 0.0)
         ds = p * (tl.sum(dout * v[None, :], 1) - delta) * scale
         dq += ds[:, None] * k[None, :]
@@ -65,13 +79,17 @@ def _diagonal_backward_kernel(Q, DOut, Out, Lse, DQ, DQOut, Ks, Vs, DKs, DVs, sc
     tl.store(DQOut + at, dq.to(DQOut.dtype.element_ty), mask=real[:, None])
 
 
-def diagonal_forward(q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """See ``AttentionBackend.diagonal_forward``; q, out [N, Hq, d] and lse [N, Hq] contiguous."""
+def diagonal_forward(
+    q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """See ``AttentionBackend.diagonal_forward``."""
     if not diagonals or not q.shape[0]:
         return out, lse
     q, out, lse, ks, vs = _dense(q, out, lse, diagonals)
     merged, merged_lse = torch.empty_like(out), torch.empty_like(lse)
-    _diagonal_forward_kernel[(q.shape[0], ks[0].shape[1])](q, out, lse, merged, merged_lse, ks, vs, scale, **_sizes(q, ks), num_warps=1)
+    _diagonal_forward_kernel[(q.shape[0], ks[0].shape[1])](
+        q, out, lse, merged, merged_lse, ks, vs, scale, **_sizes(q, ks), num_warps=1
+    )
     return merged, merged_lse
 
 
@@ -85,16 +103,21 @@ def diagonal_backward(
     dks, dvs = tuple(map(torch.empty_like, ks)), tuple(map(torch.empty_like, vs))
     total = torch.empty_like(q)
     _diagonal_backward_kernel[(q.shape[0], ks[0].shape[1])](
-        q, dout.contiguous(), out, lse, dq.contiguous(), total, ks, vs, dks, dvs, scale, **_sizes(q, ks), num_warps=1
-    )
+        q, dout.contiguous(), out, lse, dq.contiguous(), total, ks, vs, dks, dvs, scale, **_sizes(q, ks),
+        num_warps=1,
+    )  # fmt: skip
     return total, [g for pair in zip(dks, dvs, strict=True) for g in pair]
 
 
-def _dense(q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, tuple, tuple]:
+def _dense(
+    q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, tuple, tuple]:
+    """Return contiguous (q, out, lse, (K_1, K_2, ...), (V_1, V_2, ...))."""
     dense = [x.contiguous() for x in diagonals]
     return q.contiguous(), out.contiguous(), lse.contiguous(), tuple(dense[::2]), tuple(dense[1::2])
 
 
 def _sizes(q: Tensor, ks: Sequence[Tensor]) -> dict[str, int]:
+    """Return the compile-time sizes. COUNT is the number of diagonal keys: one binary for each TTT step."""
     group = q.shape[1] // ks[0].shape[1]
     return {"COUNT": len(ks), "GROUP": group, "GROUP_PADDED": triton.next_power_of_2(group), "D": q.shape[2]}

@@ -5,8 +5,8 @@ All kernels here are bound by memory. Bytes per element, with 2-byte inputs:
     rotate           read x, write y: 4. The angles, float32 [M, d/2] twice, are shared by all heads of a row.
     SwiGLU forward   read gate and up, write y: 6
     SwiGLU backward  read grad, gate and up, write dgate and dup: 10, in place or not
-    take             read and write 2 bytes each; one program moves BLOCK columns of one row
-    add              read 2, read and write 4 bytes of the float32 total: 10
+    take_rows        read and write 2 bytes each; one program moves BLOCK columns of one row
+    add_rows         read 2, read and write 4 bytes of the float32 total: 10
 """
 
 from __future__ import annotations
@@ -83,24 +83,16 @@ def _add_rows_kernel(Total, Index, X, total_row, columns, BLOCK: tl.constexpr):
     tl.store(to, tl.load(to, mask=real, other=0.0) + x, mask=real)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool, y: Tensor | None = None) -> Tensor:
-    """Return x [M, heads, d] rotated by float32 angles, cos and sin [M, 1, d/2], or rotated back.
-
-    Writes to ``y`` if given, whose rows may be strided.
-    """
+def rotate_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
+    """Do ``PlainOperations.rotate_into`` for float32 angles. Heads must be dense within a row of y."""
     rows, heads, d = x.shape
     if x.stride()[1:] != (d, 1):
         x = x.contiguous()
-    if y is None:
-        y = torch.empty(rows, heads, d, dtype=x.dtype, device=x.device)
-    assert y.stride()[1:] == (d, 1), "heads must be dense within a row"
+    assert y.stride()[1:] == (d, 1)
     if rows:
-        padded = triton.next_power_of_2(heads)
+        sizes = heads, triton.next_power_of_2(heads), d // 2, back
         cos, sin = cos.contiguous(), sin.contiguous()
-        _rotate_kernel[(rows,)](
-            x, y, cos, sin, x.stride(0), y.stride(0), heads, padded, d // 2, back, num_warps=4
-        )
-    return y
+        _rotate_kernel[(rows,)](x, y, cos, sin, x.stride(0), y.stride(0), *sizes, num_warps=4)
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -112,7 +104,7 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up; ``in_place`` writes them over gate and up."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     d_gate, d_up = (gate, up) if in_place else (torch.empty_like(gate), torch.empty_like(up))
@@ -122,7 +114,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *, in_place: bool = 
     return d_gate, d_up
 
 
-def take(table: Tensor, index: Tensor, columns: int) -> Tensor:
+def take_rows(table: Tensor, index: Tensor, columns: int) -> Tensor:
     """Do ``PlainOperations.take_rows``."""
     y = torch.empty(len(index), columns, dtype=table.dtype, device=table.device)
     if y.numel():
@@ -130,13 +122,12 @@ def take(table: Tensor, index: Tensor, columns: int) -> Tensor:
     return y
 
 
-def add(total: Tensor, index: Tensor, rows: Tensor) -> None:
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     """Do ``PlainOperations.add_rows``; ``total`` must be float32 and ``rows`` contiguous."""
     assert total.dtype == torch.float32 and rows.is_contiguous()
     if rows.numel():
-        _add_rows_kernel[_grid(rows)](
-            total, index.contiguous(), rows, total.stride(0), rows.shape[1], ROW_BLOCK
-        )
+        columns = rows.shape[1]
+        _add_rows_kernel[_grid(rows)](total, index.contiguous(), rows, total.stride(0), columns, ROW_BLOCK)
 
 
 def _grid(x: Tensor) -> tuple[int, int]:

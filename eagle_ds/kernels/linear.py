@@ -51,7 +51,7 @@ class ResidualLinear(nn.Linear):
 
 
 class ChainedLinear(nn.Linear):
-    """y = W x, and x for its next reader, so that the gradients of several readers of x are summed by matmuls.
+    """y = W x, and x for its next reader, so that matmuls sum the gradients of all readers of x.
 
     If two layers read x, autograd computes both gradients and adds them in another pass. Chained, the next
     reader's gradient comes back through this layer, whose backward adds its own part to it in one ``addmm``.

@@ -1,4 +1,4 @@
-"""Row-wise work of the loss between its matmuls: the interface, and the plain reference.
+"""Row-wise work of the loss between its matmuls: interface and plain reference.
 
 For a row of draft logits z with p = softmax(z), the label q over the draft vocabulary, and the label q' with
 probabilities of the full vocabulary (sum q' <= 1):
@@ -11,12 +11,12 @@ p_j). The losses, and their gradients by z:
 
     kl      c (the label's entropy is constant)           p - q
     alpha   -log alpha                                    -dalpha/dz / alpha
-    lambda  w * (c - entropy(q)) + (1 - w) * (1 - alpha)  w * (p - q) - (1 - w) * dalpha/dz, w without gradient
+    lambda  w * (c - entropy(q)) + (1 - w) * (1 - alpha)  w * (p - q) - (1 - w) * dalpha/dz (none through w)
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,13 +24,14 @@ from torch import Tensor
 LossKind = Literal["kl", "alpha", "lambda"]
 
 
-class LossKernels(Protocol):
-    """`PlainKernels` below, or `loss_triton.TritonKernels`."""
+class PlainKernels:
+    """The reference, and the CPU path. `loss_triton.TritonKernels` overrides both methods."""
 
     @staticmethod
     def label_sums(target_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return (log-sum-exp, entropy of the softmax), each [M], of target logits [M, Vd]."""
-        ...
+        lse = torch.logsumexp(target_logits, -1)
+        return lse, lse - (torch.softmax(target_logits, -1) * target_logits).sum(-1)
 
     @staticmethod
     def row_losses(
@@ -50,24 +51,6 @@ class LossKernels(Protocol):
             weight: [n], factor on each row's gradient.
             d_logits: [n, Vd], overwritten with weight * d loss / d logits; None if no gradient is needed.
         """
-        ...
-
-
-class PlainKernels:
-    """``LossKernels`` in PyTorch: the reference, and the CPU path."""
-
-    @staticmethod
-    def label_sums(target_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``LossKernels``."""
-        lse = torch.logsumexp(target_logits, -1)
-        return lse, lse - (torch.softmax(target_logits, -1) * target_logits).sum(-1)
-
-    @staticmethod
-    def row_losses(
-        logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor,
-        kind: LossKind, mix: Tensor | None, weight: Tensor, d_logits: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """See ``LossKernels``."""
         t = target_logits[target_row]
         q, q_full = torch.exp(t - lse_draft[target_row, None]), torch.exp(t - lse_full[target_row, None])
         lse = torch.logsumexp(logits, -1)

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eagle_ds.kernels.loss import PlainKernels
+
 BLOCK, WARPS = 8192, 16  # columns of one iteration, warps of a program
 MODES = {"kl": 0, "alpha": 1, "lambda": 2}
 
@@ -67,8 +69,8 @@ def _acceptance_gradient(z, t, lse, lse_draft, lse_full, below_sum, alpha, mix, 
 
 
 @triton.jit
-def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, CrossEntropy, Alpha, Best, DLogits, vocab,
-                MODE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, CrossEntropy, Alpha, Best, DLogits,
+                vocab, MODE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Losses of one row, and with GRADIENT its weighted gradient. MODE is the loss, see MODES."""
     row = tl.program_id(0).to(tl.int64)
     target_row = tl.load(TargetRow + row)
@@ -92,7 +94,8 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
     best = tl.min(tl.where(peaks == peak, places, vocab - 1), 0)
     lse = peak + tl.log(tl.sum(totals * tl.exp(peaks - peak), 0))
 
-    # Second reading. q' = q * full_share, as exp(t - lse_full) = exp(t - lse_draft) * exp(lse_draft - lse_full).
+    # Second reading. q' = q * full_share, as exp(t - lse_full) = exp(t - lse_draft) * exp(lse_draft -
+    # lse_full).
     mix, weight = tl.load(Mix + row), tl.load(Weight + row)
     full_share = tl.exp(lse_draft - lse_full)
     label_dots = tl.zeros([BLOCK], dtype=tl.float32)
@@ -129,12 +132,12 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
             tl.store(to, (d * weight).to(DLogits.dtype.element_ty), mask=real)
 
 
-class TritonKernels:
-    """``LossKernels`` for float32 logits on a GPU."""
+class TritonKernels(PlainKernels):
+    """``PlainKernels`` for float32 logits on a GPU."""
 
     @staticmethod
     def label_sums(target_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``LossKernels``."""
+        """See ``PlainKernels``."""
         rows, vocab = target_logits.shape
         lse, entropy = (torch.empty(rows, dtype=torch.float32, device=target_logits.device) for _ in range(2))
         _label_kernel[(rows,)](target_logits, lse, entropy, vocab, BLOCK, num_warps=WARPS)
@@ -145,13 +148,14 @@ class TritonKernels:
         logits: Tensor, target_logits: Tensor, target_row: Tensor, lse_draft: Tensor, lse_full: Tensor,
         kind: str, mix: Tensor | None, weight: Tensor, d_logits: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """See ``LossKernels``."""
+        """See ``PlainKernels``."""
         n, vocab = logits.shape
         cross_entropy, alpha = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
         best = torch.empty(n, dtype=torch.int64, device=logits.device)
         mix = torch.ones(n, dtype=torch.float32, device=logits.device) if mix is None else mix.float()
         _row_kernel[(n,)](
-            logits, target_logits, target_row, lse_draft, lse_full, mix, weight.float(), cross_entropy, alpha, best,
-            logits if d_logits is None else d_logits, vocab, MODES[kind], d_logits is not None, BLOCK, num_warps=WARPS,
+            logits, target_logits, target_row, lse_draft, lse_full, mix, weight.float(), cross_entropy, alpha,
+            best, logits if d_logits is None else d_logits, vocab, MODES[kind], d_logits is not None, BLOCK,
+            num_warps=WARPS,
         )  # fmt: skip
         return cross_entropy, alpha, best

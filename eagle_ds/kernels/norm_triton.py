@@ -40,8 +40,8 @@ def _norm_forward_kernel(X, Rows, W, Y, x_row, y_row, eps, D: tl.constexpr, D_PA
 
 
 @triton.jit
-def _norm_backward_kernel(DY, X, Rows, W, DX, DW, N, dy_row, x_row, eps, D: tl.constexpr, D_PADDED: tl.constexpr,
-                          TABLE: tl.constexpr, WANTS_DX: tl.constexpr):  # fmt: skip
+def _norm_backward_kernel(DY, X, Rows, W, DX, DW, N, dy_row, x_row, eps, D: tl.constexpr,
+                          D_PADDED: tl.constexpr, TABLE: tl.constexpr, WANTS_DX: tl.constexpr):  # fmt: skip
     """Rows program, program + programs, ... of one program; its partial dw is row ``program`` of DW."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     width = tl.arange(0, D_PADDED)
@@ -79,7 +79,8 @@ def norm_forward(x: Tensor, rows: Tensor | None, weight: Tensor, eps: float, y: 
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, rows: Tensor | None, weight: Tensor, eps: float, *, wants_dx: bool, dx: Tensor | None = None
+    dy: Tensor, x: Tensor, rows: Tensor | None, weight: Tensor, eps: float, *, wants_dx: bool,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Return (dx [M, W] or None, dw float32 [W]) for dy [M, W], whose rows may be strided.
 

@@ -75,11 +75,15 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return elementwise.rotate(x, cos, sin, back=False)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        elementwise.rotate_into(y, x, cos, sin)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return elementwise.rotate(grad, *ctx.saved_tensors, back=True), None, None
+        dx = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        elementwise.rotate_into(dx, grad, *ctx.saved_tensors, back=True)
+        return dx, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -113,41 +117,38 @@ class TritonOperations(PlainOperations):
     """`PlainOperations` for half precision on a GPU. The docstrings of the methods are there."""
 
     loss = TritonKernels
-    take_rows = staticmethod(elementwise.take)
-    add_rows = staticmethod(elementwise.add)
-
-    @staticmethod
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return _Norm.apply(x, weight, eps)
+    rms_norm = staticmethod(_Norm.apply)
+    rope = staticmethod(_Rope.apply)
+    rotate_into = staticmethod(elementwise.rotate_into)
+    take_rows = staticmethod(elementwise.take_rows)
+    add_rows = staticmethod(elementwise.add_rows)
 
     @staticmethod
     def norm_into(z: Tensor, column: int, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See ``PlainOperations``."""
         return _NormInto.apply(z, x, weight, None, column, eps)
 
     @staticmethod
     def norm_rows_into(
         z: Tensor, column: int, table: Tensor, rows: Tensor, weight: Tensor, eps: float
     ) -> Tensor:
+        """See ``PlainOperations``."""
         return _NormInto.apply(z, table.detach(), weight, rows, column, eps)
 
     @staticmethod
     def rms_norm_gradients(
-        grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None, *, dx: Tensor | None = None
-    ) -> Tensor:
+        grad: Tensor, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None,
+        dx: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See ``PlainOperations``."""
         return norm_backward(grad, x, rows, weight, eps, wants_dx=dx is not None, dx=dx)[1]
 
     @staticmethod
-    def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return _Rope.apply(x, cos, sin)
-
-    @staticmethod
-    def rotate_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
-        elementwise.rotate(x, cos, sin, back=back, y=y)
-
-    @staticmethod
     def swiglu(gate: Tensor, up: Tensor, *, overwrite: bool = False) -> Tensor:
+        """See ``PlainOperations``."""
         return _SwiGLU.apply(gate, up, overwrite)
 
     @staticmethod
     def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+        """See ``PlainOperations``."""
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

@@ -1,7 +1,8 @@
-"""Rotary position embedding (arXiv:2104.09864), half-split pairs (i, i + d/2), with the scalings that targets use.
+"""Rotary position embedding (RoPE, arXiv:2104.09864) of the pairs (i, i + d/2), and its scalings.
 
-Frequencies and angles are float32, as serving engines compute them, so that a draft meets at position 131071 the
-rotation that it was trained with; float64 inputs get float64 angles.
+The pair i is rotated by the angle position * frequency_i, with frequency_i = theta^(-2i/d). Frequencies and
+angles are float32, as serving engines compute them, so a draft meets the same rotation at position 131071
+that it was trained with. float64 models get float64 angles.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from eagle_ds.config.sections import RopeScaling
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, float]:
-    """(float64 [d/2] frequencies, factor on cos and sin). Raises ValueError where a scaling lacks a value it needs."""
+    """Return (float64 [d/2] frequencies, factor on cos and sin).
+
+    Raises:
+        ValueError: the scaling lacks a value that its type needs.
+    """
     plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     kind = scaling.rope_type if scaling else "default"
     if scaling is None or kind == "default":
@@ -25,23 +30,30 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     original = scaling.original_max_position_embeddings
     if original is None:
         raise ValueError(f"rope_type {kind} needs original_max_position_embeddings")
-    return _llama3(plain, scaling, original) if kind == "llama3" else _yarn(plain, scaling, original, head_dim, theta)
+    if kind == "llama3":
+        return _llama3(plain, scaling, original)
+    return _yarn(plain, scaling, original, head_dim, theta)
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling, original: int) -> tuple[Tensor, float]:
-    """Llama 3.1: slow turns are divided by ``factor``, fast ones kept, those between interpolated."""
+    """Llama 3.1: divide low frequencies by ``factor``, keep high ones, interpolate between."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     if low is None or high is None or low >= high:
         raise ValueError(f"rope_type llama3 needs low_freq_factor < high_freq_factor, found {low} and {high}")
+    # Full turns within the original context decide what is low and what is high.
     turns = original * plain / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * plain + (1 - keep) * plain / scaling.factor, 1.0
 
 
-def _yarn(plain: Tensor, scaling: RopeScaling, original: int, head_dim: int, theta: float) -> tuple[Tensor, float]:
-    """YaRN (arXiv:2309.00071): a ramp over dimensions between ``beta_fast`` and ``beta_slow`` turns."""
+def _yarn(
+    plain: Tensor, scaling: RopeScaling, original: int, head_dim: int, theta: float
+) -> tuple[Tensor, float]:
+    """YaRN (arXiv:2309.00071): interpolate between kept frequencies, which make at least ``beta_fast`` turns
+    within the original context, and divided ones, which make at most ``beta_slow``."""
 
     def dimension(turns: float) -> float:
+        """Return the dimension (not whole) whose frequency makes ``turns`` turns."""
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
@@ -54,6 +66,7 @@ def _yarn(plain: Tensor, scaling: RopeScaling, original: int, head_dim: int, the
 
 
 def _yarn_magnitude(scaling: RopeScaling) -> float:
+    """Return the factor on cos and sin, by which YaRN scales attention scores."""
     if scaling.attention_factor is not None:
         return scaling.attention_factor
 
@@ -65,8 +78,10 @@ def _yarn_magnitude(scaling: RopeScaling) -> float:
     return magnitude(1.0)
 
 
-def rotation(positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of ``positions`` [M], each [M, 1, d/2] in ``dtype``."""
+def rotation(
+    positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return (cos, sin) of ``positions`` [M], each [M, 1, d/2] in ``dtype``."""
     angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     angles = positions.to(angle_dtype)[:, None, None] * frequencies.to(angle_dtype)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

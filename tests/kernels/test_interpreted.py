@@ -1,4 +1,7 @@
-"""The Triton kernels' arithmetic, checked where there is no GPU: Triton's interpreter runs them on CPU tensors."""
+"""Each Triton kernel, run on a CPU by Triton's interpreter, agrees with its plain version.
+
+All checks run once, in one process (interpreter_checks.py). Each quantity of each check is a test case here.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,53 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed (PyTorch for CPU comes without it)",
+)
+
 ROOT = Path(__file__).resolve().parents[2]
 FLOAT16_BOUND, FLOAT32_BOUND = 1e-3, 2e-6  # relative L2 error against float64
 
+ATTENTION = ("prefix", "prefix lse", "out", "lse", "dq", "dkv", "dk1", "dv1", "dk2", "dv2")
+PARTITIONED = ("causal", "scattered", "packed", "window", "window with turns", "ring block")
+ROWS = (*PARTITIONED, "keys that no row sees", "one row")
+ROW_LOSSES = ("cross-entropy", "alpha", "best")
+LOSS = ("lse", "entropy", *(f"{name}, no gradient" for name in ROW_LOSSES), *ROW_LOSSES, "gradient")
+CHECKS = {
+    **{f"attention, {rows}": ATTENTION for rows in (*ROWS, "heads first in memory")},
+    **{f"attention in groups, {rows}": ATTENTION for rows in PARTITIONED},
+    **{f"keys split, {rows}": ("out", "lse", "dq", "dkv") for rows in ("scattered", "packed")},
+    "smaller tiles": ("order",),
+    "sums": ("out", "lse", "total"),
+    "norms": ("rows, y", "rows, dw", "dx", "table, y", "table, dw"),
+    "rows": ("taken", "total"),
+    "rotation": ("there", "back"),
+    **{f"loss, {kind}": LOSS for kind in ("kl", "alpha", "lambda")},
+}
+CASES = [(check, quantity) for check, quantities in CHECKS.items() for quantity in quantities]
+IDS = [f"{check}: {quantity}" for check, quantity in CASES]
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (PyTorch for CPU comes without it)")
-def test_triton_kernels_compute_what_the_plain_ones_do() -> None:
-    command = [sys.executable, "-m", "tests.kernels.interpreted"]
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, float] | str]:
+    """Run all checks: relative errors by check and quantity, or the traceback of a check that failed."""
+    command = [sys.executable, "-m", "tests.kernels.interpreter_checks"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    errors = {f"{case}: {name}": error for case, found in json.loads(done.stdout.splitlines()[-1]).items() for name, error in found.items()}
-    assert len(errors) > 100
-    wrong = {name: error for name, error in errors.items() if not error < (FLOAT32_BOUND if name.startswith("loss") else FLOAT16_BOUND)}
-    assert not wrong
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_check_that_ran_is_a_case(measured: dict[str, dict[str, float] | str]) -> None:
+    assert set(measured) == set(CHECKS) and len(CASES) > 100
+    for check, errors in measured.items():
+        assert not isinstance(errors, str) and set(errors) == set(CHECKS[check]), (check, errors)
+
+
+@pytest.mark.parametrize(("check", "quantity"), CASES, ids=IDS)
+def test_triton_kernel_agrees_with_plain(
+    measured: dict[str, dict[str, float] | str], check: str, quantity: str
+) -> None:
+    errors = measured[check]
+    assert not isinstance(errors, str), errors
+    assert errors[quantity] < (FLOAT32_BOUND if check.startswith("loss") else FLOAT16_BOUND)
