@@ -56,8 +56,8 @@ TILES: dict[str, list[Tile]] = {
     "dq": [(128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 4, 1)],
     "dk and dv": [(64, 128, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1)],
 }
-"""Tiles of each kernel for d <= 128: first the fastest on an H200 (docs/benchmarks/h200.md), then smaller ones
-for GPUs with less shared memory."""
+"""Tiles of each kernel for d <= 128: the fastest on an H200 (docs/benchmarks/h200.md), then smaller ones for
+GPUs with less shared memory."""
 TILES_OF_WIDE_HEADS: dict[str, list[Tile]] = {
     "forward": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)],
     "dq": [(64, 64, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)],

@@ -127,7 +127,7 @@ def split_keys(lo: np.ndarray, hi: np.ndarray, keys: int) -> Errors:
 
 
 def smaller_tiles() -> Errors:
-    """Check that tiles that do not fit a GPU are dropped for good, and that it is an error if none is left."""
+    """Check that tiles too large for a GPU are dropped for good, and that none left is an error."""
     kernel, tried = TritonBackend(WIDTH, 1), []
 
     def launch(*tile: int) -> None:
