@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 # Files and folders whose tests start process groups or whole commands. `make quick` leaves them out.
 SLOW = (
     *("tools", "test_recipes.py", "parallel/test_layouts.py", "bench/test_step.py", "training"),
-    *("evaluation/test_acceptance.py", "bench", "data/test_read_pool.py", "capture/test_embedded.py"),
+    *("evaluation/test_acceptance.py", "bench", "data/test_read_pool.py", "bench/test_embedded_target.py"),
     *("kernels/test_interpreted.py", "store/test_store_damage.py", "estimate/test_memory.py"),
 )
 
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def embedded_target() -> Path:
     """Return the folder of the embedded target, fetched once and kept where the demo keeps it."""
-    from eagle_ds.capture.embedded import DEFAULT_FOLDER, ensure_embedded_target
+    from eagle_ds.bench.embedded_target import DEFAULT_FOLDER, ensure_embedded_target
 
     try:
         return ensure_embedded_target(TESTS.parent / DEFAULT_FOLDER)

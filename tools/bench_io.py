@@ -46,10 +46,10 @@ from rich.console import Console
 from rich.table import Table
 
 from eagle_ds.bench import conversion
+from eagle_ds.bench.embedded_target import DEFAULT_FOLDER, ensure_embedded_target
 from eagle_ds.bench.plots import io_figure
 from eagle_ds.bench.store_io import Goal, Measurement, as_record, goals, measure_all
 from eagle_ds.bench.synthetic_data import States, capture_states, info_for
-from eagle_ds.capture.embedded import DEFAULT_FOLDER, ensure_embedded_target
 from eagle_ds.store.manifest import StoreInfo
 
 

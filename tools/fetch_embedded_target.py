@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eagle_ds.capture.embedded import DEFAULT_FOLDER, ensure_embedded_target, remove_embedded_target
+from eagle_ds.bench.embedded_target import DEFAULT_FOLDER, ensure_embedded_target, remove_embedded_target
 
 
 def main() -> int:

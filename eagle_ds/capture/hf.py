@@ -204,9 +204,7 @@ def load_model(folder: Path, dtype: str, device: str = "auto", attention: str = 
     device_map: Any = "auto" if device == "split" else {"": device}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=attention,
+            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), attn_implementation=attention,
             device_map=None if device == "cpu" else device_map,
         )
     # AssertionError: torch was built without CUDA

@@ -62,15 +62,9 @@ class CaptureJob:
                 f"the recipe has no {missing}; set both, or capture the other split alone with --split"
             )
         return cls(
-            target=recipe.target.model,
-            revision=recipe.target.revision,
-            dtype=recipe.target.dtype,
-            aux_layer_ids=recipe.target.aux_ids,
-            conversations=Path(conversations),
-            store=Path(store),
-            max_length=recipe.data.max_length,
-            overlong=recipe.data.overlong,
-            **settings,
+            target=recipe.target.model, revision=recipe.target.revision, dtype=recipe.target.dtype,
+            aux_layer_ids=recipe.target.aux_ids, conversations=Path(conversations), store=Path(store),
+            max_length=recipe.data.max_length, overlong=recipe.data.overlong, **settings,
         )
 
 
@@ -157,12 +151,8 @@ def store_info(job: CaptureJob, folder: Path) -> StoreInfo:
     aux_ids = job.aux_layer_ids or target.aux_ids
     check_aux_ids(aux_ids, target.num_layers)
     return StoreInfo(
-        target=job.target,
-        target_hash=target_hash(folder),
-        tokenizer_hash=tokenizer_hash(folder),
-        hidden_size=target.hidden_size,
-        aux_layer_ids=tuple(aux_ids),
-        vocab_size=target.vocab_size,
+        target=job.target, target_hash=target_hash(folder), tokenizer_hash=tokenizer_hash(folder),
+        hidden_size=target.hidden_size, aux_layer_ids=tuple(aux_ids), vocab_size=target.vocab_size,
         dtype=job.store_dtype,
     )
 

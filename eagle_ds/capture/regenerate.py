@@ -104,11 +104,8 @@ class TransformersGenerator:
             temperature, top_p = self.sampling.temperature, self.sampling.top_p
             how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         generated = self.model.generate(
-            input_ids=padded.to(self.device),
-            attention_mask=mask.to(self.device),
-            max_new_tokens=self.sampling.max_new_tokens,
-            eos_token_id=sorted(self.stop_ids),
-            pad_token_id=pad,
+            input_ids=padded.to(self.device), attention_mask=mask.to(self.device),
+            max_new_tokens=self.sampling.max_new_tokens, eos_token_id=sorted(self.stop_ids), pad_token_id=pad,
             **how,
         )
         return [self._answer(row) for row in generated[:, width:].tolist()]
@@ -304,8 +301,7 @@ def regenerate(
         done |= set(skipped.read_text(encoding="utf-8").split("\n"))
     written = 0
     with (
-        ThreadPoolExecutor(concurrency) as pool,
-        output.open("a", encoding="utf-8") as answered_file,
+        ThreadPoolExecutor(concurrency) as pool, output.open("a", encoding="utf-8") as answered_file,
         skipped.open("a", encoding="utf-8") as skipped_file,
     ):
         batches = pending_batches(source, done, batch_size)

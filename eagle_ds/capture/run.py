@@ -89,13 +89,9 @@ def compute_samples(prepared: PreparedCapture, extractor: StateExtractor) -> Ite
         ids = [torch.from_numpy(one.input_ids) for one in encoded if one is not None]
         for one, input_ids, states in zip(encoded, ids, extractor(ids), strict=True):
             yield Sample(
-                id=one.id,
-                input_ids=input_ids,
-                loss_mask=torch.from_numpy(one.loss_mask),
-                aux_hidden_state=states.aux_hidden_state,
-                hidden_state=states.hidden_state,
-                target_token_id=states.target_token_id,
-                target_logsumexp=states.target_logsumexp,
+                id=one.id, input_ids=input_ids, loss_mask=torch.from_numpy(one.loss_mask),
+                aux_hidden_state=states.aux_hidden_state, hidden_state=states.hidden_state,
+                target_token_id=states.target_token_id, target_logsumexp=states.target_logsumexp,
             )
 
 

@@ -62,8 +62,7 @@ class Completer:
                 check_finite(name, cast, advice)
         normed = self._apply_norm(last, raw.before_norm)
         if normed is not last:
-            check_finite("hidden_state", normed, "after the final norm; check --target and --final-norm"
-            )
+            check_finite("hidden_state", normed, "after the final norm; check --target and --final-norm")
         token, logsumexp = self._token_labels(raw, normed)
         return Sample(sample_id, ids, mask, aux, normed, token, logsumexp)
 

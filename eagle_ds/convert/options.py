@@ -97,14 +97,9 @@ def resolve_options(options: ConvertOptions, survey: Survey) -> tuple[StoreInfo,
         check_same_store(options.destination, info)
     has_weights = folder is not None and any(folder.glob("*.safetensors"))
     return info, Completer(
-        hidden_size=info.hidden_size,
-        num_aux=len(info.aux_layer_ids),
-        dtype=info.dtype,
-        cast=options.cast is not None,
-        vocab_size=info.vocab_size,
-        target=folder if has_weights else None,
-        final_norm=options.final_norm,
-        token_labels=has_weights and options.token_labels,
+        hidden_size=info.hidden_size, num_aux=len(info.aux_layer_ids), dtype=info.dtype,
+        cast=options.cast is not None, vocab_size=info.vocab_size, target=folder if has_weights else None,
+        final_norm=options.final_norm, token_labels=has_weights and options.token_labels,
         head_device=options.resolved_head_device,
     )
 
@@ -183,11 +178,8 @@ def _info_from_target(options: ConvertOptions, survey: Survey, folder: Path) -> 
     head_size = len(load_target_weights(folder, names=("lm_head",))["lm_head"]) if has_weights else 0
     return StoreInfo(
         target=options.target_name or str(options.target),
-        target_hash=target_hash(folder) if has_weights else "",
-        tokenizer_hash=tokenizer_hash(folder),
-        hidden_size=target.hidden_size,
-        aux_layer_ids=aux_ids,
-        vocab_size=options.vocab_size or target.vocab_size,
-        dtype=options.cast or survey.dtype,
+        target_hash=target_hash(folder) if has_weights else "", tokenizer_hash=tokenizer_hash(folder),
+        hidden_size=target.hidden_size, aux_layer_ids=aux_ids,
+        vocab_size=options.vocab_size or target.vocab_size, dtype=options.cast or survey.dtype,
         head_size=head_size,
     )

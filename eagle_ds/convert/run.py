@@ -135,10 +135,7 @@ def _warn_of_slow_head(completer: Completer) -> None:
 
 
 def _convert_samples(
-    options: ConvertOptions,
-    found: _FoundSamples,
-    worker: Worker,
-    summary: Summary,
+    options: ConvertOptions, found: _FoundSamples, worker: Worker, summary: Summary,
     on_progress: Callable[[Progress], None],
 ) -> None:
     """Convert what is not stored yet; compare what is, if asked to.

@@ -50,8 +50,7 @@ class SourceItem:
             missing = "a link to nowhere" if self.path.is_symlink() else "the file is gone"
             raise Rejected(Reason.UNREADABLE, f"{missing}, expected a file that can be read") from error
         except OSError as error:
-            raise Rejected(Reason.UNREADABLE, f"cannot be read ({error.strerror or error})"
-            ) from error
+            raise Rejected(Reason.UNREADABLE, f"cannot be read ({error.strerror or error})") from error
         except Exception as error:
             detail = f"reading it failed ({type(error).__name__}: {str(error)[:200]}); write the file again"
             raise Rejected(Reason.UNREADABLE, detail) from error

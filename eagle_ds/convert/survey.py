@@ -89,9 +89,7 @@ def _probe(item: SourceItem) -> Survey:
         detail = f"hidden_state is {raw.last.dtype} {list(raw.last.shape)}, expected floating-point states"
         raise Rejected(Reason.DTYPE, detail)
     num_aux, has_mask = raw.aux.shape[1] // width, raw.loss_mask is not None
-    return Survey(
-        width, num_aux, dtype, raw.before_norm, has_mask, item.file_bytes, raw.nbytes, read_s
-    )
+    return Survey(width, num_aux, dtype, raw.before_norm, has_mask, item.file_bytes, raw.nbytes, read_s)
 
 
 def _summarise(probes: list[Survey]) -> Survey:

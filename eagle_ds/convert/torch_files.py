@@ -71,8 +71,7 @@ def _load(content: Path, checksums: bool) -> dict[str, Any]:
         # another one.
         loaded = _unpickle_tensors(Path(f"/proc/self/fd/{file.fileno()}"), is_zip)
     if not isinstance(loaded, dict):
-        raise Rejected(Reason.MISSING_KEY, f"it holds a {type(loaded).__name__}, expected a dict of tensors"
-        )
+        raise Rejected(Reason.MISSING_KEY, f"it holds a {type(loaded).__name__}, expected a dict of tensors")
     return loaded
 
 
@@ -181,8 +180,7 @@ def _gunzip(path: Path, target: BinaryIO) -> None:
     except (gzip.BadGzipFile, failure) as error:
         if (begin := _first_bytes(path)) != GZIP_MAGIC:
             detail = f"its name says gzip, but it begins with {begin!r}, expected {GZIP_MAGIC!r}"
-            raise Rejected(Reason.CORRUPT, f"{detail}; rename it if it is a plain torch file"
-            ) from error
+            raise Rejected(Reason.CORRUPT, f"{detail}; rename it if it is a plain torch file") from error
         raise Rejected(Reason.CORRUPT, f"the gzip stream is damaged ({error})") from error
 
 

@@ -111,14 +111,8 @@ def trained_pairs(mask: np.ndarray, rows: np.ndarray, ttt_steps: int, alignment:
 
 
 def assemble(
-    sharding: SequenceSharding,
-    rank: int,
-    documents: Sequence[TokenLabels],
-    aux: Tensor,
-    target_hidden: Tensor,
-    *,
-    alignment: Alignment,
-    names: Sequence[str] = (),
+    sharding: SequenceSharding, rank: int, documents: Sequence[TokenLabels], aux: Tensor,
+    target_hidden: Tensor, *, alignment: Alignment, names: Sequence[str] = (),
 ) -> Batch:
     """Build the batch of sequence-parallel rank ``rank``.
 

@@ -105,12 +105,8 @@ class ChatEncoder:
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        max_length: int,
-        overlong: Literal["truncate", "skip"] = "truncate",
-        date: str = FIXED_DATE,
-        template_kwargs: Mapping[str, Any] | None = None,
+        self, tokenizer: Any, max_length: int, overlong: Literal["truncate", "skip"] = "truncate",
+        date: str = FIXED_DATE, template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         today = datetime.date.fromisoformat(date)
         self.tokenizer = tokenizer

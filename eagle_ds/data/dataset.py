@@ -86,16 +86,8 @@ class RankDataset:
     """
 
     def __init__(
-        self,
-        store: Store,
-        samples: Sequence[TrainSample],
-        settings: ShardingSettings,
-        *,
-        t2d: Tensor,
-        dp_rank: int = 0,
-        sp_rank: int = 0,
-        labeler: Labeler | None = None,
-        pool: ReadPool | None = None,
+        self, store: Store, samples: Sequence[TrainSample], settings: ShardingSettings, *, t2d: Tensor,
+        dp_rank: int = 0, sp_rank: int = 0, labeler: Labeler | None = None, pool: ReadPool | None = None,
         pin: bool = False,
     ) -> None:
         self.store, self.samples, self.settings, self.t2d = store, samples, settings, t2d

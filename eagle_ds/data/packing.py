@@ -78,11 +78,7 @@ class Screening:
 
 
 def screen(
-    entries: Sequence[SampleEntry],
-    *,
-    max_length: int,
-    overlong: Literal["truncate", "skip"],
-    ttt_steps: int,
+    entries: Sequence[SampleEntry], *, max_length: int, overlong: Literal["truncate", "skip"], ttt_steps: int,
     alignment: Alignment,
 ) -> tuple[list[TrainSample], Screening]:
     """Select the samples that training can use.

@@ -46,14 +46,8 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        samples: Sequence[TrainSample],
-        *,
-        dp: int,
-        accumulation: int = 1,
-        pack_tokens: int | None = None,
-        seed: int = 0,
-        ttt_steps: int = 7,
+        self, samples: Sequence[TrainSample], *, dp: int, accumulation: int = 1,
+        pack_tokens: int | None = None, seed: int = 0, ttt_steps: int = 7,
     ) -> None:
         self.dp, self.accumulation, self.pack_tokens, self.seed = dp, accumulation, pack_tokens, seed
         self.lengths = np.array([s.document.num_tokens for s in samples], dtype=np.int64)

@@ -232,18 +232,13 @@ def arch_of_config(config: Mapping[str, Any]) -> DraftArch:
     windowed = "sliding_attention" in (config.get("layer_types") or ())
     layer_ids = eagle.get("eagle_aux_hidden_state_layer_ids") or ()
     return DraftArch(
-        hidden_size=width,
-        intermediate_size=config["intermediate_size"],
-        num_attention_heads=heads,
+        hidden_size=width, intermediate_size=config["intermediate_size"], num_attention_heads=heads,
         num_key_value_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or width // heads,
         draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"],
-        target_hidden_size=config.get("target_hidden_size") or width,
-        target_vocab_size=config["vocab_size"],
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        target_hidden_size=config.get("target_hidden_size") or width, target_vocab_size=config["vocab_size"],
+        max_position_embeddings=config.get("max_position_embeddings", 2048), rope_theta=theta,
+        rope_scaling=scaling, rms_norm_eps=config.get("rms_norm_eps", 1e-6),
         num_aux=config.get("num_aux_hidden_states") or len(layer_ids) or 3,
         sliding_window=config.get("sliding_window") if windowed else None,
         attention_bias=bool(config.get("attention_bias", False)),

@@ -38,12 +38,9 @@ class Rows:
     def of_rank(cls, sharding: SequenceSharding, rank: int) -> Rows:
         """Count the rows of ``rank``, numbered within its sequence-parallel group."""
         return cls(
-            context=rg.count(sharding.context[rank]),
-            query=rg.count(sharding.queries[rank]),
-            aux=rg.count(sharding.aux_rows(rank)),
-            target=rg.count(sharding.target_rows(rank)),
-            total=sharding.num_tokens,
-            attended_keys=sharding.attention_work(rank // sharding.ulysses),
+            context=rg.count(sharding.context[rank]), query=rg.count(sharding.queries[rank]),
+            aux=rg.count(sharding.aux_rows(rank)), target=rg.count(sharding.target_rows(rank)),
+            total=sharding.num_tokens, attended_keys=sharding.attention_work(rank // sharding.ulysses),
         )
 
 

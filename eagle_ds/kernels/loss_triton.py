@@ -94,8 +94,7 @@ def _row_kernel(Logits, Target, TargetRow, LseDraft, LseFull, Mix, Weight, Cross
     best = tl.min(tl.where(peaks == peak, places, vocab - 1), 0)
     lse = peak + tl.log(tl.sum(totals * tl.exp(peaks - peak), 0))
 
-    # Second reading. q' = q * full_share, as exp(t - lse_full) = exp(t - lse_draft) * exp(lse_draft -
-    # lse_full).
+    # Second reading. q' = exp(t - lse_full) = q * full_share, with full_share = exp(lse_draft - lse_full).
     mix, weight = tl.load(Mix + row), tl.load(Weight + row)
     full_share = tl.exp(lse_draft - lse_full)
     label_dots = tl.zeros([BLOCK], dtype=tl.float32)

@@ -146,9 +146,7 @@ def head_loss(
         # alpha.
         assert settings.alpha_mean is not None
         with torch.no_grad():
-            sums = _Pass(
-                states, norm_weight, weight, eps, targets, settings, None, gradients=False
-            ).run()
+            sums = _Pass(states, norm_weight, weight, eps, targets, settings, None, gradients=False).run()
         mean = settings.alpha_mean(sums["alpha"], sums["counted"])
         mix = settings.kl_scale * torch.exp(-settings.kl_decay * mean)
     sums_out: list[LossSums] = []

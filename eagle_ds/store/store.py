@@ -39,9 +39,7 @@ class Store:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def reader(
-        self, entry: SampleEntry, *, threads: int = 2, hidden_states: bool = True
-    ) -> SampleReader:
+    def reader(self, entry: SampleEntry, *, threads: int = 2, hidden_states: bool = True) -> SampleReader:
         """Return a reader of one sample. It checks the file against the manifest and store.json."""
         path = self.root / entry.path
         return SampleReader(path, entry, self.info, threads=threads, hidden_states=hidden_states)

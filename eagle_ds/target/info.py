@@ -50,21 +50,15 @@ class TargetInfo:
         heads = config["num_attention_heads"]
         theta, scaling = rope_of(config)
         return cls(
-            model_type=config["model_type"],
-            hidden_size=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            vocab_size=config["vocab_size"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            model_type=config["model_type"], hidden_size=config["hidden_size"],
+            num_layers=config["num_hidden_layers"], vocab_size=config["vocab_size"],
+            num_attention_heads=heads, num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             intermediate_size=config.get("intermediate_size") or 4 * config["hidden_size"],
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
             max_position_embeddings=config.get("max_position_embeddings", 0),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=_as_ids(config.get("eos_token_id")),
+            bos_token_id=config.get("bos_token_id"), eos_token_ids=_as_ids(config.get("eos_token_id")),
         )
 
     @property

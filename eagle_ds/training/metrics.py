@@ -55,8 +55,7 @@ def metrics_of(sums: LossSums, decay: Tensor, positions: int | None) -> Metrics:
     return Metrics(
         loss=float((weights * sums["loss"]).sum()),
         kl=float((weights * (sums["cross_entropy"] - sums["entropy"])).sum()),
-        accuracy=(sums["correct"] / trained).tolist(),
-        acceptance=(sums["alpha"] / trained).tolist(),
+        accuracy=(sums["correct"] / trained).tolist(), acceptance=(sums["alpha"] / trained).tolist(),
         simulated_length=1 + float(sums.lengths[0] / sums.lengths[1].clamp(min=1)),
         trained_rows=int(sums.lengths[1]),
     )

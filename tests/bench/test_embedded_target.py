@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eagle_ds.capture import embedded
-from eagle_ds.capture.embedded import GGUF_MEMBER, ensure_embedded_target, is_converted, unpermute_rope
+from eagle_ds.bench import embedded_target as embedded
+from eagle_ds.bench.embedded_target import GGUF_MEMBER, ensure_embedded_target, is_converted, unpermute_rope
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
 from eagle_ds.target.files import resolve_target
 from eagle_ds.target.info import TargetInfo, stop_token_ids
