@@ -18,7 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-TIMEOUT_S = 120
+TIMEOUT_S = 600  # for one job; only a hang takes this long
 
 
 def _serve(rank: int, pipe: Connection, backend: str, device: str) -> None:

@@ -1,4 +1,4 @@
-"""RMSNorm equals its formula, and the fused norms agree with the plain ones, values and gradients."""
+"""RMSNorm: the plain version equals the formula, and values and gradients of the fused kernels agree with it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ EPS = 1e-5
 
 
 def formula(x: Tensor, weight: Tensor) -> Tensor:
+    """Return weight * x / sqrt(mean(x^2) + eps)."""
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
 
 
@@ -26,12 +27,12 @@ def halves(
     return operations.norm_into(z, x.shape[1], x, weights[1], EPS)
 
 
-def test_rms_norm_is_its_formula() -> None:
+def test_rms_norm_equals_the_formula() -> None:
     x, weight = torch.randn(5, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
     assert torch.allclose(operations_for(x).rms_norm(x, weight, EPS), formula(x, weight))
 
 
-def test_norms_into_halves_are_their_formula_and_a_table_gets_no_gradient() -> None:
+def test_norms_into_halves_equal_the_formula_and_a_table_gets_no_gradient() -> None:
     table, x = (torch.randn(n, 12, dtype=torch.float64, requires_grad=True) for n in (9, 5))
     weights = [torch.randn(12, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     rows = torch.tensor([3, 3, 0, 8, 1])
@@ -40,13 +41,16 @@ def test_norms_into_halves_are_their_formula_and_a_table_gets_no_gradient() -> N
     grad = torch.randn_like(found)
     torch.testing.assert_close(found, expected)
     leaves = [x, *weights]
-    torch.testing.assert_close(torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad))
+    gradients, gradients_expected = (torch.autograd.grad(z, leaves, grad) for z in (found, expected))
+    torch.testing.assert_close(gradients, gradients_expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("count", "width"), [(133, 576), (2000, 4096), (7, 12288), (0, 64)])
 def test_the_fused_norm_agrees(count: int, width: int) -> None:
-    x, grad = (torch.randn(count, 2 * width, device="cuda", dtype=torch.bfloat16)[:, :width] for _ in range(2))
+    # Half of a wider tensor, so the rows are strided.
+    strided = (torch.randn(count, 2 * width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x, grad = (whole[:, :width] for whole in strided)
     weight = torch.randn(width, device="cuda", dtype=torch.bfloat16)
     results = []
     for dtype in (torch.bfloat16, torch.float64):

@@ -1,10 +1,14 @@
-"""The maths is a peer's maths: losses, counts, hidden states and gradients of the golden files, to the bounds of their README."""
+"""Losses, counts, hidden states and gradients equal those of another project's trainer (the golden files).
+
+tests/golden/README.md says how the files were made, and gives the reason for the bounds.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from eagle_ds.data.batch import Batch
 from eagle_ds.model.loss import uniform_decay
 from eagle_ds.sharding.sequence import shard_sequence
 from tests.golden_cases import SERVED_NAMES, GoldenCase, case_names
@@ -26,23 +30,29 @@ def case(request: pytest.FixtureRequest) -> GoldenCase:
     return GoldenCase.load(request.param)
 
 
-def _whole(case: GoldenCase, dtype: torch.dtype) -> WholeSequence:
-    return WholeSequence([case.token_labels()], case.arrays["in.aux_hidden_state"].to(dtype), case.arrays["in.hidden_state"].to(dtype))
+def rank_zero(case: GoldenCase, *, trained_rows_only: bool) -> Batch:
+    """Return the case as the batch of one rank."""
+    sharding = shard_sequence(
+        [case.document()], ttt_steps=case.config["ttt_length"], alignment="feature",
+        trained_rows_only=trained_rows_only,
+    )  # fmt: skip
+    aux, hidden = (case.arrays[f"in.{name}"].float() for name in ("aux_hidden_state", "hidden_state"))
+    return rank_batch(sharding, 0, WholeSequence([case.token_labels()], aux, hidden), "feature")
 
 
-def _head(case: GoldenCase, dtype: torch.dtype) -> WholeHead:
-    full, t2d = case.arrays["in.target_lm_head"].to(dtype), case.arrays["in.t2d"]
+def whole_head(case: GoldenCase) -> WholeHead:
+    full, t2d = case.arrays["in.target_lm_head"].float(), case.arrays["in.t2d"]
     return WholeHead(full[t2d], t2d, case.arrays["in.d2t"], full)
 
 
 @pytest.mark.parametrize("trained_rows_only", [True, False])
-def test_losses_counts_and_every_gradient_are_the_peers(case: GoldenCase, trained_rows_only: bool) -> None:
-    steps, size = case.config["ttt_length"], case.config["seq_len"]
-    sharding = shard_sequence([case.document()], ttt_steps=steps, alignment="feature", trained_rows_only=trained_rows_only)
-    model = case.draft(torch.float32)
-    batch = rank_batch(sharding, 0, _whole(case, torch.float32), "feature")
-    decay = uniform_decay(case.config["step_decay"], steps)
-    loss, sums = run_step(model, batch, _head(case, torch.float32), decay / size)
+def test_losses_counts_and_every_gradient_equal_the_golden_ones(
+    case: GoldenCase, trained_rows_only: bool
+) -> None:
+    size, model = case.config["seq_len"], case.draft(torch.float32)
+    decay = uniform_decay(case.config["step_decay"], case.config["ttt_length"])
+    batch = rank_zero(case, trained_rows_only=trained_rows_only)
+    loss, sums = run_step(model, batch, whole_head(case), decay / size)
 
     assert relative_error(sums["loss"] / size, case.arrays["out.step_loss"]) < LOSS_BOUND
     assert relative_error(loss, case.arrays["out.total_loss"]) < LOSS_BOUND
@@ -57,14 +67,13 @@ def test_losses_counts_and_every_gradient_are_the_peers(case: GoldenCase, traine
             assert relative_error(gradient, case.arrays[expected]) < GRADIENT_BOUND, name
 
 
-def test_hidden_states_of_every_step_are_the_peers(case: GoldenCase) -> None:
-    steps, size = case.config["ttt_length"], case.config["seq_len"]
-    sharding = shard_sequence([case.document()], ttt_steps=steps, alignment="feature", trained_rows_only=False)
-    model = case.draft(torch.float32)
+def test_hidden_states_of_every_ttt_step_equal_the_golden_ones(case: GoldenCase) -> None:
+    model, batch = case.draft(torch.float32), rank_zero(case, trained_rows_only=False)
     with torch.no_grad():
-        states = model.unroll(rank_batch(sharding, 0, _whole(case, torch.float32), "feature"), prefix_for(model, sharding))
+        states = model.unroll(batch, prefix_for(model, batch.sharding))
     for step, state in enumerate(states):
-        real = size - 1 - step  # rows past that read ids beyond the end, which nobody trains on
+        # Later rows read token ids beyond the end of the document. No loss is computed from them.
+        real = case.config["seq_len"] - 1 - step
         assert relative_error(state[:real], case.arrays["out.hidden"][step, :real]) < LOSS_BOUND
 
 
