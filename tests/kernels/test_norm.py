@@ -1,4 +1,4 @@
-"""RMSNorm: the plain version equals the formula, and values and gradients of the fused kernels agree with it."""
+"""RMSNorm: the plain version equals the formula; values and gradients of the fused kernels agree with it."""
 
 from __future__ import annotations
 
