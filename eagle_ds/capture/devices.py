@@ -1,17 +1,16 @@
-"""Capture on several devices into one store: one process for each device, each with its own copy of the
-target.
+"""Capture on several devices into one store: one process for each, with its own copy of the target.
 
-The processes write sample files. Only the parent holds the store's lock, so only it enters their samples into
-the manifest. A target that does not fit one GPU is captured by one process with ``device="split"`` instead.
+The processes write sample files. Only the parent holds the store's lock, so only it adds the samples to the
+manifest. A target that does not fit one GPU is captured by one process with ``device="split"`` instead.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import torch
@@ -53,27 +52,20 @@ def capture_on_devices(
 
 
 def split_samples(prepared: PreparedCapture, devices: Sequence[str]) -> list[PreparedCapture]:
-    """Deal the pending samples out to ``devices`` in turn.
-
-    They are sorted by length, so the shares are of similar size.
-    """
-    count = len(devices)
-    jobs = [dataclasses.replace(prepared.job, device=device) for device in devices]
+    """Give the pending samples to ``devices`` in turn. They are sorted by length, so shares are similar."""
+    jobs = [replace(prepared.job, device=device) for device in devices]
     return [
-        dataclasses.replace(prepared, job=job, pending=prepared.pending[i::count])
-        for i, job in enumerate(jobs)
-    ]
+        replace(prepared, job=job, pending=prepared.pending[i :: len(jobs)]) for i, job in enumerate(jobs)]
 
 
 def _capture_share(connection: Connection, share: PreparedCapture, parent: int, threads: int) -> None:
-    """Run in a child process: send the parent the entry of each sample, or the exception that ended the work.
-    """
+    """Run in a child process: send the parent the entry of each sample, or the exception that ended it."""
     torch.set_num_threads(threads)
     try:
         with SampleFiles(share.job.store, share.info) as files:
             for sample in compute_samples(share, load_extractor(share)):
-                # The system gives an orphan another parent. Stop then: a new capture may already write to
-                # this store.
+                # If the parent has died, the system gives this process another parent. Stop then, because a
+                # new capture may already write to this store.
                 if os.getppid() != parent:
                     return
                 connection.send(files.write(sample))

@@ -1,12 +1,11 @@
-"""Hidden states of a target that transformers runs: three aux layers, the final state, and the labels of its
-head.
+"""Compute hidden states with transformers: the aux layers' outputs, the final state, and the head's labels.
 
-A forward pass runs the decoder without its head, and hooks copy the outputs of the aux layers. Logits exist
-for a few rows at a time only, because [S, V] of them would be larger than everything else.
+A forward pass runs the decoder without its head, and hooks copy the outputs of the aux layers. Logits are
+computed for a few rows at a time, because all [S, V] of them would be larger than everything else.
 
-Samples shorter than a chunk are batched and padded on the right. Under a causal mask no token sees what comes
-after it, so the padding changes nothing: no attention mask is needed, and the padded rows are dropped. A
-longer sample goes alone, chunk by chunk through a KV cache.
+Samples shorter than a chunk are batched and padded on the right. Under a causal mask no token attends to
+later ones, so the padding needs no attention mask, and the padded rows are dropped. A longer sample is
+computed alone, chunk by chunk with a KV cache.
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ class StateExtractor:
         if len(samples) > 1 and width > self.limits.chunk_tokens:
             raise ValueError(
                 f"a batch of {len(samples)} samples has one of {width} tokens, longer than a chunk of "
-                f"{self.limits.chunk_tokens}; pass that sample alone"
-            )
+                f"{self.limits.chunk_tokens}; pass that sample alone")
         ids = torch.zeros(len(samples), width, dtype=torch.long)
         for row, sample in zip(ids, samples, strict=True):
             row[: len(sample)] = sample
@@ -110,8 +108,7 @@ class StateExtractor:
                 output = self.decoder(input_ids=chunk, past_key_values=cache, use_cache=len(chunks) > 1)
                 cache = output.past_key_values
                 hidden.append(self._to_host(output.last_hidden_state))
-        # Each layer's list holds one [B, chunk, H] for each chunk: join the chunks, then put the layers side
-        # by side.
+        # Each layer has a list of [B, chunk, H]: join its chunks, then put the layers side by side.
         return torch.cat([torch.cat(parts, dim=1) for parts in aux], dim=2), torch.cat(hidden, dim=1)
 
     def _to_host(self, states: torch.Tensor) -> torch.Tensor:
@@ -128,16 +125,14 @@ class StateExtractor:
 
         def appending_to(parts: list[torch.Tensor]) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                # A decoder layer returns its states, or a tuple that begins with them, depending on the
-                # version.
+                # Depending on the version, a decoder layer returns its states or a tuple that begins with
+                # them.
                 parts.append(self._to_host(output if torch.is_tensor(output) else output[0]))
 
             return hook
 
-        handles = [
-            layer.register_forward_hook(appending_to(parts))
-            for layer, parts in zip(self._layers, outputs, strict=True)
-        ]
+        pairs = zip(self._layers, outputs, strict=True)
+        handles = [layer.register_forward_hook(appending_to(parts)) for layer, parts in pairs]
         try:
             yield outputs
         finally:
@@ -169,10 +164,10 @@ def decoder_layers(decoder: nn.Module, aux_ids: Sequence[int]) -> list[nn.Module
 
 @torch.inference_mode()
 def check_head(extractor: StateExtractor) -> None:
-    """Raise ValueError if the target's logits are anything but head @ h (scaled, capped, or with a bias).
+    """Raise ValueError if the target's logits are not head @ h, but scaled, capped, or with a bias.
 
-    The draft's labels are softmax(head @ h): for another target they would be wrong without any sign of it.
-    The comparison runs on eight arbitrary tokens.
+    The draft's labels are softmax(head @ h). For such a target they would be wrong without any error. The
+    comparison runs on eight arbitrary tokens.
     """
     ids = torch.arange(8, device=extractor.device)[None]
     output = extractor.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -182,8 +177,7 @@ def check_head(extractor: StateExtractor) -> None:
     if (found - expected).norm() > tolerance * expected.norm():
         raise ValueError(
             f"{type(extractor.model).__name__} does not compute its logits as head @ final state (it scales "
-            "or caps them, or adds a bias); a draft cannot be trained on such a target"
-        )
+            "or caps them, or adds a bias); a draft cannot be trained on such a target")
 
 
 def load_model(folder: Path, dtype: str, device: str = "auto", attention: str = "sdpa") -> nn.Module:
@@ -205,8 +199,7 @@ def load_model(folder: Path, dtype: str, device: str = "auto", attention: str = 
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), attn_implementation=attention,
-            device_map=None if device == "cpu" else device_map,
-        )
+            device_map=None if device == "cpu" else device_map)
     # AssertionError: torch was built without CUDA
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError) as error:
         first_line = str(error).splitlines()[0]

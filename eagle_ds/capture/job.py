@@ -1,8 +1,7 @@
-"""What to capture: the job as requested, the job prepared against target, conversations and store, and its
-size on disk.
+"""What to capture: the job as requested, its preparation, and its size on disk.
 
-Everything here is known from the tokenizer and the files alone, before the target's weights are loaded: a
-wrong setting is reported at once and not after hours.
+Preparing a job checks it against the target's files, the conversations and the store, before the target's
+weights are loaded. So a wrong setting is reported at once and not after hours.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from eagle_ds.capture.hf import ForwardLimits
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.chat import ChatEncoder, EncodeStats, load_tokenizer
 from eagle_ds.data.conversations import ConversationFile, require_samples
-from eagle_ds.store.manifest import STORE_JSON, SampleEntry, StoreInfo
+from eagle_ds.store.manifest import STORE_JSON, SampleEntry, StoreInfo, whole_entries
 from eagle_ds.store.store import Store, StoreWriter
 from eagle_ds.target.files import resolve_target
-from eagle_ds.target.identity import target_hash, tokenizer_hash
-from eagle_ds.target.info import TargetInfo, check_aux_ids
+from eagle_ds.target.info import TargetInfo
 
 # Stored bytes / raw bytes. Measured 0.69 on SmolLM2 (H = 576); wider targets compress a little better.
 STORED_SHARE = 0.7
@@ -57,15 +55,12 @@ class CaptureJob:
         conversations = getattr(recipe.data, prefix + "conversations")
         store = getattr(recipe.data, prefix + "store")
         if not conversations or not store:
-            missing = f"data.{prefix}conversations or no data.{prefix}store"
-            raise ValueError(
-                f"the recipe has no {missing}; set both, or capture the other split alone with --split"
-            )
+            found = f"the recipe has no data.{prefix}conversations or no data.{prefix}store"
+            raise ValueError(f"{found}; set both, or capture the other split alone with --split")
         return cls(
             target=recipe.target.model, revision=recipe.target.revision, dtype=recipe.target.dtype,
             aux_layer_ids=recipe.target.aux_ids, conversations=Path(conversations), store=Path(store),
-            max_length=recipe.data.max_length, overlong=recipe.data.overlong, **settings,
-        )
+            max_length=recipe.data.max_length, overlong=recipe.data.overlong, **settings)
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class CaptureEstimate:
 
 @dataclass
 class PreparedCapture:
-    """A job with its target found, its conversations encoded, and the samples that the store lacks."""
+    """A job whose target was found and conversations were encoded, and the samples still to capture."""
 
     job: CaptureJob
     folder: Path  # of the target
@@ -122,7 +117,7 @@ def prepare_capture(job: CaptureJob) -> PreparedCapture:
     Raises: ValueError if target, tokenizer, conversations or an existing store do not fit the job.
     """
     folder = resolve_target(job.target, job.revision)
-    info = store_info(job, folder)
+    info = StoreInfo.of_target(folder, job.target, job.store_dtype, job.aux_layer_ids)
     stored = stored_entries(job.store, info)
     encoder = ChatEncoder(load_tokenizer(folder), job.max_length, job.overlong)
     file = ConversationFile(job.conversations)
@@ -145,20 +140,8 @@ def check_recipe_target(recipe: Recipe) -> None:
     TargetInfo.from_folder(folder).check_against(recipe.target)
 
 
-def store_info(job: CaptureJob, folder: Path) -> StoreInfo:
-    """Describe the store that the job fills, from the target's files in ``folder``."""
-    target = TargetInfo.from_folder(folder)
-    aux_ids = job.aux_layer_ids or target.aux_ids
-    check_aux_ids(aux_ids, target.num_layers)
-    return StoreInfo(
-        target=job.target, target_hash=target_hash(folder), tokenizer_hash=tokenizer_hash(folder),
-        hidden_size=target.hidden_size, aux_layer_ids=tuple(aux_ids), vocab_size=target.vocab_size,
-        dtype=job.store_dtype,
-    )
-
-
 def stored_entries(root: Path, info: StoreInfo) -> dict[str, SampleEntry]:
-    """Return the samples that an existing store holds whole, by id.
+    """Return the complete samples of the store at ``root``, by id; none if there is no store.
 
     Raises: ValueError if the store was made from another target or other layers.
     """
@@ -168,11 +151,7 @@ def stored_entries(root: Path, info: StoreInfo) -> dict[str, SampleEntry]:
     if store.info != info:
         with StoreWriter(root, info):  # raises, naming the values that differ
             pass
-    return {entry.id: entry for entry in store.entries if _file_size(root / entry.path) == entry.bytes}
-
-
-def _file_size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
+    return whole_entries(root, store.entries)
 
 
 def is_stored(sample: PendingSample, stored: Mapping[str, SampleEntry], root: Path) -> bool:
@@ -184,11 +163,10 @@ def is_stored(sample: PendingSample, stored: Mapping[str, SampleEntry], root: Pa
     if entry is None:
         return False
     if (entry.num_tokens, entry.trained_spans) != (sample.num_tokens, sample.trained_spans):
+        found = f"store {root} holds sample {sample.id} with {entry.num_tokens} tokens"
         raise ValueError(
-            f"store {root} holds sample {sample.id} with {entry.num_tokens} tokens, but the conversation "
-            f"file now gives {sample.num_tokens} (or other answers); capture into another folder, or delete "
-            "this store"
-        )
+            f"{found}, but the conversation file now gives {sample.num_tokens} (or other answers); "
+            "capture into another folder, or delete this store")
     return True
 
 
@@ -198,5 +176,4 @@ def require_space(prepared: PreparedCapture) -> None:
     if estimate.store_bytes + MARGIN_BYTES > estimate.free_bytes:
         raise ValueError(
             f"the disk of {prepared.job.store} has {estimate.free_bytes / 1e9:.1f} GB free but the capture "
-            f"needs about {estimate.store_bytes / 1e9:.1f} GB; free some, or choose another folder"
-        )
+            f"needs about {estimate.store_bytes / 1e9:.1f} GB; free some, or choose another folder")

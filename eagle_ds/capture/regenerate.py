@@ -31,7 +31,7 @@ from eagle_ds.target.info import stop_token_ids
 
 log = logging.getLogger(__name__)
 
-LOOP_WORDS = 8  # words of a sequence whose repetition shows that an answer is caught in a loop
+LOOP_WORDS = 8  # an answer that repeats sequences of this many words is caught in a loop
 ATTEMPTS = 4  # of one request to an endpoint
 
 
@@ -47,14 +47,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer.
-
-    ``finish`` is ``stop`` (the target ended its turn) or ``length`` (cut off at max_new_tokens).
-    """
+    """One generated answer."""
 
     text: str
     tokens: int
-    finish: str
+    finish: str  # stop: the target ended its turn; length: the answer was cut off at max_new_tokens
 
 
 class Generator(Protocol):
@@ -98,16 +95,14 @@ class TransformersGenerator:
         width, pad = max(map(len, ids)), min(self.stop_ids)
         padded = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-        # Each setting is given, so that the model's generation_config.json decides nothing.
+        # Give every setting, so that none is taken from the model's generation_config.json.
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.sampling.temperature > 0:
             temperature, top_p = self.sampling.temperature, self.sampling.top_p
             how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         generated = self.model.generate(
-            input_ids=padded.to(self.device), attention_mask=mask.to(self.device),
-            max_new_tokens=self.sampling.max_new_tokens, eos_token_id=sorted(self.stop_ids), pad_token_id=pad,
-            **how,
-        )
+            input_ids=padded.to(self.device), attention_mask=mask.to(self.device), pad_token_id=pad,
+            max_new_tokens=self.sampling.max_new_tokens, eos_token_id=sorted(self.stop_ids), **how)
         return [self._answer(row) for row in generated[:, width:].tolist()]
 
     def _answer(self, row: list[int]) -> Answer:
@@ -120,10 +115,7 @@ class TransformersGenerator:
 
 @dataclass(frozen=True)
 class EndpointGenerator:
-    """Generates answers with any server that has OpenAI's ``POST {url}/chat/completions``:
-
-    SGLang, vLLM, llama.cpp, ...
-    """
+    """Generates answers with any server of OpenAI's chat protocol, such as SGLang, vLLM or llama.cpp."""
 
     base_url: str
     model: str
@@ -141,14 +133,10 @@ class EndpointGenerator:
         return [self._answer(prompt) for prompt in prompts]
 
     def _answer(self, messages: list[Message]) -> Answer | None:
+        how = self.sampling
         body = {
-            "model": self.model,
-            "messages": messages,
-            "max_tokens": self.sampling.max_new_tokens,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "seed": self.sampling.seed,
-        }
+            "model": self.model, "messages": messages, "max_tokens": how.max_new_tokens,
+            "temperature": how.temperature, "top_p": how.top_p, "seed": how.seed}
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -191,18 +179,20 @@ class Regenerated:
 
     id: str
     messages: list[Message]  # answered so far
-    waiting: list[Message] = field(repr=False)  # the people's messages that follow
+    waiting: list[Message] = field(repr=False)  # messages that follow, still to be answered
     finish: list[str] = field(default_factory=list)  # of each answer
 
     @classmethod
     def start(cls, record: Mapping[str, Any]) -> Regenerated:
-        """Drop the record's assistant messages, but keep calls of tools: the tools' results follow them."""
+        """Drop the record's assistant messages, except tool calls: the tools' results refer to them."""
         kept = [m for m in messages_of(record) if m["role"] != "assistant" or m.get("tool_calls")]
         return cls(record_id(record), [], kept)
 
     def next_prompt(self) -> bool:
-        """Move the waiting messages up to the end of the next user's turn into ``messages``; False if there
-        is none.
+        """Move the waiting messages, through the next user or tool message, to ``messages``.
+
+        Returns:
+            Whether ``messages`` now ends with a message to answer.
         """
         count = 0
         while count < len(self.waiting) and not (count and self._ends_turn(count - 1)):
@@ -236,7 +226,7 @@ class Regenerated:
 
 
 def distinct_ratio(text: str) -> float:
-    """Return the share of distinct 8-word sequences: 1 for prose, near 0 for an answer caught in a loop."""
+    """Return distinct / all 8-word sequences: 1 for prose, near 0 for an answer that repeats itself."""
     words = text.split()
     runs = [tuple(words[i : i + LOOP_WORDS]) for i in range(len(words) - LOOP_WORDS + 1)]
     return len(set(runs)) / len(runs) if runs else 1.0
@@ -271,13 +261,8 @@ def pending_batches(source: Path, done: set[str], batch_size: int) -> Iterator[l
 
 
 def regenerate(
-    source: Path,
-    output: Path,
-    generator: Generator,
-    batch_size: int = 8,
-    concurrency: int = 1,
-    min_distinct: float = 0.0,
-    progress: Callable[[int, int], None] = lambda conversations, tokens: None,
+    source: Path, output: Path, generator: Generator, batch_size: int = 8, concurrency: int = 1,
+    min_distinct: float = 0.0, progress: Callable[[int, int], None] = lambda conversations, tokens: None,
 ) -> int:
     """Answer every conversation of ``source`` and append it to ``output`` as soon as it is done.
 
@@ -349,6 +334,5 @@ def finished_ids(output: Path) -> set[str]:
     try:
         return {record_id(json.loads(line)) for line in whole.splitlines()}
     except ValueError as error:
-        raise ValueError(
-            f"{output} is not a file that this tool wrote ({error}); choose another output"
-        ) from error
+        found = f"{output} is not a file that this tool wrote ({error})"
+        raise ValueError(f"{found}; choose another output") from error

@@ -1,8 +1,7 @@
 """Run one capture: compute the hidden states of every pending sample and write them into the store.
 
 A background thread encodes and writes each sample while the next ones are computed. To overlap more of the
-work, change `capture`: `compute_samples` yields samples on the CPU, and nothing that follows needs the
-device.
+work, change `capture`: `compute_samples` yields samples on the CPU, and writing them does not use the device.
 """
 
 from __future__ import annotations
@@ -11,16 +10,15 @@ import contextlib
 import errno
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from eagle_ds.capture.hf import ForwardLimits, StateExtractor, load_model
 from eagle_ds.capture.job import PendingSample, PreparedCapture, require_space
-from eagle_ds.store.manifest import SampleEntry
+from eagle_ds.store.processes import in_order
 from eagle_ds.store.store import Sample, StoreWriter
 
 WRITES_AHEAD = 2  # samples that wait for the writer: bounds the host memory
@@ -47,13 +45,10 @@ def capture(prepared: PreparedCapture, progress: Callable[[int], None] = lambda 
             return 0
         extractor = load_extractor(prepared)
         with ThreadPoolExecutor(1) as background:
-            writes: deque[Future[SampleEntry]] = deque()
-            for sample in compute_samples(prepared, extractor):
-                writes.append(background.submit(writer.add, sample))
-                if len(writes) > WRITES_AHEAD:
-                    progress(writes.popleft().result().num_tokens)
-            for write in writes:
-                progress(write.result().num_tokens)
+            samples = compute_samples(prepared, extractor)
+            writes = (background.submit(writer.add, sample) for sample in samples)
+            for entry in in_order(writes, WRITES_AHEAD):
+                progress(entry.num_tokens)
     return len(prepared.pending)
 
 
@@ -91,8 +86,7 @@ def compute_samples(prepared: PreparedCapture, extractor: StateExtractor) -> Ite
             yield Sample(
                 id=one.id, input_ids=input_ids, loss_mask=torch.from_numpy(one.loss_mask),
                 aux_hidden_state=states.aux_hidden_state, hidden_state=states.hidden_state,
-                target_token_id=states.target_token_id, target_logsumexp=states.target_logsumexp,
-            )
+                target_token_id=states.target_token_id, target_logsumexp=states.target_logsumexp)
 
 
 def make_batches(samples: Sequence[PendingSample], limits: ForwardLimits) -> Iterator[list[PendingSample]]:
@@ -113,8 +107,7 @@ def make_batches(samples: Sequence[PendingSample], limits: ForwardLimits) -> Ite
 
 
 def predict_seconds(prepared: PreparedCapture) -> float:
-    """Predict the seconds that the target needs for all pending samples on this machine. Writing is not
-    included.
+    """Predict the seconds of all forward passes for the pending samples on this machine, without writing.
 
     Attention is quadratic in the length S and the rest is linear, so seconds(S) = a S + b S^2 is fitted to
     two timed forward passes.

@@ -80,8 +80,7 @@ def chunk_index(datasets: Datasets, name: str, header: Header) -> ChunkIndex | N
     grid = (-(-header.num_tokens // chunk_rows), dataset.shape[1] // header.hidden_size)
     offsets, sizes = np.zeros(grid, np.int64), np.zeros(grid, np.int64)
 
-    # One pass of chunk_iter lists all chunks; asking HDF5 for them one by one costs time quadratic in their
-    # number.
+    # One pass of chunk_iter lists all chunks. Asking for them one by one takes quadratic time.
     def note(chunk: h5py.h5d.StoreInfo) -> None:
         row, column = chunk.chunk_offset
         if chunk.filter_mask:  # a set bit means: this filter was skipped for this chunk
@@ -128,8 +127,7 @@ def _copies_by_chunk(ranges: Sequence[RowRange], chunk_rows: int) -> dict[int, l
     copies: dict[int, list[RowCopy]] = {}
     out_row = 0
     for start, stop in ranges:
-        # The loop runs over the first rows of the chunks that [start, stop) touches; an empty range touches
-        # none.
+        # ``row`` is the first row of each chunk that [start, stop) touches; an empty range touches none.
         for row in range(start - start % chunk_rows, stop if stop > start else 0, chunk_rows):
             copy = RowCopy(max(start - row, 0), min(stop - row, chunk_rows), out_row)
             copies.setdefault(row // chunk_rows, []).append(copy)

@@ -1,19 +1,20 @@
 """Compress a chunk of hidden states: one valid zlib stream of its byte-shuffled rows.
 
-HDF5's shuffle filter regroups the bytes of n numbers into byte planes: all lowest bytes, ..., all highest
-bytes. In the hidden states of a trained network only the highest plane (sign and exponent) compresses,
-because its byte values are unevenly frequent, not because sequences repeat. The mantissa planes are noise.
-LZ77, the search for repeats inside gzip, therefore wastes its time on both. So the encoder writes
+HDF5's shuffle filter regroups the bytes of n numbers into byte planes: first all lowest bytes, last all
+highest bytes. In the hidden states of a trained network only the highest plane (sign and exponent)
+compresses. It does so because some byte values are far more frequent than others, not because sequences
+repeat. The mantissa planes are noise. LZ77, the search for repeats inside gzip, finds nothing in either. So
+the encoder skips it and writes
 
     78 01 | stored blocks: noise planes | Huffman-coded blocks: highest plane | adler32
 
-This saves more than gzip -6 in a fortieth of the time. It is still one ordinary zlib stream, so every reader
-of HDF5's shuffle + gzip pipeline inflates it. ISA-L limited to a history of two bytes is a pure Huffman
-coder, four times as fast as zlib's own, and still finds runs of equal bytes.
+This saves more bytes than gzip -6, in a fortieth of the time. The result is one ordinary zlib stream, so
+every reader of HDF5's shuffle + gzip pipeline can inflate it. The Huffman coder is ISA-L with a history of
+two bytes: four times as fast as zlib, and it still finds runs of equal bytes.
 
-zlib's adler32 is a sum. A flipped bit can turn three neighbouring symbols into others whose changes cancel in
-the sum (two of 72,000 flips did), and adler32 then misses the damage. So each chunk also gets a crc32 of its
-planes. It is stored outside the stream, and our reader checks it.
+adler32, the checksum in a zlib stream, is a sum. After a flipped bit three neighbouring symbols can decode to
+others whose errors cancel in the sum; two of 72,000 flips did. So each chunk also gets a crc32 of its planes.
+It is stored outside the stream, and our reader checks it.
 
 ========  ====================  ========================  ===============================================
 source    stored                Huffman-coded             remark
@@ -23,7 +24,7 @@ float16   byte 0: m7..m0        byte 1: s e4..e0 m9 m8    saves less: two mantis
 float32   bytes 0-2             byte 3: s e7..e1          float32 that holds bfloat16: two zero planes
 ========  ====================  ========================  ===============================================
 
-A plane of zeros, and the zero rows that pad the last chunk, become runs of a few bytes. Values are never
+A plane of zeros shrinks to a few bytes, and so do the zero rows that pad the last chunk. Values are never
 cast: the codec handles unsigned integers, so NaN payloads and negative zeros come back bit for bit.
 """
 
@@ -63,18 +64,18 @@ class EncodedChunk:
 
 @dataclass(frozen=True)
 class Backend:
-    """The compression functions: of ISA-L, or of zlib where ISA-L is not installed."""
+    """The compression functions of ISA-L, or of zlib if ISA-L is not installed."""
 
     deflate: Callable[[Bytes], bytes]  # data -> raw deflate blocks, the last one marked as final
     inflate: Callable[[Bytes, int], bytes]  # (zlib stream, expected bytes: a hint for the buffer) -> data
     adler32: Callable[[Bytes], int]
-    crc32: Callable[[Bytes], int]
+    crc32: Callable[..., int]  # (data, crc32 of the data before it = 0)
     failure: type[Exception]  # raised by inflate
 
 
 @functools.cache
 def backend() -> Backend:
-    """Choose the backend at the first call, and log it if it is the slow one."""
+    """Return the backend. The first call chooses it, and logs a warning if it is the slow one."""
     try:
         from isal import igzip_lib, isal_zlib
     except ImportError:
@@ -88,21 +89,15 @@ def backend() -> Backend:
     return Backend(
         deflate=deflate,
         inflate=lambda stream, size: igzip_lib.decompress(stream, igzip_lib.DECOMP_ZLIB, 15, size),
-        adler32=isal_zlib.adler32,
-        crc32=isal_zlib.crc32,
-        failure=igzip_lib.IsalError,
-    )
+        adler32=isal_zlib.adler32, crc32=isal_zlib.crc32, failure=igzip_lib.IsalError)
 
 
 def zlib_backend() -> Backend:
-    """Return the reference: Python's zlib with run-length matches only, which on noise is Huffman coding."""
+    """Return the reference: Python's zlib, limited to run-length matches and Huffman codes."""
     return Backend(
         deflate=lambda data: b"".join(_run_length(data, zlib.Z_FINISH)),
         inflate=lambda stream, size: zlib.decompress(stream, bufsize=size),
-        adler32=zlib.adler32,
-        crc32=zlib.crc32,
-        failure=zlib.error,
-    )
+        adler32=zlib.adler32, crc32=zlib.crc32, failure=zlib.error)
 
 
 def encode_chunk(rows: np.ndarray, chunk_rows: int | None = None) -> EncodedChunk:
@@ -151,7 +146,7 @@ def split_planes(rows: np.ndarray, padding: int = 0) -> np.ndarray:
     height, width = rows.shape
     planes = np.empty((rows.itemsize, height + padding, width), np.uint8)
     planes[:, height:] = 0
-    # numpy runs shifts and narrowing casts on SIMD units; copies of every second byte it does one by one.
+    # Shifts and narrowing casts are fast: numpy uses SIMD for them. It copies every second byte one by one.
     for byte in range(rows.itemsize):
         np.copyto(planes[byte, :height], rows >> 8 * byte if byte else rows, casting="unsafe")
     return planes.reshape(rows.itemsize, -1)

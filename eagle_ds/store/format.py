@@ -1,5 +1,4 @@
-"""Define the HDF5 file of one sample, schema 1: types, datasets, filters, header, and the checks when one is
-opened.
+"""Define the HDF5 file of one sample, schema 1: its types, datasets, filters and header, and their checks.
 
 Every byte that a reader relies on is protected by a checksum:
 
@@ -40,7 +39,7 @@ SMALL_DTYPES = {
 OPTIONAL_NAMES = ("target_token_id", "target_logsumexp")
 Datasets = Mapping[str, h5py.Dataset]
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_INTEGERS = {2: torch.int16, 4: torch.int32}  # by item size in bytes
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by item size in bytes
 
 
 @dataclass
@@ -98,32 +97,37 @@ def torch_dtype(kind: h5py.h5t.TypeID) -> torch.dtype:
     raise StoreError(f"hidden states are stored as {kind.dtype}, expected one of {', '.join(TORCH_DTYPES)}")
 
 
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Compare two tensors of one dtype as integers: NaN then equals itself, and -0 differs from 0."""
+    kind = _INTEGERS[ours.itemsize]
+    return torch.equal(ours.view(kind), theirs.view(kind))
+
+
 def raw_view(tensor: torch.Tensor) -> np.ndarray:
     """View a tensor's memory as unsigned integers of the same width, because numpy has no bfloat16."""
     return tensor.detach().view(_INTEGERS[tensor.itemsize]).numpy().view(f"u{tensor.itemsize}")
 
 
+def _dtypes_and_shapes(num_tokens: int, of: StoreInfo | Header) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the dtype and the shape that each dataset must have, by name."""
+    return {
+        "aux_hidden_state": (of.dtype, (num_tokens, len(of.aux_layer_ids) * of.hidden_size)),
+        "hidden_state": (of.dtype, (num_tokens, of.hidden_size)),
+        **{name: (dtype.__name__, (num_tokens,)) for name, dtype in SMALL_DTYPES.items()}}
+
+
 def check_sample(sample: Sample, info: StoreInfo) -> None:
     """Raise ValueError unless the sample has the shapes, dtypes and value ranges that ``info`` declares."""
-    num_tokens, width = sample.num_tokens, len(info.aux_layer_ids) * info.hidden_size
-    state = TORCH_DTYPES[info.dtype]
-    expected = {
-        "input_ids": (torch.int32, (num_tokens,)),
-        "loss_mask": (torch.uint8, (num_tokens,)),
-        "aux_hidden_state": (state, (num_tokens, width)),
-        "hidden_state": (state, (num_tokens, info.hidden_size)),
-        "target_token_id": (torch.int32, (num_tokens,)),
-        "target_logsumexp": (torch.float32, (num_tokens,)),
-    }
-    if num_tokens == 0:
+    if sample.num_tokens == 0:
         raise ValueError(f"sample {sample.id!r} has no tokens")
-    for name, (dtype, shape) in expected.items():
+    for name, (dtype, shape) in _dtypes_and_shapes(sample.num_tokens, info).items():
         tensor = getattr(sample, name)
         if tensor is None and name in OPTIONAL_NAMES:
             continue
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        if tensor.dtype != getattr(torch, dtype) or tuple(tensor.shape) != shape:
             found = f"sample {sample.id!r}: {name} is {tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{found}, this store holds {dtype} {list(shape)}; convert it, nothing is cast")
+            expected = f"torch.{dtype} {list(shape)}"
+            raise ValueError(f"{found}, this store holds {expected}; convert it, nothing is cast")
     if int(sample.input_ids.min()) < 0 or int(sample.input_ids.max()) >= info.vocab_size:
         expected_ids = f"0..{info.vocab_size - 1}; use the target's own tokenizer"
         raise ValueError(f"sample {sample.id!r}: input_ids leave the target's vocabulary {expected_ids}")
@@ -160,7 +164,7 @@ def write_small(file: h5py.File, name: str, values: np.ndarray) -> None:
 
 
 def write_header(file: h5py.File, sample: Sample, info: StoreInfo) -> None:
-    """Write the attributes. ``complete`` is the last, so a file that has it holds every chunk."""
+    """Write the attributes, ``complete`` last: a file that has it is whole."""
     for name in ("target", "target_hash", "tokenizer_hash", "dtype"):
         _set_string(file, name, getattr(info, name))
     _set_string(file, "id", sample.id)
@@ -193,35 +197,30 @@ def read_header(file: h5py.File) -> Header:
     strings = {name: _text(attrs[name]) for name in names}
     return Header(
         num_tokens=int(attrs["num_tokens"]), hidden_size=int(attrs["hidden_size"]),
-        aux_layer_ids=tuple(map(int, attrs["aux_layer_ids"])), **strings,
-    )
+        aux_layer_ids=tuple(map(int, attrs["aux_layer_ids"])), **strings)
 
 
 def open_datasets(file: h5py.File) -> Datasets:
-    """Look up every dataset once: in h5py that is most of the cost of opening a short sample."""
+    """Look up every dataset once, because the look-ups are most of the cost of opening a short sample."""
     return {name: file[name] for name in file}  # file.items() would silently skip a damaged dataset
 
 
 def check_datasets(datasets: Datasets, header: Header) -> None:
     """Raise StoreError unless each dataset exists with the shape and type that the header implies."""
-    width = {"hidden_state": header.hidden_size}
-    width["aux_hidden_state"] = len(header.aux_layer_ids) * header.hidden_size
     if header.dtype not in TORCH_DTYPES:
         raise StoreError(f"dtype is {header.dtype!r}, expected one of {', '.join(TORCH_DTYPES)}")
-    for name in (*WIDE_NAMES, *SMALL_DTYPES):
+    for name, (dtype, shape) in _dtypes_and_shapes(header.num_tokens, header).items():
         if name not in datasets:
             if name in OPTIONAL_NAMES:
                 continue
             raise StoreError(f"dataset {name} is missing; write this sample again")
-        shape = (header.num_tokens, width[name]) if name in width else (header.num_tokens,)
         dataset = datasets[name]
         if dataset.shape != shape:
             raise StoreError(
                 f"{name} has shape {list(dataset.shape)}, expected {list(shape)}; write this sample again")
-        expected = header.dtype if name in width else SMALL_DTYPES[name].__name__
-        kind = storage_type(expected) if name in width else h5py.h5t.py_create(np.dtype(expected))
+        kind = storage_type(dtype) if name in WIDE_NAMES else h5py.h5t.py_create(np.dtype(dtype))
         if not dataset.id.get_type().equal(kind):
-            raise StoreError(f"{name} has another type than {expected}; write this sample again")
+            raise StoreError(f"{name} has another type than {dtype}; write this sample again")
 
 
 def read_small(dataset: h5py.Dataset) -> np.ndarray:

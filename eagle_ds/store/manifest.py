@@ -1,11 +1,11 @@
 """Describe a store: ``store.json`` (what holds for all samples) and ``manifest.jsonl`` (one line per sample).
 
-Both carry a crc32 of their own content, so a flipped bit is an error instead of another length or another
-mask.
+Both carry a crc32 of their own content, so a flipped bit is reported as an error and never read as another
+length or mask.
 
-The manifest only grows. A sample is in the store once its line, newline included, is on disk. A line replaces
-an earlier line of the same id (the sample was written again). A last line without a newline was interrupted
-by a crash: readers skip it, and the next writer truncates the file there.
+The manifest only grows. A sample is in the store once its line, newline included, is on disk. A sample that
+is written again gets a new line, which replaces the earlier line of the same id. A last line without a
+newline was interrupted by a crash: readers skip it, and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from eagle_ds.store.codec import ENCODER
+from eagle_ds.target.identity import target_hash, tokenizer_hash
+from eagle_ds.target.info import TargetInfo, check_aux_ids
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,28 @@ class StoreInfo:
             raise ValueError(f"dtype is {self.dtype!r}, a store holds bfloat16, float16 or float32")
         if min(self.hidden_size, self.vocab_size, len(self.aux_layer_ids)) < 1:
             raise ValueError("hidden_size and vocab_size must be at least 1, aux_layer_ids must name a layer")
+
+    @classmethod
+    def of_target(
+        cls, folder: Path, name: str, dtype: str, aux_layer_ids: Sequence[int] | None = None
+    ) -> StoreInfo:
+        """Describe the store of the target in ``folder``. Without weights there, ``target_hash`` is empty.
+
+        Args:
+            name: the target as the user named it.
+            dtype: of the stored hidden states.
+            aux_layer_ids: None takes the target's default layers.
+
+        Raises:
+            ValueError: the target has no such layers.
+        """
+        target = TargetInfo.from_folder(folder)
+        aux_layer_ids = tuple(aux_layer_ids or target.aux_ids)
+        check_aux_ids(aux_layer_ids, target.num_layers)
+        return cls(
+            target=name, target_hash=target_hash(folder) if any(folder.glob("*.safetensors")) else "",
+            tokenizer_hash=tokenizer_hash(folder), hidden_size=target.hidden_size,
+            aux_layer_ids=aux_layer_ids, vocab_size=target.vocab_size, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -97,9 +122,7 @@ def read_store_info(root: Path) -> StoreInfo:
     """Read and check store.json. Raises StoreError if it is missing or damaged."""
     path = root / STORE_JSON
     try:
-        record = _checked(json.loads(path.read_bytes()))
-        record["aux_layer_ids"] = tuple(record["aux_layer_ids"])
-        return StoreInfo(**record)
+        return StoreInfo(**_checked(json.loads(path.read_bytes())))
     except FileNotFoundError as error:
         found = f"{root} is not a hidden-state store: it has no {STORE_JSON}"
         raise StoreError(f"{found}; give the folder that contains it") from error
@@ -139,8 +162,15 @@ def read_manifest(root: Path) -> tuple[list[SampleEntry], bytes]:
     return list(entries.values()), whole
 
 
+def whole_entries(root: Path, entries: Iterable[SampleEntry]) -> dict[str, SampleEntry]:
+    """Return the entries whose file is there and has its full size, by id. The others must be written again.
+    """
+    paths = [(root / entry.path, entry) for entry in entries]
+    return {entry.id: entry for path, entry in paths if path.exists() and path.stat().st_size == entry.bytes}
+
+
 def manifest_hash(root: Path, manifest: bytes) -> str:
-    """Hash store.json and the manifest. The hashes of two ranks are equal if they see the same store."""
+    """Hash store.json and the manifest. Ranks compare this hash to check that they see the same store."""
     return hashlib.sha256((root / STORE_JSON).read_bytes() + manifest).hexdigest()
 
 

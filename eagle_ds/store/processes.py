@@ -1,18 +1,22 @@
-"""Worker processes: they start at once, and their parent knows when one dies.
+"""Worker processes that start fast and report their death, and results in order from a pool of workers.
 
 Importing torch takes seconds. The fork server is a process that has imported the heavy libraries and does
-nothing else; forking it takes milliseconds, and is safe as long as it has no threads, no GPU and no open
-file. This module imports nothing heavy, so that a tool can start the server before its own imports.
+nothing else. Forking it takes milliseconds, and is safe because it has no threads, no GPU and no open file.
+This module imports nothing heavy, so that a tool can start the server before its own imports.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext, ForkServerContext
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 LIBRARIES = ("torch", "h5py", "safetensors.torch")
 
@@ -37,8 +41,7 @@ class WorkerProcess:
         self.connection, childs_end = context.Pipe()
         self.process = context.Process(target=body, args=(childs_end, *arguments), daemon=True)
         self.process.start()
-        # From here on only the child holds its end. If it dies, for any reason, the pipe ends and `receive`
-        # returns.
+        # Now only the child holds its end. If it dies, for any reason, the pipe ends and `receive` returns.
         childs_end.close()
 
     def receive(self) -> Any:
@@ -58,6 +61,21 @@ class WorkerProcess:
         self.process.terminate()
         self.process.join()
         self.connection.close()
+
+
+def in_order(futures: Iterable[Future[Result]], ahead: int) -> Iterator[Result]:
+    """Yield the results of ``futures`` in order. Take at most ``ahead`` futures in advance.
+
+    ``futures`` is a generator that submits a task whenever a future is taken from it. So a slow consumer
+    stops the submission, which bounds the memory of the tasks in flight.
+    """
+    pending: deque[Future[Result]] = deque()
+    for future in futures:
+        pending.append(future)
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def receive_all(workers: Sequence[WorkerProcess]) -> Iterator[Any]:

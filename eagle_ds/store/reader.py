@@ -64,10 +64,12 @@ class SampleReader:
     The file is opened at the first read. Readers can be pickled and forked at any time.
 
     Args:
-        path: the HDF5 file. entry, info: if given, the file must agree with this manifest line and this
-        store.json. threads: threads that read and inflate the chunks of one `read_rows`. hidden_states: False
-        reads only the small datasets and skips the chunk list. In a sample of 128K tokens HDF5
-            lists 8192 chunks, each by a call that holds Python's global interpreter lock.
+        path: the HDF5 file.
+        entry: if given, the file must agree with this manifest line.
+        info: if given, the file must agree with this store.json.
+        threads: threads that read and inflate the chunks of one `read_rows`.
+        hidden_states: False reads only the small datasets and does not list the chunks. For a sample of 128K
+            tokens HDF5 lists 8192 chunks, each by a call that holds Python's global interpreter lock.
 
     Raises:
         StoreError: for every failure; it names the file and, for hidden states, the rows.
@@ -99,9 +101,10 @@ class SampleReader:
         """Read rows of a hidden-state dataset.
 
         Args:
-            name: ``aux_hidden_state`` or ``hidden_state``. ranges: [start, stop) row ranges in any order;
-            they may overlap. Their rows follow one another in the result. out: CPU tensor [sum of lengths,
-            width] to fill, pinned or not; default: a new one.
+            name: ``aux_hidden_state`` or ``hidden_state``.
+            ranges: [start, stop) row ranges in any order; they may overlap. Their rows follow one another in
+                the result.
+            out: CPU tensor [sum of lengths, width] to fill, pinned or not; default: a new one.
         """
         assert self.hidden_states, "made with hidden_states=False; it reads small datasets only"
         opened = self._open()
@@ -118,8 +121,8 @@ class SampleReader:
         def read(batch: list[ChunkRead]) -> ReadStats:
             return self._read_batch(opened, name, index, batch, rows)
 
-        # Each batch fills rows of its own, so threads need no lock. pread and inflate release the
-        # interpreter's lock.
+        # Each batch fills its own rows, so threads need no lock. pread and inflate release the interpreter
+        # lock.
         if self.threads == 1 or len(batches) == 1:
             done = list(map(read, batches))
         else:

@@ -40,9 +40,7 @@ class DiskSink(io.RawIOBase):
         return os.fstat(self._descriptor).st_size
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write all of ``data``, or discard it after an error.
-
-        HDF5 always gets the answer that it succeeded.
+        """Write all of ``data``, or discard it after an error. Either way HDF5 is told that it was written.
         """
         view = memoryview(data).cast("B")
         done = 0
@@ -59,10 +57,10 @@ class DiskSink(io.RawIOBase):
     def _drop_pages(self) -> None:
         """Start writing the newest pages to the disk and drop the older ones from the page cache.
 
-        The disk then works while the encoders compute, the final fsync has little left to wait for, and
-        terabytes pass through a few megabytes of page cache. DONTNEED does not block: it starts the writing
-        of dirty pages and drops pages that are already written. So each call covers the range that the call
-        before started, and the new one.
+        The disk then works while the encoders compute, the final fsync is short, and a store of terabytes
+        occupies a few megabytes of page cache. DONTNEED does not block: it starts writing the dirty pages and
+        drops those already written. So each call covers the new range, and the range whose writing the
+        previous call started.
         """
         with suppress(OSError):  # a hint: if the file system refuses it, nothing is lost
             size = self._position - self._dropped

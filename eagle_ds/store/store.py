@@ -25,10 +25,7 @@ __all__ = [
 
 
 class Store:
-    """A snapshot of a store: the samples in its manifest now.
-
-    Has no open files, so it can be pickled and forked.
-    """
+    """A snapshot of a store: the samples in its manifest now. It can be pickled and forked."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)

@@ -58,16 +58,13 @@ def verify_file(
             num_tokens = reader.header.num_tokens
         except StoreError as error:
             return [Damage(path, None, None, str(error))]
-        damages = []
-        for name in WIDE_NAMES:
-            damages += _damages(reader, name, (0, num_tokens), VERIFY_ROWS)
-        return damages
+        return [d for name in WIDE_NAMES for d in _damages(reader, name, (0, num_tokens), VERIFY_ROWS)]
 
 
 def unlisted_files(root: str | Path) -> list[Path]:
-    """Return files without a manifest line.
+    """Return the files that have no manifest line. A writer that was killed leaves such files behind.
 
-    A killed writer leaves them; they are written again or can be deleted.
+    They can be deleted; writing their samples again replaces them.
     """
     root = Path(root)
     listed = {root / entry.path for entry in Store(root).entries}
@@ -79,10 +76,7 @@ def _verify_entry(root: Path, info: StoreInfo, entry: SampleEntry) -> tuple[Path
 
 
 def _damages(reader: SampleReader, name: str, rows: RowRange, step: int) -> Iterator[Damage]:
-    """Read ``rows``, ``step`` at a time.
-
-    Read a range that fails again, chunk by chunk, to find the damaged chunks.
-    """
+    """Read ``rows``, ``step`` at a time. If a step fails, read it again chunk by chunk to find the damage."""
     for start in range(*rows, step):
         part = start, min(start + step, rows[1])
         try:

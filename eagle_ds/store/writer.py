@@ -16,9 +16,9 @@ import os
 import shutil
 import threading
 import uuid
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import TextIO
 
@@ -31,6 +31,7 @@ from eagle_ds.store import manifest
 from eagle_ds.store.codec import EncodedChunk, encode_chunk
 from eagle_ds.store.format import CHUNK_ROWS, SMALL_DTYPES, WIDE_NAMES, Sample
 from eagle_ds.store.manifest import MANIFEST_NAME, STORE_JSON, SampleEntry, StoreInfo
+from eagle_ds.store.processes import in_order
 from eagle_ds.store.sink import DiskSink
 
 Offset = tuple[int, int]  # first row and column of a chunk
@@ -80,8 +81,7 @@ class SampleFiles:
     def _write_wide(self, file: h5py.File, sink: DiskSink, name: str, rows: np.ndarray) -> None:
         """Write a hidden-state dataset, chunks of the same rows one after another.
 
-        A range of rows, with all its layers, is then one contiguous part of the file and can be read by one
-        call.
+        All layers of a range of rows then lie side by side in the file, so one call can read them.
         """
         dataset = fmt.create_wide(file, name, rows.shape, self.info)
         crc32s = []
@@ -95,15 +95,10 @@ class SampleFiles:
     def _encoded(self, rows: np.ndarray) -> Iterator[tuple[Offset, EncodedChunk]]:
         """Yield each chunk with its offset, in order. The encoders run at most ``_window`` chunks ahead."""
         chunk_rows, width = min(CHUNK_ROWS, len(rows)), self.info.hidden_size
-        pending: deque[tuple[Offset, Future[EncodedChunk]]] = deque()
-        for row in range(0, len(rows), chunk_rows):
-            for column in range(0, rows.shape[1], width):
-                chunk = rows[row : row + chunk_rows, column : column + width]
-                pending.append(((row, column), self._encoders.submit(encode_chunk, chunk, chunk_rows)))
-                if len(pending) > self._window:
-                    yield _finished(pending)
-        while pending:
-            yield _finished(pending)
+        offsets = list(product(range(0, len(rows), chunk_rows), range(0, rows.shape[1], width)))
+        chunks = (rows[row : row + chunk_rows, column : column + width] for row, column in offsets)
+        encoded = (self._encoders.submit(encode_chunk, chunk, chunk_rows) for chunk in chunks)
+        return zip(offsets, in_order(encoded, self._window), strict=True)
 
     def close(self) -> None:
         """End the encoder threads."""
@@ -192,7 +187,7 @@ class StoreWriter:
             if file.tell() > len(whole_lines):  # the last line is incomplete
                 file.truncate(len(whole_lines))
         manifest.sync_folder(self.root)
-        return {entry.id for entry in entries if _size(self.root / entry.path) == entry.bytes}
+        return set(manifest.whole_entries(self.root, entries))
 
     def _append(self, entry: SampleEntry) -> None:
         """Append the manifest line. If the disk is full, remove the part that was written."""
@@ -206,11 +201,6 @@ class StoreWriter:
             except OSError:
                 file.truncate(start)
                 raise
-
-
-def _finished(pending: deque[tuple[Offset, Future[EncodedChunk]]]) -> tuple[Offset, EncodedChunk]:
-    offset, chunk = pending.popleft()
-    return offset, chunk.result()
 
 
 def _lock_store(root: Path) -> TextIO:
@@ -230,7 +220,3 @@ def _rename(source: Path, destination: Path) -> None:
         manifest.sync_folder(destination.parent.parent.parent)
     source.replace(destination)
     manifest.sync_folder(destination.parent)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
