@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eagle_ds.data.batch import Batch, TokenLabels, assemble, counted_rows
-from eagle_ds.kernels.attention import AttentionBackend, ReferenceAttention
+from eagle_ds.kernels.attention import ReferenceAttention
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, head_loss
 from eagle_ds.model.offload import ActivationOffload
@@ -46,7 +46,7 @@ def rank_batch(sharding: SequenceSharding, rank: int, whole: WholeSequence, alig
 
 def prefix_for(
     model: Eagle3Draft, sharding: SequenceSharding, groups: ProcessGroups = SOLO,
-    kernel: AttentionBackend | None = None, recompute: str = "none",
+    kernel: ReferenceAttention | None = None, recompute: str = "none",
 ) -> PrefixAttention:
     arch = model.arch
     exchange = SequenceExchange(sharding, groups, arch.num_attention_heads, arch.num_key_value_heads)
@@ -71,7 +71,7 @@ def run_step(
     weights: Tensor,
     *,
     groups: ProcessGroups = SOLO,
-    kernel: AttentionBackend | None = None,
+    kernel: ReferenceAttention | None = None,
     recompute: str = "none",
     **settings: object,
 ) -> tuple[Tensor, LossSums]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds.kernels.attention import AttentionBackend, KeyBounds, ReferenceAttention
+from eagle_ds.kernels.attention import KeyBounds, ReferenceAttention
 from eagle_ds.kernels.backend import choose_attention
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import Document
@@ -78,10 +78,10 @@ def intervals(documents: Iterable[Document], ttt_steps: int) -> tuple[np.ndarray
     return np.concatenate(lo), np.concatenate(hi), start
 
 
-def _backends(width: int) -> list[AttentionBackend]:
+def _backends(width: int) -> list[ReferenceAttention]:
     """Return the backend that training chooses on this GPU and, if that is another one, Triton alone."""
     chosen = choose_attention("cuda", torch.bfloat16, width)
-    if isinstance(chosen, ReferenceAttention):
+    if type(chosen) is ReferenceAttention:
         raise ValueError(f"no GPU kernel supports head width {width}; use a power of two from 16 to 256")
     from eagle_ds.kernels.attention_triton import TritonBackend  # optional: CPU machines may have no Triton
 

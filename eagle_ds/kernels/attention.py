@@ -1,4 +1,4 @@
-"""Attention in which each query row sees one interval of keys: interface, merge and plain reference.
+"""Attention in which each query row sees one interval of keys: interface, plain reference and merge.
 
 Query row i attends to the keys lo[i] <= j < hi[i] of a key buffer. A causal mask, packed documents, sliding
 windows, trained rows only and the blocks of a ring all have this form. An empty interval gives out = 0 and
@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,8 +52,8 @@ class KeyBounds:
         """Maximal runs [start, stop) of two or more rows with one first key, each seeing one key more."""
         sees = self.hi > self.lo
         grows = (np.diff(self.lo) == 0) & (np.diff(self.hi) == 1) & (sees[1:] == sees[:-1])
-        # grows[i] compares rows i and i+1: a run begins where it turns true, and ends one row after its last
-        # true.
+        # grows[i] compares rows i and i+1. A run begins where it turns true; its last row is where it turns
+        # false.
         edges = np.flatnonzero(np.diff(np.concatenate([[False], grows, [False]])))
         starts, lasts = edges[::2].tolist(), edges[1::2].tolist()
         return [(start, last + 1) for start, last in zip(starts, lasts, strict=True)]
@@ -68,40 +68,8 @@ class KeyBounds:
         return cls(lo, hi, *(to_device(torch.from_numpy(rows), device) for rows in (lo, hi)))
 
 
-class AttentionBackend(Protocol):
-    """What every implementation of attention offers.
-
-    Shapes: q [N, Hq, d]; k and v [M, Hkv, d], where Hkv divides Hq; out [N, Hq, d]; lse [N, Hq] in float32,
-    or in float64 for float64 inputs. ``scale`` multiplies q.k. ``diagonals`` are [K_1, V_1, K_2, V_2, ...],
-    each [N, Hkv, d]: keys and values that row p alone sees. For such a key dK = ds * scale * q and dV = p *
-    dout, summed over the query heads of its KV head.
-    """
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return (out, lse) of attention to k and v."""
-        ...
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds,
-        scale: float, dk: Tensor, dv: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Return dq, and add to ``dk`` and ``dv`` (float32 or float64), given the final out and lse."""
-        ...
-
-    def diagonal_forward(
-        self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return (out in q's dtype, lse) with the diagonals merged into the given ones."""
-        ...
-
-    def diagonal_backward(
-        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float,
-        dq: Tensor,
-    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        """Return (dq plus the diagonals' part, [dK_1, dV_1, ...]), given the final out and lse."""
-        ...
+OutAndLse = tuple[Tensor, Tensor]
+"""(out [N, Hq, d], lse [N, Hq]): attention of N rows to some keys, and the log-sum-exp of the scores."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -109,22 +77,28 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) over the union of disjoint key sets, from (out [N, Hq, d], lse [N, Hq]) of each."""
-    lse = torch.logsumexp(torch.stack([lse for _, lse in parts]), 0)
+def merge(*sets: OutAndLse) -> OutAndLse:
+    """Return (out, lse) of attention to the union of disjoint key sets, from (out, lse) of each."""
+    lse = torch.logsumexp(torch.stack([lse for _, lse in sets]), 0)
     # A row without keys in any set has lse = -inf. Subtract 0 instead, as -inf - (-inf) is NaN.
     finite = torch.where(lse == -torch.inf, 0.0, lse)
-    weighted = (out * torch.exp(part_lse - finite).unsqueeze(-1) for out, part_lse in parts)
+    weighted = (out * torch.exp(own_lse - finite).unsqueeze(-1) for out, own_lse in sets)
     return reduce(torch.add, weighted), lse
 
 
 class ReferenceAttention:
-    """Plain PyTorch in float32 or float64, by blocks of query rows: the reference, and the CPU path."""
+    """Attention in plain PyTorch, in float32 or float64: the reference, the CPU path, and the interface.
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See ``AttentionBackend``."""
+    The backends for a GPU derive from this class and override all public methods.
+
+    Shapes: q [N, Hq, d]; k and v [M, Hkv, d], where Hkv divides Hq; out [N, Hq, d]; lse [N, Hq] in float32,
+    or in float64 for float64 inputs. ``scale`` multiplies q.k. ``diagonals`` are [K_1, V_1, K_2, V_2, ...],
+    each [N, Hkv, d]: keys and values that row p alone sees. For such a key dK = ds * scale * q and dV = p *
+    dout, summed over the query heads of its KV head.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> OutAndLse:
+        """Return (out, lse) of attention to k and v."""
         out = torch.zeros_like(q)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=wide(q.dtype), device=q.device)
         for rows, keys in _blocks(q, bounds):
@@ -139,7 +113,7 @@ class ReferenceAttention:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds,
         scale: float, dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
-        """See ``AttentionBackend``."""
+        """Return dq, and add to ``dk`` and ``dv`` (float32 or float64), given the final out and lse."""
         dtype = wide(q.dtype)
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
@@ -158,8 +132,8 @@ class ReferenceAttention:
 
     def diagonal_forward(
         self, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See ``AttentionBackend``."""
+    ) -> OutAndLse:
+        """Return (out in q's dtype, lse) with the diagonals merged into the given ones."""
         for k, v in zip(diagonals[::2], diagonals[1::2], strict=True):
             own = _per_query_head(v, q).to(lse.dtype), _diagonal_score(q, k, scale)
             out, lse = merge((out.to(lse.dtype), lse), own)
@@ -169,7 +143,7 @@ class ReferenceAttention:
         self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float,
         dq: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        """See ``AttentionBackend``."""
+        """Return (dq plus that of the diagonals, [dK_1, dV_1, ...]), given the final out and lse."""
         dtype, gradients = lse.dtype, []
         wide_q, wide_dout, dq = q.to(dtype), dout.to(dtype), dq.to(dtype)
         delta = (wide_dout * out.to(dtype)).sum(-1)
@@ -197,9 +171,10 @@ class ReferenceAttention:
 
 
 def _blocks(q: Tensor, bounds: KeyBounds) -> list[tuple[slice, slice]]:
-    """Divide the query rows into blocks, each with the smallest range of keys that contains all it sees.
+    """Divide the query rows into blocks whose scores need about SCORE_BYTES each.
 
-    A block's scores need about SCORE_BYTES. Blocks that see no key are left out.
+    Returns (rows, keys) of each block; ``keys`` is the smallest range that contains all keys that its rows
+    see. Blocks that see no key are left out.
     """
     blocks, start = [], 0
     while start < q.shape[0]:
@@ -215,17 +190,12 @@ def _blocks(q: Tensor, bounds: KeyBounds) -> list[tuple[slice, slice]]:
 
 def _to_kv_heads(x: Tensor, kv_heads: int) -> Tensor:
     """Collect the query heads of each KV head: [n, Hq, w] -> [Hkv, n * group, w]."""
-    n, heads, width = x.shape
-    group = heads // kv_heads
-    return x.view(n, kv_heads, group, width).permute(1, 0, 2, 3).reshape(kv_heads, n * group, width)
+    return x.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _from_kv_heads(x: Tensor, heads: int) -> Tensor:
-    """Invert ``_to_kv_heads``."""
-    kv_heads, rows, width = x.shape
-    group = heads // kv_heads
-    x = x.view(kv_heads, rows // group, group, width)
-    return x.permute(1, 0, 2, 3).reshape(rows // group, heads, width)
+    """Invert ``_to_kv_heads``: [Hkv, n * group, w] -> [n, Hq, w]."""
+    return x.unflatten(1, (-1, heads // len(x))).transpose(0, 1).flatten(1, 2)
 
 
 def _per_query_head(kv: Tensor, q: Tensor) -> Tensor:
@@ -235,7 +205,7 @@ def _per_query_head(kv: Tensor, q: Tensor) -> Tensor:
 
 def _sum_query_heads(x: Tensor, kv_heads: int) -> Tensor:
     """Sum over the query heads of each KV head: [N, Hq, d] -> [N, Hkv, d]."""
-    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).sum(2)
+    return x.unflatten(1, (kv_heads, -1)).sum(2)
 
 
 def _diagonal_score(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eagle_ds.kernels.attention import KeyBounds
+from eagle_ds.kernels.attention import KeyBounds, OutAndLse
 from eagle_ds.kernels.attention_partition import BACKWARD, FORWARD, Partition, RowGroup, uncovered_bounds
 from eagle_ds.kernels.attention_triton import HOPPER, TritonBackend
 from eagle_ds.kernels.sums_triton import add_into, merge_into
@@ -22,7 +22,7 @@ FEW_RECTANGLES = 2
 
 
 class CudnnBackend(TritonBackend):
-    """``AttentionBackend`` for half precision, d <= 128, on GPUs of compute capability 9.0 or newer."""
+    """Attention in half precision with d <= 128, on GPUs of compute capability 9.0 or newer."""
 
     def __init__(
         self, head_dim: int = 128, programs: int = HOPPER, forward_partition: Partition = FORWARD,
@@ -31,10 +31,8 @@ class CudnnBackend(TritonBackend):
         super().__init__(head_dim, programs)
         self.forward_partition, self.backward_partition = forward_partition, backward_partition
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See ``AttentionBackend``."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> OutAndLse:
+        """See ``ReferenceAttention``."""
         groups = self.forward_partition.for_heads(q.shape[1]).groups(bounds)
         done = [self._group_forward(q[g.start : g.stop], k, v, bounds, g, scale) for g in groups]
         return _concatenate([out for out, _ in done]), _concatenate([lse for _, lse in done])
@@ -43,7 +41,7 @@ class CudnnBackend(TritonBackend):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds,
         scale: float, dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
-        """See ``AttentionBackend``."""
+        """See ``ReferenceAttention``."""
         done = []
         for group in self.backward_partition.for_heads(q.shape[1]).groups(bounds):
             own = [x[group.start : group.stop] for x in (dout, q, out, lse)]
@@ -52,7 +50,7 @@ class CudnnBackend(TritonBackend):
 
     def _group_forward(
         self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, group: RowGroup, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> OutAndLse:
         """Return (out, lse) of the group's rows q."""
         if group.square is None:
             out, lse = super().forward(q, k, v, uncovered_bounds(bounds, group), scale)
@@ -118,8 +116,8 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Return (out [N, Hq, d], lse [N, Hq]); both are views with heads first in memory."""
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> OutAndLse:
+    """Return (out, lse); both are views with heads first in memory."""
     # Arguments after the tensors: no bias, with lse, no dropout, causal or not, no debug mask.
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         _heads_first(q), _heads_first(k), _heads_first(v), None, True, 0.0, causal, False, scale=scale
@@ -133,10 +131,9 @@ def _cudnn_backward(
     """Return (dq, dk, dv) for the final out and lse, in half precision, heads first in memory."""
     # Without dropout the random seed and offset are not read. lse must be dense [1, Hq, N, 1].
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    heads_first = (_heads_first(x) for x in (dout, q, k, v, out))
+    lse = lse.t().contiguous().view(1, q.shape[1], q.shape[0], 1)
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *(_heads_first(x) for x in (dout, q, k, v, out)),
-        lse.t().contiguous().view(1, q.shape[1], q.shape[0], 1), seed, seed, None, None, None,
-        q.shape[0], k.shape[0], 0.0, causal, scale=scale,
-    )  # fmt: skip
-    dq, dk, dv = (g.squeeze(0).transpose(0, 1) for g in grads)
-    return dq, dk, dv
+        *heads_first, lse, seed, seed, None, None, None, q.shape[0], k.shape[0], 0.0, causal, scale=scale
+    )
+    return tuple(g.squeeze(0).transpose(0, 1) for g in grads)

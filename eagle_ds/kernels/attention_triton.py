@@ -40,7 +40,7 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from eagle_ds.kernels import diagonal_triton
-from eagle_ds.kernels.attention import KeyBounds
+from eagle_ds.kernels.attention import KeyBounds, OutAndLse, ReferenceAttention
 from eagle_ds.kernels.attention_split import Split, pieces_for
 
 logger = logging.getLogger(__name__)
@@ -273,8 +273,8 @@ def _dkv_kernel(Q, K, V, DOut, DK, DV, Lse2, Delta, Lo, Hi, First, FullFirst, Fu
     tl.store(to_v, tl.load(to_v, mask=inside, other=0.0) + dv, mask=inside)
 
 
-class TritonBackend:
-    """``AttentionBackend`` for half-precision CUDA tensors, d a power of two from 16 to 256.
+class TritonBackend(ReferenceAttention):
+    """Attention of half-precision CUDA tensors, d a power of two from 16 to 256.
 
     Bounds must not decrease from row to row.
 
@@ -317,18 +317,14 @@ class TritonBackend:
             bounds.memo[key] = Split.make(bounds, pieces, block) if pieces > 1 else None
         return bounds.memo[key]
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """See ``AttentionBackend``."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> OutAndLse:
+        """See ``ReferenceAttention``."""
         split = self._split(bounds, q.shape[1])
         if split is None:
             return self._forward(q, k, v, bounds, scale)
         return split.merged(*self._forward(split.copies(q), k, v, split.bounds, scale))
 
-    def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, bounds: KeyBounds, scale: float) -> OutAndLse:
         n, heads, d = q.shape
         out = torch.empty(n, heads, d, dtype=q.dtype, device=q.device)
         lse = torch.full((n, heads), -torch.inf, dtype=torch.float32, device=q.device)
@@ -349,7 +345,7 @@ class TritonBackend:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: KeyBounds,
         scale: float, dk: Tensor, dv: Tensor,
     ) -> Tensor:  # fmt: skip
-        """See ``AttentionBackend``."""
+        """See ``ReferenceAttention``."""
         split = self._split(bounds, q.shape[1])
         if split is None:
             return self._backward(dout, q, k, v, out, lse, bounds, scale, dk, dv)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eagle_ds.kernels.attention import AttentionBackend, ReferenceAttention
+from eagle_ds.kernels.attention import ReferenceAttention
 from eagle_ds.kernels.loss import PlainKernels
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _operations(on_gpu: bool, dtype: torch.dtype) -> type[PlainOperations]:
     return TritonOperations
 
 
-def choose_attention(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+def choose_attention(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> ReferenceAttention:
     """Return the fastest attention for this device, dtype and head width, and log the choice."""
     backend, reason = _choose_attention(torch.device(device), dtype, head_dim)
     logger.info("attention backend: %s (%s)", type(backend).__name__, reason)
@@ -147,7 +147,7 @@ def choose_attention(device: torch.device | str, dtype: torch.dtype, head_dim: i
 
 def _choose_attention(
     device: torch.device, dtype: torch.dtype, head_dim: int
-) -> tuple[AttentionBackend, str]:
+) -> tuple[ReferenceAttention, str]:
     """Return (backend, reason for the choice)."""
     plain = ReferenceAttention()
     if device.type != "cuda":

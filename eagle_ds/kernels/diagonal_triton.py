@@ -82,10 +82,11 @@ def _diagonal_backward_kernel(Q, DOut, Out, Lse, DQ, DQOut, Ks, Vs, DKs, DVs, sc
 def diagonal_forward(
     q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See ``AttentionBackend.diagonal_forward``."""
+    """See ``ReferenceAttention.diagonal_forward``."""
     if not diagonals or not q.shape[0]:
         return out, lse
-    q, out, lse, ks, vs = _dense(q, out, lse, diagonals)
+    *dense, q, out, lse = (x.contiguous() for x in (*diagonals, q, out, lse))
+    ks, vs = tuple(dense[::2]), tuple(dense[1::2])
     merged, merged_lse = torch.empty_like(out), torch.empty_like(lse)
     _diagonal_forward_kernel[(q.shape[0], ks[0].shape[1])](
         q, out, lse, merged, merged_lse, ks, vs, scale, **_sizes(q, ks), num_warps=1
@@ -96,10 +97,11 @@ def diagonal_forward(
 def diagonal_backward(
     dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor], scale: float, dq: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """See ``AttentionBackend.diagonal_backward``."""
+    """See ``ReferenceAttention.diagonal_backward``."""
     if not diagonals or not q.shape[0]:
         return dq, [torch.zeros_like(x) for x in diagonals]
-    q, out, lse, ks, vs = _dense(q, out, lse, diagonals)
+    *dense, q, out, lse = (x.contiguous() for x in (*diagonals, q, out, lse))
+    ks, vs = tuple(dense[::2]), tuple(dense[1::2])
     dks, dvs = tuple(map(torch.empty_like, ks)), tuple(map(torch.empty_like, vs))
     total = torch.empty_like(q)
     _diagonal_backward_kernel[(q.shape[0], ks[0].shape[1])](
@@ -107,14 +109,6 @@ def diagonal_backward(
         num_warps=1,
     )  # fmt: skip
     return total, [g for pair in zip(dks, dvs, strict=True) for g in pair]
-
-
-def _dense(
-    q: Tensor, out: Tensor, lse: Tensor, diagonals: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, tuple, tuple]:
-    """Return contiguous (q, out, lse, (K_1, K_2, ...), (V_1, V_2, ...))."""
-    dense = [x.contiguous() for x in diagonals]
-    return q.contiguous(), out.contiguous(), lse.contiguous(), tuple(dense[::2]), tuple(dense[1::2])
 
 
 def _sizes(q: Tensor, ks: Sequence[Tensor]) -> dict[str, int]:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_ds.kernels.attention import AttentionBackend, KeyBounds, merge, wide
+from eagle_ds.kernels.attention import KeyBounds, ReferenceAttention, merge, wide
 from eagle_ds.sharding import ranges as rg
 
 if TYPE_CHECKING:  # parallel/ imports DeepSpeed, which tools that only load a draft do not need
@@ -55,7 +55,7 @@ class PrefixAttention:
     """
 
     def __init__(
-        self, exchange: SequenceExchange, kernel: AttentionBackend, *, head_dim: int,
+        self, exchange: SequenceExchange, kernel: ReferenceAttention, *, head_dim: int,
         sliding_window: int | None = None, resend_queries: bool = False, device: torch.device | str = "cpu",
     ) -> None:
         self.exchange = exchange

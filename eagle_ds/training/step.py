@@ -25,7 +25,7 @@ from eagle_ds.config.sections import TrainingConfig
 from eagle_ds.data.batch import Batch, counted_rows
 from eagle_ds.data.dataset import MicroBatch
 from eagle_ds.data.sampler import GlobalBatch
-from eagle_ds.kernels.attention import AttentionBackend
+from eagle_ds.kernels.attention import ReferenceAttention
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, head_loss, uniform_decay
 from eagle_ds.model.offload import ActivationOffload
@@ -62,7 +62,7 @@ class MicroBatchRunner:
     """Runs draft and loss on one micro-batch. Holds what does not change between micro-batches."""
 
     def __init__(
-        self, engine: DeepSpeedEngine, arch: DraftArch, head: TargetHead, kernel: AttentionBackend,
+        self, engine: DeepSpeedEngine, arch: DraftArch, head: TargetHead, kernel: ReferenceAttention,
         training: TrainingConfig, world: World,
     ) -> None:  # fmt: skip
         self.engine, self.arch, self.head, self.kernel = engine, arch, head, kernel

@@ -32,7 +32,7 @@ from eagle_ds.kernels import (
     norm_triton,
     sums_triton,
 )
-from eagle_ds.kernels.attention import AttentionBackend, KeyBounds, ReferenceAttention, merge
+from eagle_ds.kernels.attention import KeyBounds, ReferenceAttention, merge
 from eagle_ds.kernels.attention_cudnn import CudnnBackend
 from eagle_ds.kernels.attention_partition import Partition
 from eagle_ds.kernels.attention_triton import TILES, TritonBackend
@@ -86,7 +86,7 @@ def attention(
     dout = random(len(lo), HEADS, WIDTH)
     diagonals, bounds = [random(len(lo), KV_HEADS, WIDTH) for _ in range(4)], KeyBounds.make(lo, hi, CPU)
 
-    def run(kernel: AttentionBackend, dtype: torch.dtype) -> list[Tensor]:
+    def run(kernel: ReferenceAttention, dtype: torch.dtype) -> list[Tensor]:
         q_, kv_, dout_, *diagonals_ = (x.to(dtype) for x in (q, kv, dout, *diagonals))
         prefix, prefix_lse = kernel.forward(q_, *kv_.chunk(2, -1), bounds, SCALE)
         out, lse = kernel.diagonal_forward(q_, prefix, prefix_lse, diagonals_, SCALE)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eagle_ds.kernels.attention import AttentionBackend, KeyBounds, ReferenceAttention, merge
+from eagle_ds.kernels.attention import KeyBounds, ReferenceAttention, merge
 from eagle_ds.kernels.attention_partition import (
     BACKWARD,
     FORWARD,
@@ -61,8 +61,8 @@ def dense(
 
 
 def compare(
-    kernel: AttentionBackend, lo: np.ndarray, hi: np.ndarray, keys: int, *, heads: int = 4, kv_heads: int = 2,
-    d: int = 16, count: int = 2, dtype: torch.dtype = torch.float64, device: str = "cpu",
+    kernel: ReferenceAttention, lo: np.ndarray, hi: np.ndarray, keys: int, *, heads: int = 4,
+    kv_heads: int = 2, d: int = 16, count: int = 2, dtype: torch.dtype = torch.float64, device: str = "cpu",
 ) -> dict[str, float]:  # fmt: skip
     """Return the relative error of out and of every gradient against the dense softmax in float64.
 
@@ -365,7 +365,7 @@ def test_gpu_backends_equal_the_dense_softmax(
         backward = replace(
             forward, min_rows=32, overhead_rows=8, key_multiple=256, square=128, max_run=256, max_keys=256
         )
-        kernel: AttentionBackend = attention_cudnn.CudnnBackend(d, 132, forward, backward)
+        kernel: ReferenceAttention = attention_cudnn.CudnnBackend(d, 132, forward, backward)
     else:
         kernel = attention_triton.TritonBackend(d)
     sizes = {"heads": heads, "kv_heads": kv_heads, "d": d, "count": 3}
