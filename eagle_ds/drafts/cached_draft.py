@@ -13,8 +13,8 @@ from eagle_ds.model.draft import Eagle3Draft
 class CachedDraft:
     """A draft with its KV cache.
 
-    Cache rows below ``rows`` hold K_0/V_0 of verified tokens, computed from the target's states. Rows above
-    hold the keys of tokens that were drafted but not verified; the next ``extend`` overwrites them.
+    Cache rows below ``rows`` hold K_0/V_0 of verified tokens, computed from the target's states. Later rows
+    hold keys and values of tokens that were drafted but not verified; the next ``extend`` overwrites them.
     """
 
     def __init__(self, draft: Eagle3Draft, vocab: VocabMap) -> None:
@@ -73,7 +73,7 @@ class CachedDraft:
         layer = self.draft.midlayer
         position = self._position + step
         z = self._z
-        if step:  # K/V of step 0 are K_0/V_0 of the last row, which are in the cache already
+        if step:  # Step 0 writes nothing: its K/V are K_0/V_0 of the last row, which ``extend`` cached.
             assert embedded is not None
             z = layer.qkv_input(embedded, state)
             self._write(self.rows - 1 + step, z, position)
@@ -84,6 +84,7 @@ class CachedDraft:
         """Attend with q [1, Hq, d] to the cached rows that it sees. Returns [1, Hq, d]."""
         end = self.rows + step
         window = self.draft.arch.sliding_window
+        # The window limits K_0/V_0 only: drafted keys are always seen, as the diagonals are in training.
         start = min(max(end - window, 0), self.rows) if window else 0
         # [Hkv, rows, d]. The Hq / Hkv query heads that share a KV head become the rows of one small matrix.
         keys, values = (x[start:end].transpose(0, 1) for x in (self.keys, self.values))
@@ -91,19 +92,11 @@ class CachedDraft:
         return F.scaled_dot_product_attention(grouped, keys, values, scale=q.shape[-1] ** -0.5).reshape_as(q)
 
     def _write(self, start: int, z: Tensor, positions: Tensor) -> None:
-        """Write the keys and values of z [n, 2D] to cache rows ``start`` and following.
-
-        A full cache grows.
-        """
+        """Write keys and values of z [n, 2D] to the n cache rows from ``start`` on. A full cache grows."""
         k, v = self.draft.midlayer.self_attn.project_kv(z, positions)
         end = start + z.shape[0]
         if end > self.keys.shape[0]:
-            self.keys, self.values = (self._grown(x, start, 2 * end) for x in (self.keys, self.values))
+            # Copy the rows in use and append rows until the capacity is 2 * end.
+            more = (0, 0, 0, 0, 0, 2 * end - start)
+            self.keys, self.values = (F.pad(x[:start], more) for x in (self.keys, self.values))
         self.keys[start:end], self.values[start:end] = k, v
-
-    @staticmethod
-    def _grown(old: Tensor, used: int, capacity: int) -> Tensor:
-        """Return a cache of ``capacity`` rows with the first ``used`` rows of ``old``."""
-        new = old.new_empty(capacity, *old.shape[1:])
-        new[:used] = old[:used]
-        return new

@@ -26,7 +26,7 @@ from eagle_ds.config.outputs import check_output_folder
 from eagle_ds.drafts.cached_draft import CachedDraft
 from eagle_ds.drafts.independent_reader import Probe, ServedReader
 from eagle_ds.drafts.loading import DraftOnDisk, load_served_draft
-from eagle_ds.drafts.serving_format import ServeCommands, served_config, served_name
+from eagle_ds.drafts.serving_format import EMBEDDING, ServeCommands, served_config, served_name
 from eagle_ds.target.info import TargetInfo
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ def export_draft(draft: DraftOnDisk, out: str | Path, settings: ExportSettings) 
         _put_in_place(temp, out)
     except OSError as failure:
         if failure.errno == errno.ENOSPC:
-            needed = f"the draft needs {_bytes(draft, settings) / 1e9:.2f} GB there"
+            count = sum(tensor.numel() for tensor in draft.state.values())
+            needed = f"the draft needs {count * DTYPES[settings.dtype].itemsize / 1e9:.2f} GB there"
             raise ValueError(f"the disk of {out.parent} is full; {needed}") from failure
         raise
     finally:
@@ -102,12 +103,7 @@ def _check_servable(draft: DraftOnDisk, settings: ExportSettings) -> None:
             "export with --vllm, or train with draft.attention_bias false"
         )
     if settings.info:
-        sizes = {"hidden_size": arch.target_hidden_size, "vocab_size": arch.target_vocab_size}
-        for name, stated in sizes.items():
-            found = getattr(settings.info, name)
-            if found != stated:
-                wrong = f"target {settings.target} has {name} {found}, but the draft was made for {stated}"
-                raise ValueError(f"{wrong}; give the draft's own target with --target")
+        draft.check_target(settings.info, settings.target)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -124,25 +120,18 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _write(draft: DraftOnDisk, folder: Path, settings: ExportSettings, out: Path) -> None:
-    tensors = served_tensors(draft, DTYPES[settings.dtype])
+    dtype = DTYPES[settings.dtype]
+    tensors = {served_name(name): tensor.to(dtype).contiguous() for name, tensor in draft.state.items()}
+    tensors |= {"d2t": draft.vocab.d2t.contiguous(), "t2d": draft.vocab.t2d.contiguous()}
     save_file(tensors, folder / "model.safetensors", metadata=WRITER)
     config = served_config(draft.arch, settings.layers, settings.info, settings.dtype, settings.vllm)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_read_me(draft, settings, out), encoding="utf-8")
-    # mkdtemp makes private files; a served folder is readable by all. fsync: the rename must not outrun the
-    # data.
+    # A served folder must be readable by all; fsync writes the data to disk before the folder is renamed.
     for path in folder.iterdir():
         os.chmod(path, 0o644)
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
-
-
-def served_tensors(draft: DraftOnDisk, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return every tensor of model.safetensors by its served name."""
-    tensors = {served_name(name): tensor.to(dtype).contiguous() for name, tensor in draft.state.items()}
-    tensors["d2t"] = draft.vocab.d2t.to(torch.int64).contiguous()
-    tensors["t2d"] = draft.vocab.t2d.to(torch.bool).contiguous()
-    return tensors
 
 
 def _read_me(draft: DraftOnDisk, settings: ExportSettings, out: Path) -> str:
@@ -167,31 +156,31 @@ Serve both with {engine}:
 
 
 def verify_export(draft: DraftOnDisk, folder: Path, dtype: torch.dtype) -> float:
-    """Compare the logits that the folder gives with the training model's, at every row and one drafting step.
+    """Compare the logits that engines compute from the folder with the training model's, on random inputs.
+
+    Also compares the vocabulary map and, if the draft has its own, the embedding.
 
     Returns:
-        The relative difference.
+        The relative difference of the logits.
 
     Raises:
         ValueError: the difference is more than float32 rounding, or engines would not read some tensor of the
             folder.
     """
-    state, arch, vocab = load_served_draft(folder)
-    reader = ServedReader(folder)
+    read, reader = load_served_draft(folder), ServedReader(folder)
+    arch = read.arch
     spread = 1 if arch.sliding_window else min(arch.max_position_embeddings, 4096)
     probe = Probe.random(arch.num_aux * arch.target_hidden_size, arch.hidden_size, spread)
     expected, found = training_logits(draft, probe, dtype), reader.logits(probe)
     error = float((found - expected).norm() / expected.norm())
-    # Engines read it; the probe brings its own
-    embedding = {"embed_tokens.weight"} if arch.trains_embedding else set()
-    unread = reader.unused() - embedding - {"d2t"}
-    if unread:
-        raise ValueError(f"{folder}: engines would not read {', '.join(sorted(unread))}")
     same_ids = torch.equal(reader.token_ids(), draft.vocab.target_ids)
-    if not same_ids or not torch.equal(vocab.t2d, draft.vocab.t2d):
+    # Engines read the draft's own embedding. The reader does not: the probe holds embedded tokens.
+    embedding = {EMBEDDING} if arch.trains_embedding else set()
+    if unread := reader.unused() - embedding:
+        raise ValueError(f"{folder}: engines would not read {', '.join(sorted(unread))}")
+    if not same_ids or not torch.equal(read.vocab.t2d, draft.vocab.t2d):
         raise ValueError(f"{folder}: the vocabulary map read back is not the draft's")
-    written = draft.state["embed_tokens.weight"].to(dtype).float() if arch.trains_embedding else None
-    if written is not None and not torch.equal(state["embed_tokens.weight"], written):
+    if embedding and not torch.equal(read.state[EMBEDDING], draft.state[EMBEDDING].to(dtype).float()):
         raise ValueError(f"{folder}: the embedding read back is not the draft's")
     if not error < TOLERANCE:
         limit = f"rounding explains at most {TOLERANCE:.0e}"
@@ -201,12 +190,12 @@ def verify_export(draft: DraftOnDisk, folder: Path, dtype: torch.dtype) -> float
 
 @torch.inference_mode()
 def training_logits(draft: DraftOnDisk, probe: Probe, dtype: torch.dtype) -> Tensor:
-    """Return the training model's logits [S + 1, Vd] for the probe, in float32 with weights rounded to
-    ``dtype``.
+    """Return the training model's logits [S + 1, Vd] for the probe.
+
+    Computes in float32 with weights rounded to ``dtype``, as they are in the file.
     """
     rounded = {name: tensor.to(dtype) for name, tensor in draft.state.items()}
-    # The probe brings embeddings, so this is never read
-    no_embedding = torch.zeros(1, draft.arch.hidden_size)
+    no_embedding = torch.zeros(1, draft.arch.hidden_size)  # never read: the probe holds embedded tokens
     model = replace(draft, state=rounded).build(no_embedding, torch.float32)
     cached = CachedDraft(model, draft.vocab)
     logits = []
@@ -228,7 +217,3 @@ def _put_in_place(temp: Path, out: Path) -> None:
     os.rename(out, aside / out.name)
     os.rename(temp, out)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _bytes(draft: DraftOnDisk, settings: ExportSettings) -> int:
-    return sum(tensor.numel() for tensor in draft.state.values()) * DTYPES[settings.dtype].itemsize

@@ -1,6 +1,6 @@
 """Load a draft from disk: a checkpoint of a run, an exported folder, or a published EAGLE-3 draft.
 
-Needs no DeepSpeed.
+DeepSpeed is not needed.
 
 Every source gives the same three things: float32 tensors under their training names, the architecture that
 the draft's own files describe, and its vocabulary map.
@@ -66,28 +66,35 @@ class DraftOnDisk:
             draft.embed_tokens.weight = embedding.to(device=device, dtype=dtype)
         return draft.requires_grad_(False).eval()
 
+    def check_target(self, info: TargetInfo, target: str | Path) -> None:
+        """Raise ValueError if the draft was made for a target of other sizes than ``target``, with ``info``.
+        """
+        for name in ("hidden_size", "vocab_size"):
+            stated, found = getattr(self.arch, f"target_{name}"), getattr(info, name)
+            if found != stated:
+                wrong = f"draft {self.folder} was made for a target with {name} {stated}"
+                raise ValueError(f"{wrong}, but {target} has {found}; give the draft's own target")
 
-def load_draft(path: str | Path) -> DraftOnDisk:
-    """Load the draft at ``path``: an exported or published folder, a checkpoint, or a run (its best, else
-    newest checkpoint).
 
-    Raises ValueError, one sentence, if there is no draft or it cannot be read.
+def load_draft(path: str | Path, target: TargetInfo | None = None) -> DraftOnDisk:
+    """Load the draft at ``path``.
 
+    Args:
+        path: an exported or published folder, a checkpoint, or a run. Of a run the best checkpoint is loaded,
+            else the newest.
+        target: see ``load_served_draft``.
+
+    Raises:
+        ValueError: one sentence, if there is no draft or it cannot be read.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"draft {path} is not a folder; give an exported draft, a checkpoint, or a run")
     if (folder / "config.json").is_file():
-        state, arch, vocab = load_served_draft(folder)
-        return DraftOnDisk(state, arch, vocab, folder, served_layers(folder))
-    return load_checkpoint(find_checkpoint(folder))
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """Return ``folder`` if it is a checkpoint, else the run's best checkpoint, else its newest."""
+        return load_served_draft(folder, target)
     for candidate in draft_candidates(folder):
         if (candidate / ARCH_FILE).is_file():
-            return candidate
+            return load_checkpoint(candidate)
     looked_for = f"no config.json (exported), no {ARCH_FILE} (checkpoint), and none in best/ or checkpoints/"
     raise ValueError(f"{folder} holds no draft: {looked_for}")
 
@@ -103,20 +110,14 @@ def load_checkpoint(folder: Path) -> DraftOnDisk:
         raise ValueError(f"{folder / ARCH_FILE} does not describe a draft: {reason}") from error
     state = {name: tensor.float() for name, tensor in _read_safetensors(folder / STATE_FILE).items()}
     _check_tensors(state, arch, folder)
-    try:
-        vocab = VocabMap.load(folder / VOCAB_FILE)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / VOCAB_FILE} cannot be read: {error}") from error
+    vocab = _vocabulary(_read_safetensors(folder / VOCAB_FILE), arch, folder)
     recipe = recipe_of(folder)
     return DraftOnDisk(state, arch, vocab, folder, recipe.target.aux_ids if recipe else None)
 
 
 def run_of(folder: Path) -> Path | None:
     """Return the run folder that ``folder`` is or lies in (a checkpoint or an export); None outside a run."""
-    for candidate in (folder, folder.parent, folder.parent.parent):
-        if (candidate / RECIPE_FILE).is_file():
-            return candidate
-    return None
+    return next((run for run in (folder, *folder.parents[:2]) if (run / RECIPE_FILE).is_file()), None)
 
 
 def recipe_of(folder: Path) -> Recipe | None:
@@ -125,45 +126,46 @@ def recipe_of(folder: Path) -> Recipe | None:
     return load_recipe(run_dir / RECIPE_FILE) if run_dir else None
 
 
-def load_served_draft(folder: str | Path) -> tuple[dict[str, Tensor], DraftArch, VocabMap]:
-    """Load an exported or published draft: float32 tensors under training names, architecture, vocabulary
-    map.
+def load_served_draft(folder: Path, target: TargetInfo | None = None) -> DraftOnDisk:
+    """Load an exported or published draft.
 
-    Rope and norms are those of its own config.json; a missing rope base means 10000, as in the engines. With
-    D = H a copy of the target's embedding is ignored. Raises ValueError, one sentence, for anything that is
-    not understood.
+    Rope and norms are those of its own config.json; without rope_theta it is 10000, as in the engines. With
+    D = H a copy of the target's embedding is ignored.
+
+    Args:
+        target: the draft's target, if known. For some targets config.json numbers the layers differently.
+
+    Raises:
+        ValueError: one sentence, for anything that is not understood.
     """
-    folder = Path(folder)
     config = read_json(folder / "config.json")
     try:
         arch = served.arch_of_config(config)
     except ValueError as error:
         raise ValueError(f"draft {folder} cannot be used: {error}") from error
-    tensors = {served.training_name(name): tensor for name, tensor in read_tensors(folder).items()}
+    tensors = {served.training_name(name): tensor for name, tensor in _read_tensors(folder).items()}
     maps = {name: tensors.pop(name) for name in served.VOCABULARY if name in tensors}
     vocab = _vocabulary(maps, arch, folder)
     if not arch.trains_embedding and tensors.pop(served.EMBEDDING, None) is not None:
         log.info("%s has a copy of the target's embedding; the target's own is used, as engines do", folder)
     state = {name: tensor.float() for name, tensor in tensors.items()}
     _check_tensors(state, arch, folder)
-    return state, arch, vocab
+    return DraftOnDisk(state, arch, vocab, folder, _served_layers(config, target))
 
 
-def served_layers(folder: Path, target: TargetInfo | None = None) -> tuple[int, ...] | None:
+def _served_layers(config: Mapping[str, Any], target: TargetInfo | None) -> tuple[int, ...] | None:
     """Return the target layers whose outputs a served draft reads; None if its config.json does not say."""
-    config = read_json(folder / "config.json")
-    ids = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    if ids:
-        known = (target.model_type, target.num_layers) if target else (None, None)
-        return tuple(served.layer_outputs(ids, *known))
-    # VLLM's: inputs of layers, one more than outputs
-    entering = config.get("eagle_aux_hidden_state_layer_ids")
-    return tuple(layer - 1 for layer in entering) if entering else None
+    if ids := (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"):
+        return served.layer_outputs(ids, target)
+    # vLLM's list names inputs of layers; the input of layer i + 1 is the output of layer i.
+    inputs = config.get("eagle_aux_hidden_state_layer_ids")
+    return tuple(layer - 1 for layer in inputs) if inputs else None
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read every tensor of a Hugging Face folder: its safetensors files, else pytorch_model.bin without
-    unpickling code.
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read every tensor of a Hugging Face folder from its safetensors files.
+
+    Without such files, pytorch_model.bin is read, and no code in it is run.
     """
     paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not paths:
@@ -194,20 +196,17 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _vocabulary(maps: dict[str, Tensor], arch: DraftArch, folder: Path) -> VocabMap:
-    """Build the vocabulary map from d2t and t2d; without them the identity, if both vocabularies have one
-    size.
+    """Build the vocabulary map from d2t and t2d.
+
+    Without them, draft and target must have the same vocabulary size; the map is then the identity.
     """
     if "d2t" not in maps:
         if arch.draft_vocab_size != arch.target_vocab_size:
             sizes = f"{arch.draft_vocab_size} of {arch.target_vocab_size} tokens"
             raise ValueError(f"draft {folder} has {sizes} but no d2t to say which")
         return VocabMap.identity(arch.target_vocab_size)
+    _check_shapes(maps, {"d2t": (arch.draft_vocab_size,), "t2d": (arch.target_vocab_size,)}, folder)
     d2t = maps["d2t"].to(torch.int64)
-    expected = {"d2t": arch.draft_vocab_size, "t2d": arch.target_vocab_size}
-    for name, tensor in maps.items():
-        if tuple(tensor.shape) != (expected[name],):
-            shapes = f"{list(tensor.shape)}, but its config.json says [{expected[name]}]"
-            raise ValueError(f"draft {folder}: {name} has shape {shapes}")
     try:
         if "t2d" in maps:
             return VocabMap(d2t, maps["t2d"].to(torch.bool))
@@ -224,17 +223,23 @@ def _check_tensors(state: Mapping[str, Tensor], arch: DraftArch, folder: Path) -
     if unknown := sorted(state.keys() - shapes.keys()):
         names = ", ".join(unknown)
         raise ValueError(f"draft {folder} holds tensors that this architecture does not have: {names}")
+    _check_shapes(state, shapes, folder)
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise ValueError if a tensor has another shape than the one in ``shapes``."""
     for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            shapes = f"{list(state[name].shape)}, but its configuration says {list(shape)}"
-            raise ValueError(f"draft {folder}: {name} has shape {shapes}")
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            wrong = f"{list(tensors[name].shape)}, but its configuration says {list(shape)}"
+            raise ValueError(f"draft {folder}: {name} has shape {wrong}")
 
 
 def untrained_draft(arch: DraftArch, vocab: VocabMap, seed: int = 0) -> DraftOnDisk:
     """Return a draft with random weights, from which training starts without ``init_from``.
 
-    The target's own head and final norm are not a better start: on random states their logits are large and
-    wrong (SmolLM2: twice the loss of a random head), and training needs steps to shrink them.
+    The head starts from random weights too. Starting from the target's head and final norm is worse: an
+    untrained draft's states make their logits large and wrong (SmolLM2: twice the loss of a random head), and
+    training first has to shrink them.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -251,25 +256,19 @@ def initial_draft(recipe: Recipe, target: TargetInfo | None = None) -> DraftOnDi
 
     Raises:
         ValueError: one sentence, if a size, the vocabulary or the captured layers differ from the recipe's.
-
     """
     assert recipe.draft.init_from is not None
-    folder = Path(recipe.draft.init_from)
-    found = load_draft(folder)
-    if target and (folder / "config.json").is_file():
-        found = replace(found, layer_outputs=served_layers(folder, target))
-    wanted = DraftArch.from_recipe(recipe)
-    own = {name: getattr(found.arch, name) for name in OWN_FIELDS}
-    if recipe.draft.override_rope:
-        own |= {name: getattr(wanted, name) for name in ROPE_FIELDS}
+    found, wanted = load_draft(recipe.draft.init_from, target), DraftArch.from_recipe(recipe)
+    from_recipe = ROPE_FIELDS if recipe.draft.override_rope else ()
+    own = {name: getattr(found.arch, name) for name in OWN_FIELDS if name not in from_recipe}
     for name, value in own.items():
-        if value != getattr(wanted, name):
-            unused = _show(getattr(wanted, name))
+        if value != (unused := getattr(wanted, name)):
             text = "draft.%s is %s, from %s; the recipe's %s is not used"
-            log.info(text, name, _show(value), folder, unused)
-    if recipe.draft.override_rope:
+            log.info(text, name, _show(value), recipe.draft.init_from, _show(unused))
+    if from_recipe:
+        ropes = [f"theta {a.rope_theta:g}, scaling {_show(a.rope_scaling)}" for a in (wanted, found.arch)]
         text = "rope is the recipe's (%s) in place of the draft's own (%s), because override_rope is set"
-        log.info(text, _rope(wanted), _rope(found.arch))
+        log.info(text, *ropes)
     arch = replace(wanted, **own)
     _check_sizes(arch, found, recipe)
     return replace(found, arch=arch)
@@ -290,10 +289,6 @@ def _check_sizes(arch: DraftArch, found: DraftOnDisk, recipe: Recipe) -> None:
             f"draft.init_from={found.folder} reads the outputs of target layers {layers} where the recipe "
             f"captures {captured}; set target.aux_layer_ids to {layers} and capture again"
         )
-
-
-def _rope(arch: DraftArch) -> str:
-    return f"theta {arch.rope_theta:g}, scaling {_show(arch.rope_scaling)}"
 
 
 def _show(value: Any) -> str:

@@ -1,10 +1,8 @@
-"""The format in which engines serve a draft: names of tensors, keys of config.json, and commands that start a
-server.
+"""The format in which engines serve a draft: tensor names, keys of config.json, and commands for a server.
 
-An engine drops a tensor that it does not know, and takes a default for a key that it does not find, both
-without a warning; the draft then proposes noise. So this module writes every value that an engine reads to
-the place where that engine looks for it, and refuses to read a draft with anything that it does not
-understand.
+An engine silently drops a tensor that it does not know, and silently uses a default for a key that it does
+not find. The draft then proposes noise. So this module writes every value to the place where each engine
+looks for it, and refuses to read a draft that has settings it does not understand.
 
 Where engines look:
 
@@ -23,7 +21,7 @@ from typing import Any
 
 import torch
 
-from eagle_ds.config.sections import RopeScaling
+from eagle_ds.config.sections import ROPE_NEEDS, RopeScaling
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.target.info import TargetInfo, rope_of
@@ -39,12 +37,18 @@ ALIASES = {  # names in published drafts -> ours
     "aux_norm_low.": "fc_norm.0.", "aux_norm_mid.": "fc_norm.1.", "aux_norm_high.": "fc_norm.2.",
 }
 
-# SGLang's DeepSeek class adds 1 only to lists that begin with 1. It reads any other list as inputs of layers,
-# not outputs.
+# Settings that have the same name in DraftArch and in config.json
+SAME_NAMES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "draft_vocab_size", "max_position_embeddings", "rms_norm_eps", "attention_bias", "fc_norm", "norm_output",
+    "norm_before_fc",
+)
+
+# SGLang adds 1 to the ids, because it captures the inputs of layers: the output of layer i is the input of
+# layer i + 1. Its DeepSeek class adds 1 only to lists that begin with 1, and uses any other list as it is.
 DEEPSEEK_CLASS = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm4_moe_lite"}
-UNSUPPORTED = {
-    "norm_before_residual": "the residual is normed",
-    "mlp_bias": "the MLP has biases",
+UNSUPPORTED = {  # key of config.json -> what it means if it is set
+    "norm_before_residual": "the residual is normed", "mlp_bias": "the MLP has biases",
     "bias": "fc has a bias",
 }
 
@@ -72,25 +76,22 @@ def tensor_shapes(arch: DraftArch) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in Eagle3Draft(arch).named_parameters()}
 
 
-def sglang_layer_ids(outputs: Sequence[int], model_type: str | None) -> list[int]:
-    """Return the ids that SGLang's class for this target needs, to read the same layer outputs."""
-    if model_type in DEEPSEEK_CLASS and outputs[0] != 1:
-        return [layer + 1 for layer in outputs]
-    return list(outputs)
+def sglang_layer_ids(outputs: Sequence[int], target: TargetInfo | None) -> list[int]:
+    """Return the ids from which SGLang's class for this target reads the layer outputs ``outputs``."""
+    used_as_they_are = target and target.model_type in DEEPSEEK_CLASS and outputs[0] != 1
+    return [layer + 1 for layer in outputs] if used_as_they_are else list(outputs)
 
 
-def layer_outputs(
-    ids: Sequence[int], model_type: str | None = None, num_layers: int | None = None
-) -> list[int]:
-    """Return the layer outputs that SGLang reads for ``ids`` with this target: the inverse of
-    ``sglang_layer_ids``.
+def layer_outputs(ids: Sequence[int], target: TargetInfo | None) -> tuple[int, ...]:
+    """Return the layer outputs that SGLang reads for ``ids``: the inverse of ``sglang_layer_ids``.
 
-    It also understands lists that others wrote.
-
+    Published drafts of gpt_oss may name inputs of layers instead; then their largest id is num_layers.
     """
-    deepseek_inputs = model_type in DEEPSEEK_CLASS and ids[0] != 1
-    entering = deepseek_inputs or (model_type == "gpt_oss" and max(ids) == num_layers)
-    return [layer - 1 for layer in ids] if entering else list(ids)
+    are_inputs = target and (
+        (target.model_type in DEEPSEEK_CLASS and ids[0] != 1)
+        or (target.model_type == "gpt_oss" and max(ids) == target.num_layers)
+    )
+    return tuple(layer - 1 for layer in ids) if are_inputs else tuple(ids)
 
 
 def served_config(
@@ -103,36 +104,17 @@ def served_config(
         dtype: type of the weights in the file.
         vllm: write vLLM's architecture name instead of SGLang's.
     """
-    ids = sglang_layer_ids(outputs, target.model_type if target else None)
     config: dict[str, Any] = {
         "architectures": [VLLM_ARCHITECTURE if vllm else SGLANG_ARCHITECTURE],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.intermediate_size,
-        "num_hidden_layers": 1,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_key_value_heads": arch.num_key_value_heads,
-        "head_dim": arch.head_dim,
+        "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 1, "mlp_bias": False,
+        "tie_word_embeddings": False, "initializer_range": 0.02, "use_cache": True,
+        **{name: getattr(arch, name) for name in SAME_NAMES},
         "vocab_size": arch.target_vocab_size,
-        "draft_vocab_size": arch.draft_vocab_size,
-        "max_position_embeddings": arch.max_position_embeddings,
-        "rms_norm_eps": arch.rms_norm_eps,
-        "attention_bias": arch.attention_bias,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "torch_dtype": dtype,
-        "dtype": dtype,
+        "torch_dtype": dtype, "dtype": dtype,  # the keys of transformers 4 and 5
         **rope_keys(arch),
-        "fc_norm": arch.fc_norm,
-        "norm_output": arch.norm_output,
-        "norm_before_fc": arch.norm_before_fc,
         "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": ids,
-            "use_aux_hidden_state": True,
-            "norm_before_fc": arch.norm_before_fc,
+            "eagle_aux_hidden_state_layer_ids": sglang_layer_ids(outputs, target),
+            "use_aux_hidden_state": True, "norm_before_fc": arch.norm_before_fc,
         },
         "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in outputs],
     }
@@ -159,12 +141,9 @@ def _scaling_keys(scaling: RopeScaling) -> dict[str, Any]:
 
     Engines do not read ``attention_factor``; they multiply their own factor by ``attn_factor``.
     """
-    of_kind = {
-        "linear": {"factor"},
-        "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-    }
-    yarn = set(RopeScaling.model_fields) - {"rope_type", "low_freq_factor", "high_freq_factor"}
-    used = {"rope_type"} | of_kind.get(scaling.rope_type, yarn)
+    # linear and llama3 have no optional keys; yarn has all keys but two that belong to llama3.
+    yarn = RopeScaling.model_fields.keys() - {"low_freq_factor", "high_freq_factor"}
+    used = yarn if scaling.rope_type == "yarn" else {"rope_type", *ROPE_NEEDS[scaling.rope_type]}
     keys = {name: value for name, value in scaling if name in used and value is not None}
     if scaling.rope_type == "yarn" and scaling.attention_factor is not None:
         keys["attn_factor"] = scaling.attention_factor / _engine_magnitude(keys)
@@ -183,7 +162,7 @@ def _engine_magnitude(scaling: Mapping[str, Any]) -> float:
 
 
 def rope_scaling_of(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Return (theta, scaling) of a draft's config.json; a missing base is 10000.
+    """Return (theta, scaling) of a draft's config.json; without a theta it is 10000.
 
     Raises ValueError for a kind of scaling that is not supported.
     """
@@ -204,11 +183,9 @@ def rope_scaling_of(config: Mapping[str, Any]) -> tuple[float, RopeScaling | Non
 
 
 def arch_of_config(config: Mapping[str, Any]) -> DraftArch:
-    """Return the architecture that a served config.json describes, with the engines' defaults for absent
-    keys.
+    """Return the architecture that a served config.json describes. Absent keys get the engines' defaults.
 
     Raises ValueError for a draft with another depth, activation, norm placement or container.
-
     """
     if "speculators_model_type" in config or "transformer_layer_config" in config:
         raise ValueError("it is in the speculators container; convert it to the plain EAGLE-3 layout first")
@@ -256,17 +233,16 @@ class ServeCommands:
     draft: str | Path
     num_steps: int = 3
     sliding_window: int | None = None
-    dtype: str = "bfloat16"
 
     @property
     def sglang(self) -> str:
         """Command for SGLang.
 
-        SGLang counts the target's own token among the draft tokens. Its window of W includes the key at
-        distance W.
+        SGLang counts the target's own token among the draft tokens. With a window of W a row sees W + 1 keys:
+        its own, and those at distances 1 to W.
         """
         lines = [
-            f"python -m sglang.launch_server --model-path {shlex.quote(self.target)} --dtype {self.dtype}",
+            f"python -m sglang.launch_server --model-path {shlex.quote(self.target)} --dtype bfloat16",
             f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {shlex.quote(str(self.draft))}",
             f"--speculative-num-steps {self.num_steps} --speculative-eagle-topk 1 "
             f"--speculative-num-draft-tokens {self.num_steps + 1}",
@@ -280,5 +256,5 @@ class ServeCommands:
         """Command for vLLM, for a draft that was exported with --vllm."""
         tokens = f'"num_speculative_tokens": {self.num_steps}'
         settings = f'{{"method": "eagle3", "model": "{self.draft}", {tokens}}}'
-        serve = f"vllm serve {shlex.quote(self.target)} --dtype {self.dtype}"
+        serve = f"vllm serve {shlex.quote(self.target)} --dtype bfloat16"
         return f"{serve} \\\n  --speculative-config {shlex.quote(settings)}"

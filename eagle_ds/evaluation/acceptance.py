@@ -262,18 +262,10 @@ class TargetFiles:
         stops = frozenset(stop_token_ids(folder)) or frozenset({tokenizer.eos_token_id})
         return cls(folder, info, ChatEncoder(tokenizer, info.max_position_embeddings), stops)
 
-    def check_draft(self, draft: DraftOnDisk) -> None:
-        """Raise ValueError if the draft was made for a target of other sizes."""
-        for name in ("hidden_size", "vocab_size"):
-            stated, found = getattr(draft.arch, f"target_{name}"), getattr(self.info, name)
-            if found != stated:
-                what = f"draft {draft.folder} is for a target of {name} {stated}, but this one has {found}"
-                raise ValueError(f"{what}; give the draft's own target")
-
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """A target ready to decode, and its embedding, which drafts of the same width share."""
+    """A target ready to decode. Drafts of the same width share its embedding."""
 
     files: TargetFiles
     cached: CachedTarget
@@ -288,15 +280,10 @@ class LoadedTarget:
         loaded = load_model(files.folder, dtype, device)
         return cls(files, CachedTarget(loaded.requires_grad_(False).eval(), layers))
 
-    @property
-    def embedding(self) -> torch.Tensor:
-        """The target's embedding, [V, H]."""
-        return self.cached.model.get_input_embeddings().weight
-
     def cache(self, draft: DraftOnDisk) -> CachedDraft:
         """Build a draft on this target's device in its dtype. Raises ValueError if their sizes differ."""
-        self.files.check_draft(draft)
-        embedding = self.embedding
+        draft.check_target(self.files.info, self.files.folder)
+        embedding = self.cached.model.get_input_embeddings().weight  # [V, H]
         return CachedDraft(draft.build(embedding, embedding.dtype, embedding.device), draft.vocab)
 
 

@@ -49,7 +49,7 @@ def measure_job(job: DecodingJob, prompts: list[Prompt], processes: int, progres
     ``progress`` is called with the number of new tokens.
     """
     for draft in job.drafts.values():
-        job.target.check_draft(draft)
+        draft.check_target(job.target.info, job.target.folder)
     processes = min(processes, len(prompts))
     if processes <= 1:
         target, drafts = job.load()

@@ -134,7 +134,7 @@ def test_old_and_new_readers_of_the_rope_keys_agree(
     whole = AutoConfig.from_pretrained(folder).rope_parameters
     edit_config(folder, **dict.fromkeys(absent, ...))
     assert AutoConfig.from_pretrained(folder).rope_parameters == whole
-    assert load_served_draft(folder)[1] == variant(name)
+    assert load_served_draft(folder).arch == variant(name)
 
 
 def test_config_holds_the_trained_length_and_the_targets_tokens(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(tmp_path: Path)
         ),
         ({"layers": (1, 2)}, "reads 3 target layers"),
         ({"layers": (1, 2, 6)}, "was trained on layers"),
-        ({"info": target_info(hidden_size=64)}, "hidden_size 64, but the draft was made for 32"),
+        ({"info": target_info(hidden_size=64)}, "for a target with hidden_size 32, but org/target has 64"),
         ({"dtype": "int8"}, "dtype int8"),
     ],
 )
@@ -336,15 +336,16 @@ def published(folder: Path, draft: DraftOnDisk, **config: Any) -> Path:
 
 def test_a_published_draft_is_read_with_the_engines_defaults(tmp_path: Path) -> None:
     draft = random_draft(dataclasses.replace(PLAIN, head_dim=8))
-    state, arch, vocab = load_served_draft(published(tmp_path / "p", draft))
+    found = load_served_draft(published(tmp_path / "p", draft))
+    arch = found.arch
     assert (arch.rope_theta, arch.rope_scaling, arch.head_dim, arch.max_position_embeddings) == (
         10000.0,
         None,
         8,
         2048,
     )
-    assert torch.equal(vocab.t2d, draft.vocab.t2d)
-    assert all(torch.equal(state[name], tensor.half().float()) for name, tensor in draft.state.items())
+    assert torch.equal(found.vocab.t2d, draft.vocab.t2d)
+    assert all(torch.equal(found.state[name], tensor.half().float()) for name, tensor in draft.state.items())
     start = initial_draft(recipe_for(draft.arch, tmp_path, init_from=str(tmp_path / "p")))
     assert start.arch.max_position_embeddings == 4096 and start.layer_outputs is None
 

@@ -173,8 +173,9 @@ def test_acceptance_during_training_is_that_of_the_current_draft(tmp_path: Path,
 
 def test_a_draft_for_another_target_is_refused(target_folder: Path) -> None:
     target = acceptance.TargetFiles.open(str(target_folder))
-    with pytest.raises(ValueError, match="vocab_size 300, but this one has 280"):
-        target.check_draft(random_draft(type(PLAIN)(**{**PLAIN.__dict__, "target_vocab_size": 300})))
+    draft = random_draft(type(PLAIN)(**{**PLAIN.__dict__, "target_vocab_size": 300}))
+    with pytest.raises(ValueError, match=r"made for a target with vocab_size 300, but .* has 280"):
+        draft.check_target(target.info, target.folder)
 
 
 def decoding_job(target_folder: Path, **change: object) -> DecodingJob:
