@@ -1,12 +1,15 @@
 """Conversion: other projects' hidden-state files, read one sample at a time into a store.
 
     run.py           the whole conversion: survey, workers, manifest, rejected files, deletion of sources
-    options.py       what the user asked for, and the store and the completion rules that follow from it
-    sources.py       finds the files, and the samples in them formats.py       RawSample: what every reader
-    returns. Rejected: why a file cannot be converted torch_files.py, hdf5_files.py   readers completion.py
-    checks a RawSample and adds what its format lacks; masks.py makes loss masks from conversations survey.py
-    looks at a few files first: their sizes, the predicted size and time worker.py        converts one sample,
-    in this process or in several
+    options.py       what the user asked for; the store's info and the completion rules that follow from it
+    survey.py        looks at a few files first; predicts the size and time of the conversion
+    sources.py       finds the files, and the samples in them
+    formats.py       RawSample: what every reader returns. Rejected: why a file cannot be converted
+    torch_files.py   reads .ckpt and .pt files
+    hdf5_files.py    reads HDF5 files
+    completion.py    checks a RawSample and adds what its format lacks
+    masks.py         makes loss masks from conversations
+    worker.py        converts one sample, in this process or in several
 
 `iter_source` finds the samples, `SourceItem.load` reads, checks and completes one, `Rejected` says why it
 cannot.

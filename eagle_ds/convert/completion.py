@@ -33,9 +33,9 @@ HEAD_LOGIT_BYTES = 64 << 20  # logits computed at once: 2048 positions
 
 @dataclass(frozen=True)
 class Completer:
-    """What every sample must be, and where to get what a format lacks.
+    """The rules that every sample must meet, and the sources of what a format lacks.
 
-    Pickles: weights are loaded at their first use.
+    It can be pickled, because weights are loaded at their first use.
     """
 
     hidden_size: int | None = None  # None: whatever the file has
@@ -67,7 +67,7 @@ class Completer:
         return Sample(sample_id, ids, mask, aux, normed, token, logsumexp)
 
     def head(self) -> torch.Tensor | None:
-        """The target's head [V, H]; None if argmax and log-sum-exp are not to be computed."""
+        """Load the target's head [V, H]; None if argmax and log-sum-exp are not to be computed."""
         if not self.token_labels or self.target is None or self.dtype is None:
             return None
         return _load_head(self.target, TORCH_DTYPES[self.dtype], self.head_device)
@@ -131,8 +131,8 @@ class Completer:
     def _apply_norm(self, last: torch.Tensor, before_norm: bool) -> torch.Tensor:
         """Return the states that the head reads: ``last``, or ``last`` after the target's final norm.
 
-        If the target is known, the states themselves must agree with what the format says about them: a draft
-        trained on states from the wrong side of the norm would learn noise.
+        If the target is known, check on the states themselves that they were taken before or after the norm,
+        as the format says. A draft trained on the wrong ones would learn noise.
         """
         apply = before_norm if self.final_norm == "auto" else self.final_norm == "apply"
         norm = None if self.target is None or self.final_norm == "skip" else _load_final_norm(self.target)
@@ -149,8 +149,7 @@ class Completer:
     def _token_labels(
         self, raw: RawSample, last: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return argmax and log-sum-exp of the target's logits: computed, or as the file holds them, or None.
-        """
+        """Return argmax and log-sum-exp of the target's logits: computed, from the file, or None."""
         if (head := self.head()) is not None:
             return token_labels(last, head)
         for name, kinds in (("target_token_id", INTEGERS), ("target_logsumexp", (torch.float32,))):
@@ -165,9 +164,7 @@ class Completer:
 
 @dataclass(frozen=True)
 class FinalRmsNorm:
-    """The target's last RMSNorm, bit for bit as transformers computes it: statistics in fp32, weight in the
-    states' dtype.
-    """
+    """The target's last RMSNorm, bit for bit as in transformers: the mean square is computed in fp32."""
 
     weight: torch.Tensor  # [H]
     eps: float
@@ -186,10 +183,10 @@ class FinalRmsNorm:
         return out
 
     def rms_without_weight(self, states: torch.Tensor) -> float:
-        """Divide the norm's weight out of the states and return the median RMS of their rows: about 1 if they
-        are normed.
+        """Divide the states by the norm's weight and return the median RMS of their rows.
 
-        Channels whose weight is nearly zero are left out: dividing by it would amplify rounding.
+        It is about 1 if the states are normed. Channels with a weight near zero are left out, because
+        dividing by it would amplify rounding errors.
         """
         scale = self.weight.float() + float(self.one_plus)
         large = scale.abs() > 0.05 * scale.abs().median()
@@ -197,7 +194,7 @@ class FinalRmsNorm:
 
 
 def _check_side_of_norm(norm: FinalRmsNorm, last: torch.Tensor, is_normed: bool) -> None:
-    """Raise `Rejected` unless the states look as ``is_normed`` says, judged by a few rows of the sample."""
+    """Raise `Rejected` unless a few rows of the sample look normed, or not normed, as ``is_normed`` says."""
     some_rows = last[:: max(1, len(last) // RMS_ROWS)]
     looks_normed = abs(norm.rms_without_weight(some_rows) - 1) < RMS_TOLERANCE
     if looks_normed != is_normed:
@@ -211,7 +208,7 @@ def check_finite(
 ) -> None:
     """Raise `Rejected` at the first row of ``states`` [S, width] with a NaN or Inf."""
     for number, rows in enumerate(states.split(CHECK_ROWS)):
-        # NaN and Inf both show in the minimum or maximum, which are found at the speed of memory.
+        # A NaN or Inf shows in the minimum or maximum; finding these two is limited by memory speed only.
         low, high = torch.aminmax(rows)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             row = number * CHECK_ROWS + int((~torch.isfinite(rows)).any(-1).nonzero()[0])
@@ -219,10 +216,11 @@ def check_finite(
 
 
 def token_labels(hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute what a store holds of the target's logits: argmax int32 [S] and log-sum-exp float32 [S], on the
-    CPU.
+    """Compute argmax int32 [S] and log-sum-exp float32 [S] of the target's logits, returned on the CPU.
 
-    hidden [S, H], head [V, H]. On a CPU blocks of the head are converted to float32, never the whole head.
+    Args:
+        hidden: [S, H].
+        head: [V, H]. On a CPU it is converted to float32 block by block, never as a whole.
     """
     token, logsumexp = argmax_and_logsumexp(hidden, head, HEAD_LOGIT_BYTES, vocab_rows=HEAD_VOCAB_ROWS)
     return token.to(torch.int32).cpu(), logsumexp.cpu()
@@ -230,7 +228,7 @@ def token_labels(hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor
 
 @functools.cache
 def _load_final_norm(target: Path) -> FinalRmsNorm | None:
-    """Load the target's last norm; None if it is of another kind, which cannot be checked or applied."""
+    """Load the target's last norm; None if it is not an RMSNorm, so it cannot be checked or applied."""
     if "rms_norm_eps" not in read_config(target):
         return None
     info = TargetInfo.from_folder(target)
@@ -240,8 +238,6 @@ def _load_final_norm(target: Path) -> FinalRmsNorm | None:
 
 @functools.cache
 def _load_head(target: Path, states: torch.dtype, device: str) -> torch.Tensor:
-    """Load the head as it was when it read these states: float32 weights are rounded to the dtype the model
-    ran in.
-    """
+    """Load the head in the dtype that the model ran in: float32 weights are rounded to the states' dtype."""
     head = load_target_weights(target, names=("lm_head",))["lm_head"]
     return (head.to(states) if head.dtype == torch.float32 else head).to(device)

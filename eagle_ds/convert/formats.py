@@ -1,4 +1,4 @@
-"""The formats that can be read, the RawSample that each is read into, and Rejected for a file that cannot be.
+"""The formats that can be read, RawSample (what a reader returns) and Rejected (why a file cannot be read).
 
 SpecForge
     ``rows_*/data_*.ckpt[.gz]``, a torch dict of one sample:
@@ -55,7 +55,7 @@ class Reason(StrEnum):
 class Rejected(ValueError):
     """One sample that cannot be converted: the reason, what was found and expected, and its path.
 
-    Whoever knows the path sets it with `at`; the readers and checks that raise this do not.
+    Readers and checks raise this without a path. The caller, who knows the path, sets it with `at`.
     """
 
     def __init__(self, reason: Reason, detail: str, path: Path | str = "") -> None:
@@ -99,13 +99,11 @@ class RawSample:
 def from_torch_dict(tensors: Mapping[str, Any]) -> RawSample:
     """Read the dict that SpecForge or Model-Optimizer saved. Raises `Rejected`."""
     mask = _loss_mask(tensors)
-    ids = _find_tensor(tensors, IDS_NAMES)
-    aux = _find_tensor(tensors, AUX_NAMES)
-    return canonical(ids, aux, _find_tensor(tensors, LAST_NAMES), mask)
+    return canonical(*(_find_tensor(tensors, names) for names in (IDS_NAMES, AUX_NAMES, LAST_NAMES)), mask)
 
 
 def read_safetensors(path: Path) -> RawSample:
-    """Read a file of speculators: all states of a token side by side, the last one before the final norm."""
+    """Read a file of speculators: [S, A+1, H], the aux states and last the state before the final norm."""
     try:
         with safe_open(path, framework="pt") as archive:
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - not a dict
@@ -140,10 +138,8 @@ def canonical(
     if mask is not None:
         lengths["loss_mask"] = mask.numel() if mask.dim() == 1 else -1
     if len(set(lengths.values())) > 1:
-        words = (
-            f"{name} {length if length >= 0 else 'of another shape'}" for name, length in lengths.items()
-        )
-        raise Rejected(Reason.WRONG_SHAPE, f"lengths disagree: {', '.join(words)}; expected one length S")
+        found = (f"{name} {size if size >= 0 else 'of another shape'}" for name, size in lengths.items())
+        raise Rejected(Reason.WRONG_SHAPE, f"lengths disagree: {', '.join(found)}; expected one length S")
     return RawSample(ids, aux, last, mask)
 
 
@@ -156,7 +152,8 @@ def _loss_mask(tensors: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 def _find_tensor(tensors: Mapping[str, Any], names: Sequence[str]) -> torch.Tensor:
-    """Return the tensor under the first of ``names`` that is there, if it is one that can be read."""
+    """Return the tensor under the first of ``names`` that exists. Raises `Rejected` unless it is a plain one.
+    """
     name = next((name for name in names if name in tensors), None)
     if name is None:
         listing = ", ".join(sorted(map(str, tensors))) or "nothing"

@@ -1,16 +1,17 @@
 """Read HDF5 files: this project's own schema, or another one that ``--map`` describes.
 
-A map says where each of our datasets lies in the other file, as ``OURS=THEIRS`` joined by commas:
+A map gives the path of each of our datasets in the other file: pairs ``OURS=THEIRS`` joined by commas.
 
     input_ids=tokens,loss_mask=mask,aux_hidden_state=layer_1+layer_15+layer_28,hidden_state=final@bf16
 
 ``A+B+C``
-    puts datasets side by side.
+    concatenates datasets along their last dimension.
 ``@bf16``
-    says that 16-bit integers are the bits of bfloat16. h5py has no such type, so many files store them this
-    way.
+    means that the dataset's 16-bit integers are the bits of bfloat16. h5py has no bfloat16, so many files
+    store it this way.
 ``*``
-    as a whole path component stands for every group there, each one sample: ``samples/*/tokens``.
+    as a whole path component matches every group at that place; each group is one sample, as in
+    ``samples/*/tokens``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Hdf5Map:
 
     @property
     def group_pattern(self) -> str | None:
-        """The path before ``*`` if each sample is a group, else None."""
+        """The path that precedes ``*``; None if the map has no ``*``, so a file is one sample."""
         before, star, _ = dict(self.places)["input_ids"].partition("*")
         return before if star else None
 
@@ -94,8 +95,7 @@ def read_hdf5(path: Path, mapping: Hdf5Map, group: str = "") -> RawSample:
         if ours not in found:
             detail = f"no dataset {paths[ours]} for {ours}, the file holds {listing}; use --map"
             raise Rejected(Reason.MISSING_KEY, detail)
-    names = ("input_ids", "aux_hidden_state", "hidden_state")
-    raw = canonical(*(found[name] for name in names), found.get("loss_mask"))
+    raw = canonical(*(found[name] for name in REQUIRED), found.get("loss_mask"))
     raw.target_token_id = found.get("target_token_id")
     raw.target_logsumexp = found.get("target_logsumexp")
     return raw
@@ -127,9 +127,7 @@ def _read_joined(file: h5py.File, theirs: str) -> torch.Tensor:
 
 
 def _read_raw(dataset: h5py.Dataset, as_bf16: bool) -> torch.Tensor:
-    """Read a dataset bit for bit. h5py would convert bfloat16 to float32, slowly, so its bits are read as
-    integers.
-    """
+    """Read a dataset bit for bit. bfloat16 is read as integers, because h5py would convert it to float32."""
     if as_bf16 or _is_bf16(dataset):
         if dataset.dtype.itemsize != 2 and not _is_bf16(dataset):
             detail = f"{dataset.name} is {dataset.dtype}, expected 16-bit numbers for {BF16_MARK}"
@@ -147,8 +145,6 @@ def _read_raw(dataset: h5py.Dataset, as_bf16: bool) -> torch.Tensor:
 
 
 def _is_bf16(dataset: h5py.Dataset) -> bool:
-    """Whether the HDF5 type is bfloat16: a float of 2 bytes with 8 exponent bits (field 2 of the type's bit
-    fields).
-    """
+    """Return whether the HDF5 type is bfloat16: a float of 2 bytes whose exponent (field 2) has 8 bits."""
     kind = dataset.id.get_type()
     return isinstance(kind, h5py.h5t.TypeFloatID) and kind.get_size() == 2 and kind.get_fields()[2] == 8

@@ -1,9 +1,8 @@
-"""Loss masks for formats that have none: find the conversation that renders to these tokens, and take its
-mask.
+"""Make loss masks for formats that have none: find the conversation with these tokens and use its mask.
 
-Only a hash and a file offset are kept for each conversation (16 bytes), so an index of millions can be sent
-to every worker. The conversation that matches is encoded again and compared token for token. The number in a
-file's name is not trusted: other projects shuffle and filter the conversations before they number them.
+The index keeps only a hash and a file offset (16 bytes) of each conversation, so it can be sent to every
+worker even for millions of them. A match is encoded again and compared token for token. The number in a
+file's name is not used: other projects shuffle and filter the conversations before they number them.
 """
 
 from __future__ import annotations
@@ -62,21 +61,19 @@ class ConversationMasks:
         """Return the loss mask, uint8 [S], of the conversation with exactly these tokens, else None."""
         key = np.uint64(_hash(input_ids))
         first, last = np.searchsorted(self.keys, key, "left"), np.searchsorted(self.keys, key, "right")
-        # Conversations with the same hash lie side by side; nearly always it is one.
+        # Equal hashes are neighbours in the sorted index; nearly always there is only one.
         for offset in self.offsets[first:last].tolist():
-            encoded = _encoder(self.tokenizer, self.max_length).encode(
-                ConversationFile(self.path).read(offset)
-            )
+            record = ConversationFile(self.path).read(offset)
+            encoded = _encoder(self.tokenizer, self.max_length).encode(record)
             if encoded is not None and np.array_equal(encoded.input_ids, input_ids):
                 return encoded.loss_mask
         return None
 
 
 def _hash(input_ids: np.ndarray) -> int:
-    """Hash the tokens to 64 bits. As int32 bytes, so that files that store int64 give the same hash."""
-    return int.from_bytes(
-        hashlib.blake2b(input_ids.astype(np.int32).tobytes(), digest_size=8).digest(), "little"
-    )
+    """Hash the tokens to 64 bits, converted to int32 first, so that int64 files give the same hash."""
+    digest = hashlib.blake2b(input_ids.astype(np.int32).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _hash_conversations(

@@ -1,13 +1,10 @@
-"""What the user asked for, checked, and what follows from it: the store's info and the rules for completing
-samples.
-"""
+"""Check what the user asked for, and derive the store's info and the rules for completing samples from it."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,8 +14,6 @@ from eagle_ds.convert.masks import ConversationMasks
 from eagle_ds.convert.survey import Survey
 from eagle_ds.store.manifest import STORE_JSON, StoreInfo, check_same_store, read_store_info
 from eagle_ds.target.files import load_target_weights, resolve_target
-from eagle_ds.target.identity import target_hash, tokenizer_hash
-from eagle_ds.target.info import TargetInfo, check_aux_ids
 
 STORE_FOLDERS = ("writing", "samples")  # the folders that a store keeps its files in
 INFO_FLAGS = {"target": "--target-name", "aux_layer_ids": "--aux-layer-ids", "vocab_size": "--vocab-size"}
@@ -81,9 +76,9 @@ class ConvertOptions:
 
 
 def resolve_options(options: ConvertOptions, survey: Survey) -> tuple[StoreInfo, Completer]:
-    """Decide what the store says about its samples, and how they are completed.
+    """Return the store's info, and the completer of its samples.
 
-    The completer has no masks from ``--dataset`` yet: indexing the conversations takes long (`index_masks`).
+    The completer has no masks from ``--dataset`` yet; `index_masks` makes them, which takes long.
 
     Raises: ValueError if something is missing or contradicts the files or an existing store.
     """
@@ -100,8 +95,7 @@ def resolve_options(options: ConvertOptions, survey: Survey) -> tuple[StoreInfo,
         hidden_size=info.hidden_size, num_aux=len(info.aux_layer_ids), dtype=info.dtype,
         cast=options.cast is not None, vocab_size=info.vocab_size, target=folder if has_weights else None,
         final_norm=options.final_norm, token_labels=has_weights and options.token_labels,
-        head_device=options.resolved_head_device,
-    )
+        head_device=options.resolved_head_device)
 
 
 def index_masks(options: ConvertOptions) -> ConversationMasks | None:
@@ -128,25 +122,30 @@ def _target_folder(options: ConvertOptions, survey: Survey) -> Path | None:
 def _store_info(
     options: ConvertOptions, survey: Survey, folder: Path | None, existing: StoreInfo | None
 ) -> StoreInfo:
-    """Take the store's info from the target, else from the existing store, else from flags.
+    """Describe the store from the target, else from the existing store, else from the files. Flags override.
 
-    Raises: ValueError if flags are missing, or the info does not fit the surveyed files.
+    Raises: ValueError if flags are missing, or the description does not fit the surveyed files.
     """
+    flags = {
+        "target": options.target_name, "aux_layer_ids": options.aux_layer_ids,
+        "vocab_size": options.vocab_size, "dtype": options.cast}
+    given = {name: value for name, value in flags.items() if value is not None}
     if folder is not None:
-        info = _info_from_target(options, survey, folder)
+        info = StoreInfo.of_target(folder, str(options.target), survey.dtype, options.aux_layer_ids)
+        if options.aux_layer_ids is None:
+            logger.info("aux layers: %s, the default for this target", list(info.aux_layer_ids))
+        has_weights = bool(info.target_hash)
+        head_size = len(load_target_weights(folder, names=("lm_head",))["lm_head"]) if has_weights else 0
+        info = replace(info, head_size=head_size, **given)
     elif existing is not None:
-        info = replace(existing, **_info_from_flags(options))
+        info = replace(existing, **given)
+    elif missing := [flag for name, flag in INFO_FLAGS.items() if name not in given]:
+        raise ValueError(
+            "the files do not say which target and layers they come from; give --target with the "
+            f"target's folder or Hugging Face id, or else {' and '.join(missing)}")
     else:
-        given = _info_from_flags(options)
-        if missing := [flag for name, flag in INFO_FLAGS.items() if name not in given]:
-            raise ValueError(
-                "the files do not say which target and layers they come from; give --target with the "
-                f"target's folder or Hugging Face id, or else {' and '.join(missing)}"
-            )
-        known = {
-            "target_hash": "", "tokenizer_hash": "", "hidden_size": survey.hidden_size, "dtype": survey.dtype
-        }
-        info = StoreInfo(**(known | given))
+        known = {"hidden_size": survey.hidden_size, "dtype": survey.dtype}
+        info = StoreInfo(target_hash="", tokenizer_hash="", **(known | given))
     if info.hidden_size != survey.hidden_size:
         other = f"target {options.target}" if folder is not None else f"the store {options.destination}"
         detail = f"the files have hidden size {survey.hidden_size}, {other} has {info.hidden_size}"
@@ -155,31 +154,3 @@ def _store_info(
         detail = f"the files hold {survey.num_aux} aux layers, expected {list(info.aux_layer_ids)}"
         raise ValueError(f"{detail}; name theirs with --aux-layer-ids")
     return info
-
-
-def _info_from_flags(options: ConvertOptions) -> dict[str, Any]:
-    """Return the fields of StoreInfo that flags give."""
-    given = {
-        "target": options.target_name,
-        "aux_layer_ids": options.aux_layer_ids,
-        "vocab_size": options.vocab_size,
-        "dtype": options.cast,
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _info_from_target(options: ConvertOptions, survey: Survey, folder: Path) -> StoreInfo:
-    target = TargetInfo.from_folder(folder)
-    aux_ids = options.aux_layer_ids or target.aux_ids
-    check_aux_ids(aux_ids, target.num_layers)
-    if options.aux_layer_ids is None:
-        logger.info("aux layers: %s, the default for a target of %d layers", list(aux_ids), target.num_layers)
-    has_weights = any(folder.glob("*.safetensors"))
-    head_size = len(load_target_weights(folder, names=("lm_head",))["lm_head"]) if has_weights else 0
-    return StoreInfo(
-        target=options.target_name or str(options.target),
-        target_hash=target_hash(folder) if has_weights else "", tokenizer_hash=tokenizer_hash(folder),
-        hidden_size=target.hidden_size, aux_layer_ids=aux_ids,
-        vocab_size=options.vocab_size or target.vocab_size, dtype=options.cast or survey.dtype,
-        head_size=head_size,
-    )

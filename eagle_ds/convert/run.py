@@ -25,7 +25,7 @@ from eagle_ds.convert.options import ConvertOptions, index_masks, resolve_option
 from eagle_ds.convert.sources import SourceItem, iter_source
 from eagle_ds.convert.survey import Prediction, head_s_per_row, predict, survey
 from eagle_ds.convert.worker import Job, Outcome, Worker, run_jobs
-from eagle_ds.store.manifest import STORE_JSON, StoreInfo, read_manifest
+from eagle_ds.store.manifest import StoreInfo, read_manifest, whole_entries
 from eagle_ds.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
@@ -81,9 +81,11 @@ class Progress:
 def convert(
     options: ConvertOptions, on_progress: Callable[[Progress], None] = lambda progress: None
 ) -> Summary:
-    """Convert what the store lacks.
+    """Convert the samples that are not in the store yet.
 
-    Raises ValueError for what the user must change, `ConversionStopped` for a failing machine.
+    Raises:
+        ValueError: the user must change an option.
+        ConversionStopped: the machine failed.
     """
     begin = time.perf_counter()
     found = _find_samples(iter_source(options.source, options.mapping))
@@ -116,41 +118,36 @@ def predict_conversion(options: ConvertOptions) -> tuple[Summary, Prediction | N
         summary.rejected += unreadable
         return summary, None
     summary.info, completer = resolve_options(options, seen)
-    stored = _stored_ids(options.destination)
+    stored = whole_entries(options.destination, read_manifest(options.destination)[0])
     pending = [item for item in found.items if item.id not in stored]
     summary.already_done = len(found.items) - len(pending)
     return summary, predict(pending, seen, options.workers, completer.head()) if pending else None
 
 
 def _warn_of_slow_head(completer: Completer) -> None:
-    """Warn if the head runs on the CPU and is slow: a large vocabulary then costs far more than all the rest.
-    """
+    """Warn if the head runs on the CPU and is slow: it then takes far longer than all other work."""
     if completer.head_device == "cpu" and (head := completer.head()) is not None:
         speed = 1 / head_s_per_row(head)
         if speed < SLOW_TOKENS_PER_S:
             advice = "--head-device cuda is faster, --skip-head leaves target_token_id to the training"
-            logger.warning(
-                "the target's head on this CPU processes %.0f tokens/s a thread; %s", speed, advice
-            )
+            logger.warning("the target's head on this CPU does %.0f tokens/s a thread; %s", speed, advice)
 
 
 def _convert_samples(
     options: ConvertOptions, found: _FoundSamples, worker: Worker, summary: Summary,
     on_progress: Callable[[Progress], None],
 ) -> None:
-    """Convert what is not stored yet; compare what is, if asked to.
+    """Convert the samples that are not stored yet. With ``worker.verify`` also compare those that are.
 
     Writes nothing before it holds the store's lock.
     """
     deleter = _SourceDeleter(found) if options.delete_source else None
-    with StoreWriter(
-        worker.root, worker.info, workers=1
-    ) as writer, _rejected_log(worker.root, summary) as reject:
-        entries = {entry.id: entry for entry in read_manifest(worker.root)[0] if entry.id in writer.done_ids}
-        jobs = [
-            Job(item, entries.get(item.id)) for item in found.items if worker.verify or item.id not in entries
-        ]
-        summary.already_done = len(writer.done_ids & {item.id for item in found.items})
+    root = worker.root
+    with StoreWriter(root, worker.info, workers=1) as writer, _rejected_log(root, summary) as reject:
+        entries = {entry.id: entry for entry in read_manifest(root)[0] if entry.id in writer.done_ids}
+        wanted = [item for item in found.items if worker.verify or item.id not in entries]
+        jobs = [Job(item, entries.get(item.id)) for item in wanted]
+        summary.already_done = sum(item.id in entries for item in found.items)
         total_bytes, done_bytes = sum(job.item.file_bytes for job in jobs), 0
         with closing(run_jobs(jobs, worker, options.workers)) as outcomes:
             for number, outcome in enumerate(outcomes, start=1):
@@ -167,7 +164,7 @@ def _convert_samples(
 def _record_outcome(
     outcome: Outcome, compared: bool, writer: StoreWriter, summary: Summary, deleter: _SourceDeleter | None
 ) -> None:
-    """Enter a converted sample into the manifest, and then, not before, let its source be deleted."""
+    """Add a converted sample to the manifest. Only then may the deleter delete its source."""
     if outcome.failure is not None:
         advice = "what was converted is kept; run the same command again to continue"
         raise ConversionStopped(f"{outcome.failure}; {advice}")
@@ -189,7 +186,7 @@ def _record_outcome(
 
 @dataclass(frozen=True)
 class _FoundSamples:
-    """The samples of the source: one for each id, and a rejection for each further one with the same id."""
+    """The samples of the source. The first sample of an id is kept; each later one is a duplicate."""
 
     items: list[SourceItem]
     duplicates: list[Rejected]
@@ -200,7 +197,7 @@ class _FoundSamples:
 
 
 def _find_samples(source: Iterator[SourceItem]) -> _FoundSamples:
-    """Separate samples whose id is taken: ``data_1.ckpt`` and ``data_1.ckpt.gz`` in one folder."""
+    """List the samples and separate duplicate ids, such as ``data_1.ckpt`` and ``data_1.ckpt.gz``."""
     items: dict[str, SourceItem] = {}
     duplicates, duplicate_paths = [], []
     for item in source:
@@ -212,18 +209,11 @@ def _find_samples(source: Iterator[SourceItem]) -> _FoundSamples:
     return _FoundSamples(list(items.values()), duplicates, duplicate_paths)
 
 
-def _stored_ids(root: Path) -> set[str]:
-    """Return the ids of the samples that the store at ``root`` holds; none if there is no store."""
-    if not (root / STORE_JSON).exists():
-        return set()
-    return {entry.id for entry in read_manifest(root)[0] if (root / entry.path).exists()}
-
-
 class _SourceDeleter:
     """Deletes a source file once every sample in it is stored and compared.
 
-    A file stays if it is a link, if it changed since the conversion began, or if it holds a sample with a
-    duplicate id, which is stored nowhere.
+    A file is kept if it is a link, if it changed since the conversion began, or if it holds a sample with a
+    duplicate id, because that sample was not stored.
     """
 
     def __init__(self, found: _FoundSamples) -> None:
@@ -262,9 +252,9 @@ def _file_version(path: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def _rejected_log(root: Path, summary: Summary) -> Iterator[Callable[[Rejected], None]]:
-    """Open ``rejected.jsonl``, write what ``summary`` holds already, and give a function that adds more.
+    """Open ``rejected.jsonl``, write the rejections in ``summary``, and yield a function that adds one.
 
-    Every run starts the file anew, because it tries the rejected files again.
+    Every run overwrites the file, because it tries the rejected files again.
     """
     # Line buffering: each line is on disk at once.
     with (root / REJECTED_NAME).open("w", encoding="utf-8", buffering=1) as file:

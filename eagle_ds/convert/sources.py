@@ -22,7 +22,7 @@ ALL_SUFFIXES = TORCH_SUFFIXES + SAFETENSORS_SUFFIXES + HDF5_SUFFIXES
 
 @dataclass(frozen=True)
 class SourceItem:
-    """One sample to convert. Nothing of it has been read yet; its ``id`` follows from its path."""
+    """One sample to convert, not read yet. Its ``id`` follows from its path."""
 
     id: str
     path: Path
@@ -36,9 +36,9 @@ class SourceItem:
         return f"{self.path}/{self.group}" if self.group else str(self.path)
 
     def read(self, checksums: bool = True) -> RawSample:
-        """Read what the file holds. Raises `Rejected`, whatever error a library meets in a damaged file.
+        """Read what the file holds. Every error that a library raises for a damaged file becomes `Rejected`.
 
-        Without ``checksums`` a plain torch file is mapped into memory and only read where it is used.
+        Without ``checksums`` a plain torch file is mapped into memory, and only the pages in use are read.
         """
         try:
             if not stat.S_ISREG(self.path.stat().st_mode):
@@ -72,11 +72,10 @@ class SourceItem:
 
 
 def iter_source(path: str | Path, mapping: Hdf5Map | None = None) -> Iterator[SourceItem]:
-    """Yield every sample at ``path``, a file or a tree, in natural order. Links are followed, other files
-    ignored.
+    """Yield every sample at ``path``, a file or a tree, in natural order. Links are followed.
 
-    A file that cannot be opened (an HDF5 file of many samples, a link to nowhere) is yielded as one item,
-    whose ``read`` says why.
+    A file that cannot be opened, such as a broken link, is yielded as one item whose ``read`` raises the
+    reason.
 
     Raises: ValueError if there is nothing to convert.
     """

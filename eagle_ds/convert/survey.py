@@ -1,6 +1,4 @@
-"""Look at a few files before the work: what most of them hold, how far they will shrink, how fast this
-machine is.
-"""
+"""Look at a few files first: what most of them hold, how well they compress, how fast this machine is."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ HEAD_PROBE_ROWS = 64
 
 @dataclass(frozen=True)
 class Survey:
-    """What one file holds, or most of several files; sizes and seconds are then sums."""
+    """What one file holds. For several files: what most of them hold, with sizes and seconds summed."""
 
     hidden_size: int
     num_aux: int
@@ -55,39 +53,35 @@ class Prediction:
 
 
 def survey(items: Sequence[SourceItem], workers: int = 1) -> tuple[Survey | None, list[Rejected]]:
-    """Probe files spread over the list, and if none of them can be read, all others until one can.
+    """Probe files spread over the list. If none of them can be read, probe the others until one can.
 
     Returns: the survey and an empty list; or None and the `Rejected` of every file if none can be read.
     """
     spread = spread_indices(len(items), GZIP_PROBES if items[0].path.suffix == ".gz" else PROBES)
     with ThreadPoolExecutor(workers) as pool:  # inflating releases the interpreter's lock
-        results = list(pool.map(_try_probe, (items[index] for index in spread)))
+        results = list(pool.map(_probe, (items[index] for index in spread)))
     for index in sorted(set(range(len(items))) - set(spread)):
         if any(isinstance(result, Survey) for result in results):
             break
-        results.append(_try_probe(items[index]))
+        results.append(_probe(items[index]))
     probes = [result for result in results if isinstance(result, Survey)]
     if not probes:
         return None, [result for result in results if isinstance(result, Rejected)]
     return _summarise(probes), []
 
 
-def _try_probe(item: SourceItem) -> Survey | Rejected:
+def _probe(item: SourceItem) -> Survey | Rejected:
+    begin = time.perf_counter()
     try:
-        return _probe(item)
+        raw = item.read(checksums=False)
     except Rejected as error:
         return error.at(item.place)
-
-
-def _probe(item: SourceItem) -> Survey:
-    begin = time.perf_counter()
-    raw = item.read(checksums=False)
     read_s = time.perf_counter() - begin
     width = raw.last.shape[1]
     dtype = str(raw.last.dtype).removeprefix("torch.")
     if dtype not in TORCH_DTYPES or width == 0:
         detail = f"hidden_state is {raw.last.dtype} {list(raw.last.shape)}, expected floating-point states"
-        raise Rejected(Reason.DTYPE, detail)
+        return Rejected(Reason.DTYPE, detail, item.place)
     num_aux, has_mask = raw.aux.shape[1] // width, raw.loss_mask is not None
     return Survey(width, num_aux, dtype, raw.before_norm, has_mask, item.file_bytes, raw.nbytes, read_s)
 
@@ -100,23 +94,18 @@ def _summarise(probes: list[Survey]) -> Survey:
             logger.warning("files differ in %s: %s; %s", name, dict(counts), advice)
         return counts.most_common(1)[0][0]
 
-    def total(name: str) -> float:
-        return sum(getattr(probe, name) for probe in probes)
-
     return Survey(
         **{name: most_frequent(name) for name in ("hidden_size", "num_aux", "dtype", "before_norm")},
-        **{name: total(name) for name in ("file_bytes", "raw_bytes", "read_s")},
-        has_mask=any(probe.has_mask for probe in probes),
-    )
+        **{name: sum(getattr(p, name) for p in probes) for name in ("file_bytes", "raw_bytes", "read_s")},
+        has_mask=any(probe.has_mask for probe in probes))
 
 
 def predict(
     items: Sequence[SourceItem], survey: Survey, workers: int, head: torch.Tensor | None
 ) -> Prediction:
-    """Predict size and time of converting ``items`` from encoding a few chunks. The disk may be slower than
-    that.
+    """Predict size and time of converting ``items`` by encoding a few chunks. A slow disk takes longer.
 
-    ``head``: the target's head [V, H] if its argmax and log-sum-exp are to be computed.
+    ``head``: the target's head [V, H] if argmax and log-sum-exp of its logits are to be computed.
     """
     ratio, encode_s_per_byte = _time_encoding(items, survey)
     source_bytes = sum(item.file_bytes for item in items)
@@ -132,7 +121,7 @@ def predict(
 
 
 def _time_encoding(items: Sequence[SourceItem], survey: Survey) -> tuple[float, float]:
-    """Encode chunks spread over a few files. Returns stored bytes and seconds, both for each raw byte."""
+    """Encode chunks spread over a few files. Returns (stored bytes / raw bytes, seconds / raw bytes)."""
     raw_bytes = stored_bytes = 0
     seconds = 0.0
     for index in spread_indices(len(items), GZIP_PROBES):

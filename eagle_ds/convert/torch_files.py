@@ -1,14 +1,13 @@
-"""Read other projects' torch files (.ckpt, .pt, plain or gzipped) as a dict of tensors. No code in them is
-ever run.
+"""Read other projects' torch files (.ckpt, .pt, plain or gzipped) as a dict of tensors, running no code.
 
-A plain file is mapped into memory, so that only one copy of it exists, in the page cache. A gzipped file is
-inflated once, into anonymous memory (memfd) that torch then maps like any other file: it costs the memory of
-one sample, not of two.
+A plain file is mapped into memory, so its only copy is the one in the page cache. A gzipped file is inflated
+once, into anonymous memory (memfd) that torch then maps like any other file. So it takes the memory of one
+sample, not of two.
 
 torch.save writes a zip archive: one record with a pickle that describes the tensors, and one uncompressed
-record for each tensor's bytes. ``torch.load(weights_only=True)`` reads the pickle with an interpreter of its
-own that knows tensors and plain containers and refuses everything else. It does not check the records'
-checksums when the file is mapped; that is done here.
+record for each tensor's bytes. ``torch.load(weights_only=True)`` reads the pickle with its own interpreter,
+which accepts only tensors and plain containers. It does not check the records' checksums when the file is
+mapped, so they are checked here.
 """
 
 from __future__ import annotations
@@ -29,22 +28,21 @@ from typing import Any, BinaryIO
 import torch
 
 from eagle_ds.convert.formats import Reason, Rejected
+from eagle_ds.store.codec import backend
 
 logger = logging.getLogger(__name__)
 
 ZIP_MAGIC, GZIP_MAGIC = b"PK\x03\x04", b"\x1f\x8b"
 INFLATE_BLOCK_BYTES = 4 << 20
 CHECK_BLOCK_BYTES = 256 << 10  # stays in the processor's cache
-# The header before each record: magic, 5 fields of 2 bytes, 3 of 4 bytes, lengths of the name and of the
-# extra field.
+# The header of each record: magic, 5 fields of 2 bytes, 3 of 4, lengths of the name and the extra field.
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
 def load_torch(path: Path, checksums: bool = True) -> dict[str, Any]:
     """Return the dict saved in ``path``, with tensors mapped from the file. Raises `Rejected`.
 
-    With ``checksums`` every byte is read and checked; without, only the pages that the caller looks at are
-    read.
+    With ``checksums`` every byte is read and checked. Without, only the pages that the caller uses are read.
     """
     if path.suffix == ".gz":
         with _inflated(path) as inflated:
@@ -67,8 +65,7 @@ def _load(content: Path, checksums: bool) -> dict[str, Any]:
             raise Rejected(Reason.TRUNCATED, detail)
         if is_zip and checksums:
             _check_records(file)
-        # Through the open descriptor: this is the file that was checked, even if its name was given to
-        # another one.
+        # Load through the open descriptor: the path may lead to another file by now, which was not checked.
         loaded = _unpickle_tensors(Path(f"/proc/self/fd/{file.fileno()}"), is_zip)
     if not isinstance(loaded, dict):
         raise Rejected(Reason.MISSING_KEY, f"it holds a {type(loaded).__name__}, expected a dict of tensors")
@@ -76,17 +73,13 @@ def _load(content: Path, checksums: bool) -> dict[str, Any]:
 
 
 def _unpickle_tensors(content: Path, is_zip: bool) -> Any:
-    """Call torch.load and turn each of its many errors into `Rejected`.
-
-    Old files without a zip cannot be mapped.
-    """
+    """Call torch.load and turn each of its many errors into `Rejected`. Only a zip file can be mapped."""
     try:
         return torch.load(content, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
         cause = str(error).replace("\n", " ")
         sentence = _first_sentence(cause)
-        # "Unsupported operand" means that the bytes are no pickle at all; other refusals are of code to be
-        # run.
+        # "Unsupported operand" means that the bytes are no pickle. Other refusals mean that it contains code.
         if "Unsupported operand" not in cause and ("Unsupported" in cause or "GLOBAL" in cause):
             detail = "loading it would run code; save it again as a plain dict of tensors"
             raise Rejected(Reason.UNSAFE, f"{detail} ({sentence})") from error
@@ -107,12 +100,11 @@ def _check_records(file: BinaryIO) -> None:
     torch can be told to write no checksums. Then all of them are wrong, and the file cannot be judged.
     """
     try:
-        records = [
-            info for info in zipfile.ZipFile(file).infolist() if info.compress_type == zipfile.ZIP_STORED
-        ]
+        infos = zipfile.ZipFile(file).infolist()
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         raise Rejected(Reason.CORRUPT, f"its zip directory is damaged ({error})") from error
     block = memoryview(bytearray(CHECK_BLOCK_BYTES))
+    records = [info for info in infos if info.compress_type == zipfile.ZIP_STORED]
     wrong = [info.filename for info in records if _record_crc32(file, info, block) != info.CRC]
     if wrong and len(wrong) < len(records):
         detail = f"record {wrong[0]} does not match its crc32; the file changed after it was saved"
@@ -122,8 +114,8 @@ def _check_records(file: BinaryIO) -> None:
 def _record_crc32(file: BinaryIO, info: zipfile.ZipInfo, block: memoryview) -> int:
     """Compute the crc32 of one record's bytes, a block at a time.
 
-    The record is read with plain reads although torch maps it afterwards: they bring it into the page cache
-    at the disk's speed, three times as fast as page faults would.
+    Plain reads are used although torch maps the record afterwards: they fill the page cache three times as
+    fast as page faults would.
     """
     head = os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset)
     if len(head) < _LOCAL_HEADER.size or head[:4] != ZIP_MAGIC:
@@ -132,32 +124,19 @@ def _record_crc32(file: BinaryIO, info: zipfile.ZipInfo, block: memoryview) -> i
     *_, name_length, extra_length = _LOCAL_HEADER.unpack(head)
     position = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
     end = position + info.file_size
-    crc32, update = 0, _crc32_library()
+    crc32 = 0
     while position < end:
         count = os.preadv(file.fileno(), [block[: min(len(block), end - position)]], position)
         if count == 0:
             raise Rejected(Reason.CORRUPT, f"record {info.filename} reaches beyond the end of the file")
-        crc32 = update(block[:count], crc32)
+        crc32 = backend().crc32(block[:count], crc32)
         position += count
     return crc32
 
 
-@functools.cache
-def _crc32_library() -> Callable[[memoryview, int], int]:
-    """Return ISA-L's crc32 if it is installed, else zlib's."""
-    try:
-        from isal import isal_zlib
-    except ImportError:
-        return zlib.crc32
-    return isal_zlib.crc32
-
-
 @contextmanager
 def _inflated(path: Path) -> Iterator[Path]:
-    """Inflate ``path`` into anonymous memory and give a path to it.
-
-    Mappings of that memory outlive the context.
-    """
+    """Inflate ``path`` into anonymous memory and yield a path to it. Mappings of it outlive the context."""
     descriptor = os.memfd_create(path.name, os.MFD_CLOEXEC)
     try:
         with os.fdopen(descriptor, "wb", buffering=0, closefd=False) as target:
@@ -193,8 +172,8 @@ def _first_bytes(path: Path) -> bytes:
 def _gzip_library() -> tuple[Callable[..., BinaryIO], type[Exception]]:
     """Return the function that opens a gzip file, and its error for a damaged one.
 
-    ISA-L if it is installed: converting gzipped files takes about as long as inflating them. Cached, so that
-    the warning is logged once.
+    ISA-L is used if it is installed, because inflating takes most of the time of converting gzipped files.
+    Cached, so that the warning is logged once.
     """
     try:
         from isal import igzip, isal_zlib

@@ -1,8 +1,7 @@
 """Convert one source sample into a store file, in this process or in several worker processes.
 
-Workers write sample files; only the parent writes the manifest. A worker that the system kills (out of
-memory, a segmentation fault) is known together with the file it was at, costs that file only, and is
-replaced.
+Workers write sample files; only the parent writes the manifest. If the system kills a worker (out of memory,
+a segmentation fault), the parent knows its file, rejects that file, and starts another worker.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ import torch
 from eagle_ds.convert.completion import Completer
 from eagle_ds.convert.formats import Reason, Rejected
 from eagle_ds.convert.sources import SourceItem
-from eagle_ds.store.format import SMALL_DTYPES, WIDE_NAMES, Sample
+from eagle_ds.store.format import SMALL_DTYPES, WIDE_NAMES, Sample, same_bits
 from eagle_ds.store.manifest import SampleEntry, StoreError, StoreInfo
 from eagle_ds.store.processes import WorkerProcess, fork_server
 from eagle_ds.store.reader import SampleReader
 from eagle_ds.store.writer import SampleFiles
 
-# What is compared with an earlier run's file. Not the argmax and log-sum-exp of the target's logits: this run
-# may compute them on another device, with another order of additions.
+# What is compared with an earlier run's file. Argmax and log-sum-exp of the target's logits are not: this run
+# may compute them on another device, where sums are rounded differently.
 SOURCE_NAMES = ("input_ids", "loss_mask")
 READ_AHEAD_BYTES = 1 << 30  # of a file that comes next; the rest of a longer file is read when it is used
-ADVICE_BYTES = 1 << 20  # of one call: of a longer range the kernel reads only the beginning
+ADVICE_BYTES = 1 << 20  # for one call, because the kernel reads only the beginning of a longer range
 COMPARE_ROWS = 1024  # a multiple of the chunk's rows
 
 
@@ -47,9 +46,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a job: an ``entry`` for the manifest, or a rejected file, or a ``failure`` of the
-    machine.
-    """
+    """The result of a job: an ``entry`` for the manifest, a rejected file, or the machine's ``failure``."""
 
     job: Job
     entry: SampleEntry | None = None
@@ -69,7 +66,7 @@ class Worker:
     encoders: int  # threads that encode chunks
 
     def run(self, job: Job, files: SampleFiles) -> Outcome:
-        """Do one job. Never raises: an odd file must not stop a million others."""
+        """Do one job. Never raises, because one odd file must not stop the conversion of all others."""
         try:
             sample = job.item.load(self.completer)
             entry = job.entry or files.write(sample)
@@ -86,6 +83,9 @@ class Worker:
             cause = f"{type(error).__name__}: {str(error)[:200]}"
             detail = f"converting it failed ({cause}); the file is left unchanged"
             return Outcome(job, rejected=Rejected(Reason.FAILED, detail, job.item.place))
+        finally:
+            if not job.item.group:  # free the page cache of the source: the next files need the memory
+                _advise(job.item.path, os.POSIX_FADV_DONTNEED)
         return Outcome(job, entry, raw_bytes=sample.aux_hidden_state.nbytes + sample.hidden_state.nbytes)
 
 
@@ -109,7 +109,7 @@ def _difference(sample: Sample, names: Sequence[str], reader: SampleReader) -> s
     """Name the first part of the stored file that differs from the sample; None if all are equal."""
     for name in names:
         ours, theirs = getattr(sample, name), reader.read_small(name)
-        if (ours is None) != (theirs is None) or (ours is not None and not _same_bits(ours, theirs)):
+        if (ours is None) != (theirs is None) or (ours is not None and not same_bits(ours, theirs)):
             return f"{name} differs from the source"
     for name in WIDE_NAMES:
         ours = getattr(sample, name)
@@ -117,37 +117,24 @@ def _difference(sample: Sample, names: Sequence[str], reader: SampleReader) -> s
         for start in range(0, len(ours), COMPARE_ROWS):
             end = min(start + COMPARE_ROWS, len(ours))
             theirs = reader.read_rows(name, [(start, end)], buffer[: end - start])
-            if not _same_bits(ours[start:end], theirs):
+            if not same_bits(ours[start:end], theirs):
                 return f"{name} rows {start}:{end} differ from the source"
     return None
 
 
-def _same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Compare floats as integers: then NaN equals itself, and -0 differs from 0."""
-    if ours.is_floating_point():
-        integer = {2: torch.int16, 4: torch.int32}[ours.element_size()]
-        return torch.equal(ours.view(integer), theirs.view(integer))
-    return torch.equal(ours, theirs)
-
-
 def run_jobs(jobs: Iterable[Job], worker: Worker, workers: int) -> Iterator[Outcome]:
-    """Yield the outcomes as they come, from ``workers`` processes (1: this process).
-
-    Closing the generator ends them.
-    """
+    """Yield outcomes as they come, from ``workers`` processes (1: this process). Closing it ends them."""
     jobs = _read_ahead(iter(jobs), workers)
     if workers > 1:
         yield from _run_in_processes(jobs, worker, workers)
         return
     with SampleFiles(worker.root, worker.info, workers=worker.encoders) as files:
         for job in jobs:
-            outcome = worker.run(job, files)
-            _drop_from_cache(job)
-            yield outcome
+            yield worker.run(job, files)
 
 
 def _run_in_processes(jobs: Iterator[Job], worker: Worker, workers: int) -> Iterator[Outcome]:
-    """Give each process one job at a time, so that a death names its file and little is in memory at once."""
+    """Give each process one job at a time: if it dies, its file is known, and little is in memory at once."""
     with ExitStack() as started:  # stops every process, however this generator ends
         busy = []
         for job in islice(jobs, workers):
@@ -168,7 +155,7 @@ def _run_in_processes(jobs: Iterator[Job], worker: Worker, workers: int) -> Iter
 
 
 class ConverterProcess:
-    """A worker process and the job it is at. If it died, the next job starts a new one."""
+    """A worker process and its present job."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -180,7 +167,7 @@ class ConverterProcess:
         return self.child.connection
 
     def begin(self, job: Job) -> None:
-        """Send the job to the process."""
+        """Send a job to the process; start a new process if it died at the last one."""
         if not self.child.process.is_alive():
             self.child.stop()
             self.child = WorkerProcess(fork_server(), _serve, self._worker)
@@ -204,23 +191,18 @@ class ConverterProcess:
 
 
 def _serve(connection: Connection, worker: Worker) -> None:
-    """Run in a worker process: do one job after the other until the parent closes the pipe."""
+    """Run in a worker process: do jobs one by one until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     torch.set_num_threads(1)
     with SampleFiles(worker.root, worker.info, workers=worker.encoders) as files, suppress(EOFError, OSError):
         while True:
-            job = connection.recv()
-            outcome = worker.run(job, files)
-            _drop_from_cache(job)
-            connection.send(outcome)
+            connection.send(worker.run(connection.recv(), files))
 
 
 def _read_ahead(jobs: Iterator[Job], depth: int) -> Iterator[Job]:
-    """Yield the same jobs, and ask the kernel for each file ``depth`` jobs early: the disk reads while
-    workers encode.
+    """Yield the same jobs, and ask the kernel to read each file ``depth`` jobs early, while workers encode.
 
-    A thread asks, because asking waits while the disk's queue is full, and no worker should wait for a job
-    meanwhile.
+    A thread asks, because the call blocks while the disk's queue is full. No worker should wait for that.
     """
     waiting: deque[Job] = deque()
     advisor = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
@@ -236,17 +218,8 @@ def _read_ahead(jobs: Iterator[Job], depth: int) -> Iterator[Job]:
         advisor.shutdown(wait=False, cancel_futures=True)
 
 
-def _drop_from_cache(job: Job) -> None:
-    """Free the page cache of a source file that was read: the next ones need the memory."""
-    if not job.item.group:
-        _advise(job.item.path, os.POSIX_FADV_DONTNEED)
-
-
 def _advise(path: Path, advice: int, num_bytes: int = 0) -> None:
-    """Advise the kernel about the first ``num_bytes`` of a file (0: all of it).
-
-    Does nothing if it cannot be opened.
-    """
+    """Advise the kernel about the first ``num_bytes`` of a file (0: all), if the file can be opened."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
         try:
