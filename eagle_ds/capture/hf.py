@@ -43,7 +43,7 @@ class ForwardLimits:
     """How many tokens one forward pass takes. They bound its device memory."""
 
     batch_tokens: int  # of a batch of samples, padding included
-    chunk_tokens: int  # of a sample that goes alone, in chunks
+    chunk_tokens: int  # of one chunk of a longer sample, which is computed alone
 
     @classmethod
     def for_device(cls, device: torch.device) -> ForwardLimits:
@@ -116,7 +116,7 @@ class StateExtractor:
 
     @contextlib.contextmanager
     def _captured_aux(self) -> Iterator[list[list[torch.Tensor]]]:
-        """Append the output [B, chunk, H] of each aux layer to a list of its own while the context is open.
+        """Append the outputs [B, chunk, H] of each aux layer to one list per layer while the context is open.
 
         Forward hooks are used because ``output_hidden_states=True`` would keep the outputs of all layers. The
         hooks are removed even if the pass fails, so that a later pass does not append twice.

@@ -79,8 +79,8 @@ class CaptureEstimate:
 
     tokens: int
     raw_bytes: int  # hidden states, uncompressed
-    store_bytes: int  # what they will take on disk, about
-    free_bytes: int  # of that disk, now
+    store_bytes: int  # their predicted size on disk
+    free_bytes: int  # free space of that disk
 
 
 @dataclass
@@ -102,7 +102,7 @@ class PreparedCapture:
         return sum(sample.num_tokens for sample in self.pending)
 
     def estimate(self) -> CaptureEstimate:
-        """Predict the size of what is pending, and look up the free space."""
+        """Predict the size of the pending samples, and look up the free disk space."""
         layers = len(self.info.aux_layer_ids) + 1  # the aux layers and the final state, 2 bytes a number
         raw_bytes = self.tokens * layers * self.info.hidden_size * 2
         parents = (self.job.store, *self.job.store.absolute().parents)
@@ -171,7 +171,7 @@ def is_stored(sample: PendingSample, stored: Mapping[str, SampleEntry], root: Pa
 
 
 def require_space(prepared: PreparedCapture) -> None:
-    """Raise ValueError if the disk has too little free space for what is pending."""
+    """Raise ValueError if the disk has too little free space for the pending samples."""
     estimate = prepared.estimate()
     if estimate.store_bytes + MARGIN_BYTES > estimate.free_bytes:
         raise ValueError(

@@ -38,13 +38,13 @@ class Completer:
     It can be pickled, because weights are loaded at their first use.
     """
 
-    hidden_size: int | None = None  # None: whatever the file has
+    hidden_size: int | None = None  # None: as in the file
     num_aux: int = 3
-    dtype: str | None = None  # None: whatever the file has
+    dtype: str | None = None  # None: as in the file
     cast: bool = False  # convert other dtypes to ``dtype``
     vocab_size: int | None = None
     target: Path | None = None
-    final_norm: FinalNorm = "auto"  # auto: as the format says, and checked; apply, skip: as the user says
+    final_norm: FinalNorm = "auto"  # auto: apply it if the format needs it, and check; else the user's choice
     token_labels: bool = False  # compute target_token_id and target_logsumexp with the target's head
     head_device: str = "cpu"
     masks: ConversationMasks | None = None

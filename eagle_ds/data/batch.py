@@ -21,7 +21,7 @@ from eagle_ds.sharding.sequence import Alignment, SequenceSharding
 class TokenLabels:
     """The per-token arrays of one document: token ids, loss mask, and the target's labels if stored.
 
-    Every rank reads them whole: they are small, and the look-ahead crosses the borders between ranks.
+    Every rank reads them whole: they are small, and TTT steps look ahead past the borders between ranks.
     """
 
     input_ids: np.ndarray  # int32 [S]
@@ -32,10 +32,10 @@ class TokenLabels:
 
 @dataclass
 class Batch:
-    """What the draft computes on: C context rows, N query rows, and the rows read from the store.
+    """The input of the draft: C context rows, N query rows, and the rows read from the store.
 
     M_aux rows of the auxiliary states and M_target target rows were read. Index tensors point into those.
-    Query row p is trained at TTT step k if ``trained[p, k]``; its label then comes from target row
+    Query row p is trained at TTT step k if ``trained[p, k]`` is set; its label then comes from target row
     ``target_index[p, k]``.
 
     ``target_token`` and ``target_logsumexp`` are None if the store has no labels; the reader then computes
@@ -59,8 +59,8 @@ class Batch:
     target_logsumexp: Tensor | None  # float32 [M_target]
 
     def to(
-        self, device: torch.device | str, *,
-        float_dtype: torch.dtype | None = None, non_blocking: bool = False,
+        self, device: torch.device | str, *, float_dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
     ) -> Batch:
         """Copy the batch to ``device``; hidden states are converted to ``float_dtype`` if given."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -128,7 +128,7 @@ def assemble(
     assert aux.shape[0] == rg.count(held) and target_hidden.shape[0] == rg.count(targets)
 
     def gather(rows: rg.Ranges, value: Callable[[TokenLabels, np.ndarray], np.ndarray]) -> list[np.ndarray]:
-        """Return ``value(document, p)`` for each document; p are its own row numbers within ``rows``."""
+        """Return ``value(document, p)`` for each document; p numbers ``rows`` within the document."""
         return [value(documents[number], rg.rows(own)) for number, own in sharding.file_rows(rows)]
 
     def labels(name: str, dtype: torch.dtype) -> Tensor | None:
@@ -143,9 +143,7 @@ def assemble(
     # The zero appended to input_ids stands for x[S], which a document's last row would read.
     context_ids = gather(context, lambda document, p: np.append(document.input_ids, 0)[p + 1])
     return Batch(
-        sharding=sharding,
-        names=tuple(names),
-        aux=aux,
+        sharding=sharding, names=tuple(names), aux=aux, target_hidden=target_hidden,
         context_index=_index(context, held),
         context_ids=_concatenate(context_ids),
         context_positions=_concatenate(gather(context, lambda _, p: p)),
@@ -153,20 +151,18 @@ def assemble(
         token_ids=_concatenate([*target_ids, np.zeros(1, dtype=np.int32)]),
         token_index=token_index,
         query_positions=_concatenate(gather(queries, lambda _, p: p)),
-        target_hidden=target_hidden,
         target_index=target_index,
         trained=torch.from_numpy(np.concatenate([np.zeros((0, steps), dtype=bool), *trained])),
         target_token=labels("target_token_id", torch.int64),
-        target_logsumexp=labels("target_logsumexp", torch.float32),
-    )
+        target_logsumexp=labels("target_logsumexp", torch.float32))
 
 
 def _label_indices(sharding: SequenceSharding, rank: int) -> tuple[Tensor, Tensor]:
     """Return token_index [T, N] and target_index [N, T] of the rank's query rows, both int64.
 
-    Row p at TTT step k reads token x[p+1+k], and its label comes from that row's hidden state. Past the end
-    of p's document there is neither: the token index then points to the extra token 0, and the target index
-    to any held row, because such a pair is never trained.
+    Row p at TTT step k reads token x[p+1+k], and its label comes from the hidden state of row p+1+k. Past the
+    end of p's document neither exists. There the token index points to the extra token 0, and the target
+    index to any held row, because such a pair is never trained.
     """
     queries, targets = sharding.queries[rank], sharding.target_rows(rank)
     label_rows = rg.rows(queries)[:, None] + 1 + np.arange(sharding.ttt_steps)

@@ -56,8 +56,8 @@ class ConversationFile:
     def encode(self, encoder: ChatEncoder) -> Iterator[tuple[int, EncodedSample]]:
         """Yield (byte offset, sample) for every record that is not skipped.
 
-        A line that repeats an earlier one is skipped and counted. Raises ValueError, naming the line, if it
-        is malformed or if it repeats the id of another conversation.
+        A line that repeats an earlier one is skipped and counted. Raises ValueError, naming the line, for a
+        malformed line and for one that repeats the id of another conversation.
         """
         seen: dict[str, bytes] = {}
         for offset, record in self.records():

@@ -1,22 +1,22 @@
 """Load one rank's training data: from global batches to micro-batches that hold this rank's rows only.
 
-Of each pack a rank reads the token arrays of all documents (small) and the hidden states of its own rows
-(large).
+For each pack a rank reads the token arrays of all documents, which are small, and the hidden states of its
+own rows, which are large.
 
 **Counted rows come first.** The loss is divided by the number of counted rows of the whole global batch, so
-this number must be known before the first backward. If the store has labels, it follows from the token arrays
-alone, and hidden states are read one micro-batch at a time. If it has none, ``labeler`` computes them from
-the target rows' hidden states, and all hidden states of the global batch are read before its first
-micro-batch is yielded.
+this number must be known before the first backward. If the store has labels, the number follows from the
+token arrays alone, and hidden states are read one micro-batch at a time. If the store has no labels,
+``labeler`` computes them from the target rows' hidden states. All hidden states of the global batch are then
+read before its first micro-batch is yielded.
 
 **Hidden states are read in one of two ways**, which give the same bytes:
 
-- in the calling thread (``pool`` is None), usually the prefetcher's. On a CPU the training needs all cores
-  anyway.
+- in the calling thread (``pool`` is None), usually the prefetcher's. This suits training on a CPU, which
+  needs all cores anyway.
 - by the processes of a `ReadPool`, which write into shared memory. With a GPU the training thread launches
   thousands of kernels per step and needs the interpreter lock for each. Threads that inflate chunks would
-  take that lock a few times per chunk and delay the launches (data/read_pool.py gives figures); other
-  processes have locks of their own.
+  take that lock a few times per chunk and delay the launches (data/read_pool.py gives figures). Other
+  processes have their own locks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from eagle_ds.data.packing import Pack, ShardingSettings, TrainSample
 from eagle_ds.data.read_pool import ReadPool, RowRequest
 from eagle_ds.data.sampler import GlobalBatch
 from eagle_ds.sharding import ranges as rg
-from eagle_ds.store.format import TORCH_DTYPES
+from eagle_ds.store.format import SMALL_DTYPES, TORCH_DTYPES
 from eagle_ds.store.store import ReadStats, SampleReader, Store, StoreError
 
 Labeler = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -45,7 +44,7 @@ Labeler = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class MicroBatch:
-    """One rank's share of one pack, and what must be known about the global batch that it belongs to."""
+    """One rank's share of one pack, and the figures of its global batch that training needs."""
 
     global_batch: GlobalBatch
     index: int  # of the micro-batch in its global batch
@@ -62,10 +61,10 @@ class MicroBatch:
         return self.index + 1 == len(self.global_batch.packs)
 
     def fingerprints(self) -> tuple[int, int]:
-        """Return two 63-bit hashes that must agree between ranks.
+        """Return two 63-bit hashes that ranks compare.
 
-        The first covers position and sample ids and must agree over all ranks. The second covers the sharding
-        and must agree within a sequence-parallel group.
+        The first covers the micro-batch's number and sample ids and must be equal on all ranks. The second
+        covers the sharding and must be equal within a sequence-parallel group.
         """
         place = _hash63(self.global_batch.number, self.index, self.global_names)
         return place, _hash63(self.batch.names, self.batch.sharding.digest)
@@ -75,7 +74,8 @@ class RankDataset:
     """Read what one rank needs of each global batch.
 
     Args:
-        store, samples: the store and its samples that training uses; packs index into ``samples``.
+        store: the store.
+        samples: its samples that training uses; packs index into them.
         settings: how sequences are sharded.
         t2d: bool [V], which target tokens are in the draft vocabulary.
         dp_rank: data-parallel rank: which pack of a micro-batch is this rank's.
@@ -109,8 +109,7 @@ class RankDataset:
         numbers = [n for packs in global_batch.packs for pack in packs for n in pack]
         tokens = sum(self.samples[n].document.num_tokens for n in numbers)
         for index, packs in enumerate(global_batch.packs):
-            # popleft drops the loader, so its hidden states are freed as soon as the consumer is done with
-            # them.
+            # popleft drops the loader, so its hidden states are freed once the consumer drops the batch.
             loader = loaders.popleft()
             batch = loader.finish()
             names = tuple(tuple(self.samples[n].entry.id for n in pack) for pack in packs)
@@ -129,20 +128,17 @@ class _DatasetRows:
 class _PackLoader:
     """Load one pack, in two stages.
 
-    1. The constructor opens the samples, reads their token arrays and does all index arithmetic. It gives a
-    batch
-       without hidden states, in which rows can be counted if the store has labels.
-    2. `load_hidden_states` reads this rank's rows and, if the store has no labels, computes them. `finish`
-    does it if it
-       has not been done, closes the files and returns the batch.
+    1. The constructor opens the samples, reads their token arrays and does all index arithmetic. Its batch
+       has no hidden states yet, but rows can be counted in it if the store has labels.
+    2. `load_hidden_states` reads this rank's rows, and computes the labels if the store has none. `finish`
+       calls it if nobody has, closes the files and returns the batch.
     """
 
     def __init__(self, dataset: RankDataset, pack: Pack) -> None:
         started = time.perf_counter()
         self.dataset = dataset
         self.samples = [dataset.samples[number] for number in pack]
-        # A pool's processes open the files themselves and list the chunks there; here only token arrays are
-        # read then.
+        # With a pool only token arrays are read here: its processes open the files and list the chunks.
         here = dataset.pool is None
         self.readers = [dataset.store.reader(s.entry, threads=1, hidden_states=here) for s in self.samples]
         self.sharding = dataset.settings.shard([sample.document for sample in self.samples])
@@ -154,8 +150,7 @@ class _PackLoader:
         self.batch = assemble(
             self.sharding, dataset.sp_rank, documents,
             torch.empty(rg.count(aux.rows), 0), torch.empty(rg.count(target.rows), 0),
-            alignment=dataset.settings.alignment, names=[s.entry.id for s in self.samples],
-        )
+            alignment=dataset.settings.alignment, names=[s.entry.id for s in self.samples])
         self.read_s = time.perf_counter() - started
 
     @property
@@ -236,12 +231,9 @@ class _PackLoader:
 
 def _token_labels(sample: TrainSample, reader: SampleReader) -> TokenLabels:
     """Read a sample's token arrays, truncated to the part that is trained on."""
+    arrays = {name: reader.read_small(name) for name in SMALL_DTYPES}
     size = sample.document.num_tokens
-    arrays: dict[str, np.ndarray | None] = {}
-    for name in ("input_ids", "loss_mask", "target_token_id", "target_logsumexp"):
-        values = reader.read_small(name)
-        arrays[name] = None if values is None else values[:size].numpy()
-    return TokenLabels(**arrays)
+    return TokenLabels(**{name: None if x is None else x[:size].numpy() for name, x in arrays.items()})
 
 
 def _hash63(*values: object) -> int:

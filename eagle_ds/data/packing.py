@@ -3,8 +3,8 @@
 All of it is integer arithmetic on the manifest; no HDF5 file is opened.
 
 A pack is a tuple of sample numbers. Its samples (documents) are concatenated into one sequence in which each
-row attends to its own document only. A pack therefore costs what its documents cost one by one, while the GPU
-gets long inputs. A sample longer than the token budget forms a pack alone.
+row attends to its own document only. So packing adds no attention work, and the GPU gets long inputs. A
+sample longer than the token budget forms a pack alone.
 """
 
 from __future__ import annotations
@@ -48,16 +48,12 @@ class ShardingSettings:
         """Take the recipe's settings; ``ring_mode`` is given because the recipe may say "auto"."""
         parallel, training = recipe.parallel, recipe.training
         return cls(
-            parallel.ulysses, parallel.ring, ring_mode,
-            training.ttt_steps, training.mask_alignment, parallel.trained_rows_only,
-        )  # fmt: skip
+            parallel.ulysses, parallel.ring, ring_mode, training.ttt_steps, training.mask_alignment,
+            parallel.trained_rows_only)
 
     def shard(self, documents: Sequence[Document]) -> SequenceSharding:
         """Shard ``documents``, packed into one sequence."""
-        return shard_sequence(
-            documents, ulysses=self.ulysses, ring=self.ring, ring_mode=self.ring_mode,
-            ttt_steps=self.ttt_steps, alignment=self.alignment, trained_rows_only=self.trained_rows_only,
-        )  # fmt: skip
+        return shard_sequence(documents, **vars(self))  # the fields have the names of its arguments
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,7 @@ class Screening:
     def __str__(self) -> str:
         return (
             f"{self.kept} of {self.stored} samples are used ({self.truncated} of them truncated); skipped: "
-            f"{self.overlong} too long, {self.untrained} without a trained row"
-        )
+            f"{self.overlong} too long, {self.untrained} without a trained row")
 
 
 def screen(
@@ -83,8 +78,8 @@ def screen(
 ) -> tuple[list[TrainSample], Screening]:
     """Select the samples that training can use.
 
-    A sample without a trained row gives no gradient, in any pack, so it is left out here. Every rank computes
-    the same selection from the manifest.
+    A sample without a trained row gives no gradient in any pack, so it is left out. Every rank computes the
+    same selection from the manifest.
 
     Args:
         max_length: the most tokens of a sample.
@@ -133,8 +128,8 @@ def first_fit(numbers: Sequence[int], lengths: np.ndarray, budget: int) -> list[
     for number in order.tolist():
         length = int(lengths[number])
         fitting = space[: len(packs)] >= length
-        # argmax gives the first True. If no pack fits, open a new one; a sample over the budget fills its
-        # own.
+        # argmax gives the first True. If no pack has space, open a new one. A sample over the budget fills
+        # a pack of its own.
         at = int(fitting.argmax()) if fitting.any() else len(packs)
         if at == len(packs):
             packs.append([])

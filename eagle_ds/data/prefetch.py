@@ -1,8 +1,7 @@
-"""Prepare the next micro-batches while the current one trains: read ahead in one thread, copy ahead in
-another.
+"""Prepare the next micro-batches while the current one trains: one thread reads ahead, another copies ahead.
 
-Positional reads, inflating and copies release Python's global interpreter lock, so threads are enough here
-and tensors need not be sent between processes.
+Positional reads, inflating and copies release Python's global interpreter lock. So threads are enough, and
+tensors need not be sent between processes.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ POLL_S = 0.1  # how often a waiting thread checks whether it should stop
 class Prefetcher(Generic[T]):
     """Iterate over ``items`` in a thread that runs at most ``depth`` items ahead.
 
-    The item that is being made counts as one of them, because an item may be gigabytes.
+    The item in the making counts too, because an item may take gigabytes.
 
     ``next`` lets the thread start another item at once. `take` does not: the thread stays idle until
     `advance` or the next `take`. The trainer uses `take`, launches the forward, and then calls `advance`,
-    because a thread at work takes the interpreter lock and would delay the launches.
+    because a busy thread takes the interpreter lock and would delay the launches.
 
     An exception in the thread is raised by the ``next`` or `take` that would have returned the item. `close`
     ends the thread, and ``items`` if it is a generator.
@@ -37,7 +36,7 @@ class Prefetcher(Generic[T]):
         self._items = items
         self._ready: Queue[tuple[T | None, BaseException | None]] = Queue()
         self._slots = threading.Semaphore(depth)  # items that the thread may still start
-        self._holds_slot = False  # the item taken last has not given back its slot
+        self._holds_slot = False  # whether the slot of the item taken last is still to be released
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -51,7 +50,7 @@ class Prefetcher(Generic[T]):
         return item
 
     def advance(self) -> None:
-        """Let the thread start one more item. Does nothing if it was allowed to already."""
+        """Let the thread start one more item. Does nothing if it may start one already."""
         if self._holds_slot:
             self._holds_slot = False
             self._slots.release()
@@ -88,9 +87,7 @@ class Prefetcher(Generic[T]):
         except BaseException as error:  # StopIteration too: it reaches the consumer after the last item
             self._ready.put((None, error))
         finally:
-            close = getattr(self._items, "close", None)
-            if close is not None:
-                close()
+            _close(self._items)
 
     def _acquire_slot(self) -> bool:
         """Wait until one more item may be started. Returns False once the prefetcher is closed."""
@@ -103,8 +100,8 @@ class Prefetcher(Generic[T]):
 class DeviceCopy:
     """Iterate over micro-batches, copied to ``device``, with hidden states converted to ``dtype``.
 
-    Copies run on a CUDA stream of their own, beside the training. A batch is yielded when its copy has ended.
-    The thread that trains must call `record_use` on each batch before it uses it.
+    Copies run on their own CUDA stream, in parallel with the training. A batch is yielded when its copy has
+    ended. The thread that trains must call `record_use` on each batch before it uses it.
     """
 
     def __init__(self, items: Iterable[MicroBatch], device: torch.device, dtype: torch.dtype) -> None:
@@ -124,9 +121,13 @@ class DeviceCopy:
 
     def close(self) -> None:
         """Close the iterator that gives the micro-batches."""
-        close = getattr(self._items, "close", None)
-        if close is not None:
-            close()
+        _close(self._items)
+
+
+def _close(items: object) -> None:
+    """Close a generator or another object with a ``close`` method; do nothing for a list."""
+    if (close := getattr(items, "close", None)) is not None:
+        close()
 
 
 def record_use(item: MicroBatch, device: torch.device) -> MicroBatch:

@@ -1,10 +1,10 @@
 """Read and inflate hidden states in separate processes, into memory that they share with the trainer.
 
-**Why processes.** Threads of the training process would read as fast. But each chunk that they inflate takes
-Python's global interpreter lock a few times, and the training thread, which launches thousands of kernels per
-step, waits for that lock at every launch. On two CPU cores, twelve such threads made training fourteen times
-slower (docs/benchmarks/h200.md). With processes the training thread shares its lock with one thread that
-waits for replies.
+**Why processes.** Threads of the training process would read as fast. But for each chunk they take Python's
+global interpreter lock a few times, and the training thread needs that lock for each of the thousands of
+kernels that it launches per step. On two CPU cores, twelve such threads made training fourteen times slower
+(docs/benchmarks/h200.md). With processes the training thread shares its lock with one thread, which waits for
+replies.
 
 **Protocol.** Each worker is a fresh interpreter (``python -m eagle_ds.data.read_worker``), so nothing of the
 trainer, its GPU context included, is copied into it. Pool and worker talk over a socket pair:
@@ -13,9 +13,9 @@ trainer, its GPU context included, is copied into it. Pool and worker talk over 
     pool -> worker   the memory's file descriptor, only if a size was given
     worker -> pool   pickle: ReadStats, or the exception that reading raised
 
-Hidden states themselves never go through the socket. Workers write them into the shared memory, each request
-at its own offset, so workers need no locks. The memory is an anonymous file (memfd), mapped once by every
-process and reused for each read: fresh pages would cost as much as inflating into them.
+Hidden states never go through the socket. Workers write them into the shared memory, each request at its own
+offset, so they need no locks. The memory is an anonymous file (memfd) that every process maps once and all
+reads reuse, because allocating fresh pages would take as long as inflating into them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ REQUEST_ROWS = 16 * CHUNK_ROWS
 
 @dataclass(frozen=True)
 class RowRequest:
-    """Rows of one dataset of one sample, and the byte of the shared memory from which on they go."""
+    """Rows of one dataset of one sample, and their byte offset in the shared memory."""
 
     path: Path
     entry: SampleEntry
@@ -133,9 +133,9 @@ class ReadPool:
         if not self._workers:
             self._workers = [_Worker() for _ in range(self.processes)]
             logger.info("%d processes read hidden states", self.processes)
-        # Cut the byte range [0, size) into equal intervals, one per worker; a part goes to the worker whose
-        # interval holds its middle byte. So adjacent parts go to the same worker (it opens fewer files), and
-        # loads are equal.
+        # Split the byte range [0, size) into equal intervals, one for each worker. A part goes to the worker
+        # whose interval holds its middle byte. Adjacent parts then go to one worker, which opens fewer files,
+        # and all workers read about as many bytes.
         shares: list[list[RowRequest]] = [[] for _ in self._workers]
         for part in parts:
             shares[(2 * part.offset + part.nbytes) * len(shares) // (2 * size)].append(part)
@@ -168,15 +168,13 @@ class _Worker:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        # The worker must import this very package. Empty entries are dropped: they would mean the current
-        # folder.
+        # The worker must import this same package. An empty entry would mean the current folder, so drop it.
         root = str(Path(eagle_ds.__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         # No GPU, and one thread: the pool's processes are the parallelism.
         environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-P", "-m", "eagle_ds.data.read_worker", str(theirs.fileno())]
-        # A session of its own: Ctrl-C in the terminal reaches the trainer only, which then closes the pool in
-        # order.
+        # In its own session the worker does not get Ctrl-C from the terminal; the trainer closes the pool.
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         theirs.close()
@@ -214,5 +212,4 @@ class _Worker:
         code = self._process.wait()
         return StoreError(
             f"a process that reads hidden states died with exit code {code} (-9 usually means that memory "
-            "ran out); its output is above. Lower data.read_processes, or set it to 0 to read in the trainer"
-        )
+            "ran out); its output is above. Lower data.read_processes, or set it to 0 to read in the trainer")

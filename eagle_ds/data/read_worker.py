@@ -1,8 +1,8 @@
 """One reading process of a `ReadPool`: ``python -m eagle_ds.data.read_worker SOCKET``.
 
-Answers requests (data/read_pool.py describes the protocol) until the pool closes its end of the socket. It
-then ends, so no process outlives a trainer that was killed. A file of its own, because ``python -m`` would
-load a module that both sides import a second time.
+The process answers requests until the pool closes its end of the socket, and then ends. So it does not
+outlive a trainer that was killed. data/read_pool.py describes the protocol. This code is a separate module,
+because ``python -m`` would load a module that both sides import a second time.
 """
 
 from __future__ import annotations

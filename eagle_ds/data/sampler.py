@@ -1,8 +1,8 @@
 """Decide which packs train in which optimizer step.
 
-The order is a pure function of the seed and the step number, so every rank computes it alone and gets the
-same result. The resume state is therefore the step number, whatever the depth of prefetching or the number of
-reading processes.
+The order is a pure function of the seed and the step number. Every rank computes it without communication and
+gets the same result. To resume, only the step number is needed; the depth of prefetching and the number of
+reading processes do not matter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from eagle_ds.data.packing import Pack, TrainSample, first_fit
 
 PACK_WINDOW = 4096  # samples packed together; they are shuffled first, so packs differ between epochs
-MATCH_WINDOW = 64  # micro-batches of all dp ranks among which packs of similar cost are grouped
+MATCH_WINDOW = 64  # micro-batches (of dp packs) in a window in which packs are sorted by cost
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class GlobalBatch:
 class Sampler:
     """Shuffle and pack the samples of each epoch, and group the packs into global batches.
 
-    A global batch takes ``dp * accumulation`` packs. Packs at the end of an epoch that do not fill one are
-    skipped; the shuffle of another epoch skips others.
+    A global batch takes ``dp * accumulation`` packs. The packs at the end of an epoch that do not fill a
+    global batch are skipped; another epoch is shuffled differently and skips others.
 
     Args:
         samples: the samples that training uses.
@@ -79,8 +79,7 @@ class Sampler:
 
     def count_steps(self, epochs: int, max_steps: int | None = None) -> int:
         """Return the optimizer steps of ``epochs`` passes over the data, at most ``max_steps``."""
-        # With packing, epochs differ in their number of packs, so each is packed and counted. Without it all
-        # are equal.
+        # With packing each epoch has another number of packs, so pack and count each. Without, all are equal.
         total = 0
         for epoch in range(epochs):
             total += self.steps_in(epoch)
@@ -117,8 +116,8 @@ class Sampler:
     def _matched(self, packs: list[Pack], rng: np.random.Generator) -> list[Pack]:
         """Order packs so that the dp packs of a micro-batch have similar cost.
 
-        The ranks of a step wait for the slowest, so equal costs waste no time. Within a window packs are
-        sorted by cost and cut into groups of dp; the groups are shuffled, so that cost does not grow along
+        The ranks of a step wait for the slowest, so equal costs waste no time. Within a window, packs are
+        sorted by cost and split into groups of dp. The groups are shuffled, so that cost does not grow along
         the window.
         """
         if self.dp == 1:

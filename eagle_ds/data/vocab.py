@@ -27,13 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VocabMap:
-    """``d2t`` int64 [Vd], offsets to ascending target ids, and ``t2d`` bool [V].
+    """The draft vocabulary in both directions."""
 
-    Both describe the same tokens.
-    """
-
-    d2t: torch.Tensor
-    t2d: torch.Tensor
+    d2t: torch.Tensor  # int64 [Vd], offsets: draft token i is target token i + d2t[i], ascending
+    t2d: torch.Tensor  # bool [V], whether a target token is in the draft vocabulary
 
     def __post_init__(self) -> None:
         ids = self.target_ids
@@ -62,10 +59,7 @@ class VocabMap:
         return self.d2t + torch.arange(self.d2t.numel())
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-        """Write a safetensors file atomically: to a temporary name, then renamed.
-
-        Several writers may run at once.
-        """
+        """Write a safetensors file atomically, through a temporary file. Several writers may run at once."""
         path = Path(path)
         handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
@@ -109,10 +103,7 @@ def _store_pairs(store: Store) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def build_vocab_map(counts: torch.Tensor, draft_vocab_size: int) -> VocabMap:
-    """Select the ``draft_vocab_size`` most trained tokens.
-
-    Of equally frequent tokens the lower ids are taken.
-    """
+    """Select the ``draft_vocab_size`` tokens that are trained most often; lower ids win ties."""
     vocab_size = counts.numel()
     if draft_vocab_size > vocab_size:
         found = f"draft vocabulary {draft_vocab_size} is larger than the target's {vocab_size}"
@@ -128,15 +119,12 @@ def build_vocab_map(counts: torch.Tensor, draft_vocab_size: int) -> VocabMap:
 
 
 def vocab_path(store_root: str | Path, draft_vocab_size: int) -> Path:
-    """Return where a store keeps its vocabulary map of this size."""
+    """Return the path of a store's vocabulary map of this size."""
     return Path(store_root) / f"vocab_{draft_vocab_size}.safetensors"
 
 
 def load_or_build(store: Store, draft_vocab_size: int) -> VocabMap:
-    """Return the store's map of this size.
-
-    It is built and saved if there is none for the store's present manifest.
-    """
+    """Return the store's map of this size. Build and save it if the store has none, or has changed since."""
     path = vocab_path(store.root, draft_vocab_size)
     if path.is_file():
         with safe_open(path, framework="pt") as archive:

@@ -2,8 +2,8 @@
 
 HDF5 does not survive a failing write: closing the file then fails too, its handle stays open, and the process
 crashes with a segmentation fault some time later. So HDF5 writes through this object. It remembers the first
-error and discards all later data without complaint. The writer asks for the error after each chunk and at the
-end (`DiskSink.check`).
+error and silently discards all later data. The writer asks for the error after each chunk and at the end
+(`DiskSink.check`).
 """
 
 from __future__ import annotations
