@@ -1,4 +1,4 @@
-"""Memory and speed of the GPUs that the estimates know by name, and which of them is in this machine."""
+"""Memory and speed of the GPUs that estimates can be made for, and a look-up of the one in this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ H200_DENSE_BF16_TFLOPS = 989  # data sheet; other GPUs are scaled against it
 class Device:
     """An accelerator: its memory in GiB and its rates in TFLOP/s (0: no rate known).
 
-    ``source`` says where the rates come from.
+    Attributes:
+        source: how the rates were found, for the text of ``--plan``.
     """
 
     name: str
@@ -36,8 +37,7 @@ class Device:
 
 
 def _scaled(name: str, memory_gib: float, dense_bf16_tflops: float) -> Device:
-    """Return a device with the H200's measured rates, scaled by the ratio of the data sheets' dense BF16
-    rates.
+    """Return a device whose rates are the H200's, scaled by the ratio of the dense BF16 rates on data sheets.
     """
     factor = dense_bf16_tflops / H200_DENSE_BF16_TFLOPS
     source = "H200's measured rates scaled by data sheet"

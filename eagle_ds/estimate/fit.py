@@ -1,11 +1,13 @@
-"""Does a sequence fit the device, and if not, what would: the longest sequence, and the change that costs
-least time.
+"""Decide whether a sequence fits the device. If not, find the longest that does, and the cheapest change.
+
+The cheapest change is the one that makes the sequence fit and costs least time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,13 +26,11 @@ GATHER_SHARE = 0.15
 
 
 def choose_ring_mode(recipe: Recipe, num_tokens: int, element: int, memory_bytes: float) -> RingMode:
-    """Return ``parallel.ring_mode``, with ``auto`` decided by memory: gather K_0/V_0 of all ranks once if
-    they fit, else rotate.
+    """Return ``parallel.ring_mode``. ``auto`` becomes "gather" if K_0/V_0 of all ranks fit, else "p2p".
 
     Args:
-        element: bytes of a number of K_0/V_0.
+        element: bytes of one element of K_0/V_0.
         memory_bytes: memory of one device.
-
     """
     if recipe.parallel.ring_mode != "auto":
         return recipe.parallel.ring_mode
@@ -49,7 +49,7 @@ def describe_need(sharding: SequenceSharding, needed_bytes: int) -> str:
 class Setup:
     """One way to train: a recipe with its DeepSpeed JSON on ``world_size`` devices of one kind.
 
-    Whether something fits is always judged with a GPU's figures, because a CPU's memory is never refused.
+    Fit is judged with the memory model of a GPU, whatever the device: on a CPU every sequence is accepted.
     """
 
     recipe: Recipe
@@ -72,15 +72,17 @@ class Setup:
         return self.memory(sharding).peak_bytes <= self.device.usable_bytes
 
     def largest_length(self, fraction: float = 1.0) -> int:
-        """Find the longest sequence that fits, in tokens (a multiple of 1024), with ``fraction`` trained; 0
-        if none fits.
+        """Find the longest sequence that fits, with ``fraction`` of its rows trained.
+
+        Returns a multiple of 1024 tokens, at most 2^24; 0 if no sequence fits.
         """
 
         def length_fits(length: int) -> bool:
             document = document_in_turns(length, fraction)
             return self.fits(sharding_for(self.recipe, [document], self.ring_mode(length)))
 
-        return _last_true(lambda n: length_fits(1024 * n), 1 << 14) * 1024
+        lengths = range(1 << 24, -1, -1024)  # in descending order; the 0 at the end is not tested
+        return lengths[bisect_left(lengths, True, hi=len(lengths) - 1, key=length_fits)]
 
     def check_fits(self, sharding: SequenceSharding) -> None:
         """Raise ValueError if the sequence is predicted not to fit.
@@ -95,14 +97,13 @@ class Setup:
             )
 
     def advice(self, sharding: SequenceSharding) -> str:
-        """Return two clauses: the longest sequence of this kind that fits, and the change that makes this one
-        fit.
+        """Return two clauses: the longest sequence that fits, and the change that makes this one fit.
         """
         length = self.largest_length(sharding.num_queries / sharding.num_tokens)
         return f"{length} tokens would fit; {self.what_would_fit(sharding)}"
 
     def what_would_fit(self, sharding: SequenceSharding) -> str:
-        """Return, as a clause, the change that makes the sequence fit and costs least time."""
+        """Name the change that makes the sequence fit and costs least time."""
         for changes in self._memory_savings():
             changed = self._with("training", **changes)
             resharded = changed._reshard(sharding)
@@ -111,8 +112,7 @@ class Setup:
                 flags = " ".join(f"--training.{name} {str(value).lower()}" for name, value in changes.items())
                 with_host = f", with {host / GIB:.0f} GiB of host memory a GPU" if host else ""
                 return f"{flags} makes it fit{with_host}"
-        # No setting of this world suffices: recompute everything and spread the sequence over more ring
-        # ranks.
+        # No setting suffices on these GPUs: recompute everything, and spread the sequence over more of them.
         full, ring = self._with("training", recompute="full"), self.recipe.parallel.ring
         also = "" if self.recipe.training.recompute == "full" else " and --training.recompute full"
         for more in (2, 4, 8, 16, 32, 64):
@@ -128,9 +128,7 @@ class Setup:
         return {mode: setup.memory(sharding, cpu=on_cpu).peak_bytes for mode, setup in changed.items()}
 
     def faster_recompute(self, sharding: SequenceSharding) -> str:
-        """Name the fastest ``training.recompute`` that fits the device; empty where the recipe has it
-        already.
-        """
+        """Name the fastest ``training.recompute`` that fits the device; "" if the recipe has it already."""
         own = self.recipe.training.recompute
         for mode, needed in self.recompute_bytes(sharding).items():
             if mode == own:
@@ -140,19 +138,16 @@ class Setup:
                 return f"--training.recompute {mode} would fit too ({memory}) and recomputes less than {own}"
         return ""
 
-    def _memory_savings(self) -> Iterator[dict[str, Any]]:
-        """Yield changes of ``training`` that need less device memory, in the order of the time that they
-        cost.
-        """
-        training, change = self.recipe.training, {}
-        for mode in RECOMPUTE[RECOMPUTE.index(training.recompute) + 1 :]:
-            change = {"recompute": mode}
-            yield change
+    def _memory_savings(self) -> list[dict[str, Any]]:
+        """List changes of ``training`` that need less device memory, the fastest first."""
+        training = self.recipe.training
+        changes = [{"recompute": mode} for mode in RECOMPUTE[RECOMPUTE.index(training.recompute) + 1 :]]
         if not training.offload_activations:
-            yield {**change, "offload_activations": True}
+            changes.append({**(changes[-1] if changes else {}), "offload_activations": True})
+        return changes
 
     def _reshard(self, sharding: SequenceSharding) -> SequenceSharding:
-        """Shard the same documents for this setup. A wider ring chooses its mode anew."""
+        """Shard the same documents for this setup. If its ring is wider, choose the ring mode again."""
         wider = self.recipe.parallel.ring > sharding.ring
         mode = self.ring_mode(sharding.num_tokens) if wider else sharding.ring_mode
         return sharding_for(self.recipe, list(sharding.documents), mode)
@@ -160,14 +155,3 @@ class Setup:
     def _with(self, section: str, **changes: Any) -> Setup:
         changed = getattr(self.recipe, section).model_copy(update=changes)
         return replace(self, recipe=self.recipe.model_copy(update={section: changed}))
-
-
-def _last_true(holds: Callable[[int], bool], limit: int) -> int:
-    """Find the largest n in 0..``limit`` for which ``holds`` is true, by bisection: it is true up to some n
-    and false after.
-    """
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low

@@ -7,8 +7,8 @@ most. In order:
     backward    each TTT step, the last one first: its MLP, its attention, its projections
                 then the token projections, the exchange of dK_0/dV_0, and the context rows
 
-The backward of the last TTT step starts while everything that the forward saved is still there, so it is the
-usual peak. Where few rows are trained, one of the stages at the end can be larger.
+The usual peak is the backward of the last TTT step: when it starts, everything that the forward saved is
+still allocated. If few rows are trained, one of the stages at the end can be larger.
 
 Letters such as ``S``, ``D``, ``Hq`` are explained in ``eagle_ds/__init__.py``; ``I`` is the MLP's inner width
 and ``e`` the bytes of one activation (2 in bfloat16, 4 in float32). Shapes in comments are per rank.
@@ -19,7 +19,7 @@ real step on a CPU, in ``tests/estimate/test_memory.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -37,17 +37,20 @@ Parts = dict[str, int]
 
 
 class Phase(Enum):
-    """What the rank computes at a stage. The value is its name in the text of ``--plan``."""
+    """What the rank computes at a stage: its name in ``--plan``, and the size of its workspace."""
 
-    CONTEXT_FORWARD = "forward of the context rows"
-    FORWARD = "forward of the TTT steps"
-    LOSS = "loss"
-    MLP = "backward of the MLP"
-    ATTENTION = "backward of attention"
-    PROJECTIONS = "backward of the projections"
-    TOKENS = "backward of the token projections"
-    EXCHANGE = "exchange of dK_0/dV_0"
-    CONTEXT_BACKWARD = "backward of the context rows"
+    CONTEXT_FORWARD = "forward of the context rows", TensorSizes.context_forward
+    FORWARD = "forward of the TTT steps", TensorSizes.offloaded_forward
+    LOSS = "loss", TensorSizes.loss
+    MLP = "backward of the MLP", TensorSizes.mlp
+    ATTENTION = "backward of attention", TensorSizes.attention
+    PROJECTIONS = "backward of the projections", TensorSizes.projections
+    TOKENS = "backward of the token projections", TensorSizes.token_projections
+    EXCHANGE = "exchange of dK_0/dV_0", TensorSizes.exchange
+    CONTEXT_BACKWARD = "backward of the context rows", TensorSizes.context_backward
+
+    def __init__(self, label: str, workspace: Callable[[TensorSizes], int]) -> None:
+        self.label, self.workspace = label, workspace
 
     @property
     def is_forward(self) -> bool:
@@ -60,33 +63,20 @@ class Phase(Enum):
         return self in (Phase.CONTEXT_FORWARD, Phase.CONTEXT_BACKWARD)
 
 
-WORKSPACE = {
-    Phase.CONTEXT_FORWARD: TensorSizes.context_forward,
-    Phase.FORWARD: TensorSizes.offloaded_forward,
-    Phase.LOSS: TensorSizes.loss,
-    Phase.MLP: TensorSizes.mlp,
-    Phase.ATTENTION: TensorSizes.attention,
-    Phase.PROJECTIONS: TensorSizes.projections,
-    Phase.TOKENS: TensorSizes.token_projections,
-    Phase.EXCHANGE: TensorSizes.exchange,
-    Phase.CONTEXT_BACKWARD: TensorSizes.context_backward,
-}
-
-
 @dataclass(frozen=True)
 class Stage:
     """A moment of the step at which memory can peak."""
 
     phase: Phase
-    saved: Saved = NOTHING  # of how many TTT steps each kind of saved tensor is on the device
+    saved: Saved = NOTHING  # for each kind of saved tensor: TTT steps whose tensors are on the device
     state_gradients: int = 0  # number of states g_k whose gradient is on the device
     earlier_step: bool = False  # in the backward of the second-to-last TTT step, not of the last one
-    fetched: int = 0  # bytes of a query row that are being fetched from host memory
+    fetched: int = 0  # bytes per query row that are being fetched from host memory
 
     @property
     def name(self) -> str:
         """Name for the text of ``--plan``."""
-        return self.phase.value + (", second-to-last TTT step" if self.earlier_step else "")
+        return self.phase.label + (", second-to-last TTT step" if self.earlier_step else "")
 
     @property
     def has_dkv(self) -> bool:
@@ -105,10 +95,10 @@ class Stage:
 
 
 class MemoryModel:
-    """The memory that one sequence takes on the busiest rank.
+    """The memory that training on one sequence needs on the busiest rank.
 
     Args:
-        ds_json: the DeepSpeed JSON; it decides the element size and where the model's state lies.
+        ds_json: the DeepSpeed JSON; it decides the element size and where the optimizer's state is kept.
         cpu: predict for a CPU, where elementwise operations are not fused.
         prefetched: sequences whose hidden states are read ahead of the one that trains.
     """
@@ -133,8 +123,9 @@ class MemoryModel:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of pinned host memory that ``training.offload_activations`` fills: all that is kept except
-        the diagonals.
+        """Bytes of pinned host memory that ``training.offload_activations`` fills.
+
+        Everything that is kept for the backward is moved there, except the diagonals.
         """
         if not self.offloads:
             return 0
@@ -161,12 +152,11 @@ class MemoryModel:
         return [*last_steps, Stage(Phase.TOKENS), Stage(Phase.EXCHANGE), Stage(Phase.CONTEXT_BACKWARD)]
 
     def _stages_on_device(self) -> list[Stage]:
-        """List the loss and the backward of the last two TTT steps, where all saved tensors stay on the
-        device.
+        """List the loss and the backward of the last two TTT steps. All saved tensors stay on the device.
 
         The loss reads g_1 to g_T and makes all their gradients. The backward starts with every step's tensors
-        present. The second-to-last step holds one step less, but also dK_0/dV_0 and the gradients of the
-        projected tokens.
+        present. The backward of the second-to-last step holds the tensors of one step fewer, but also
+        dK_0/dV_0 and the gradients of the projected tokens.
         """
         t, early = self.sizes.steps, max(self.sizes.steps - 2, 0)
         stages = [
@@ -180,16 +170,15 @@ class MemoryModel:
         return stages[:4] if t == 1 else stages
 
     def _stages_offloaded(self) -> list[Stage]:
-        """List the forward, the loss and the backward of the last two TTT steps, where saved tensors move to
-        host memory.
+        """List the forward, the loss and the backward of the last two TTT steps, with offloaded activations.
 
-        The forward holds one step at a time, and the states that the loss will read. The backward holds one
-        step, and what is fetched ahead for the next operation. Diagonals and their gradients stay on the
-        device.
+        The forward holds the tensors of one step, and the states that the loss will read. The backward holds
+        those of one step, and the tensors that the next operation reads, which are fetched early. Diagonals
+        and their gradients stay on the device.
         """
         sizes, t, early = self.sizes, self.sizes.steps, max(self.sizes.steps - 2, 0)
-        # While an operation runs, what the next one reads is fetched. A recomputed MLP reads attention's
-        # output and log-sum-exp; where the MLP was kept, they are fetched after it.
+        # The next operation's tensors are fetched while the current operation runs. A recomputed MLP reads
+        # attention's output and log-sum-exp; if the MLP was kept, they are fetched after its backward.
         tiled = int(sizes.recompute != "none")
         for_mlp = (sizes.kept.attention - sizes.query) * tiled
         for_step = sizes.state + sizes.query if tiled else 2 * sizes.inner
@@ -207,11 +196,11 @@ class MemoryModel:
 
     def _workspace(self, stage: Stage) -> int:
         """Return the bytes that the computation itself needs."""
-        # Every TTT step adds to dK_j/dV_j of the earlier diagonals; each waits for the backward of its own
-        # step.
+        # Every TTT step adds to dK_j/dV_j of the earlier diagonals. They stay allocated until the backward
+        # of TTT step j.
         has_waiting = stage.earlier_step or stage.phase is Phase.PROJECTIONS
         waiting = self.sizes.rows.query * max(self.sizes.steps - 2, 0) * self.sizes.diagonal
-        return WORKSPACE[stage.phase](self.sizes) + has_waiting * waiting
+        return stage.phase.workspace(self.sizes) + has_waiting * waiting
 
     def _parts(self, stage: Stage) -> Parts:
         """Return the bytes of activations and gradients at ``stage``."""
@@ -234,8 +223,7 @@ class MemoryModel:
         }
 
     def _model(self) -> Parts:
-        """Return the bytes of weights, gradients and optimizer state, as DeepSpeed's ZeRO stage spreads them
-        over all ranks.
+        """Return the bytes of weights, gradients and optimizer state on one rank, by DeepSpeed's ZeRO stage.
 
         The bf16 optimizer of ZeRO-1 keeps a whole float32 copy of the gradients on every rank, in addition to
         those that autograd makes in a backward. Autograd's outlive their micro-batch only with gradient
@@ -245,10 +233,8 @@ class MemoryModel:
         count, stage = sum(sizes.parameters.values()), zero_stage(self.ds_json)
         # ZeRO stage 1 spreads the optimizer's state, stage 2 gradients too, stage 3 weights too.
         state_ranks, gradient_ranks, weight_ranks = (self.world_size if stage >= s else 1 for s in (1, 2, 3))
-        # The target's head, rows of the draft vocabulary
-        frozen = recipe.draft.vocab_size * recipe.target.hidden_size
-        if not sizes.embedding:
-            # The target's embedding, which the draft shares
+        frozen = recipe.draft.vocab_size * recipe.target.hidden_size  # rows of the target's head
+        if not sizes.embedding:  # the target's embedding, which the draft shares
             frozen += recipe.target.vocab_size * recipe.draft.hidden_size
         master = 0 if element == 4 and stage == 0 else 4  # float32 master weights
         accumulated = 4 if element == 2 and stage else 0  # data_types.grad_accum_dtype fp32
@@ -262,9 +248,10 @@ class MemoryModel:
         }
 
     def _weight_gradients(self, phase: Phase) -> int:
-        """Count the numbers in the weight gradients that autograd sums over tiles and TTT steps.
+        """Count the elements of the weight gradients that autograd has allocated at this stage.
 
-        Left out: fc, and q, k, v, whose gradients come last, and the embedding before its own backward.
+        Those of fc, q, k and v are left out, because they are made last. The embedding's counts from the
+        exchange of dK_0/dV_0 on.
         """
         if phase.is_forward:
             return 0

@@ -1,6 +1,6 @@
-"""The text that ``recipes/NAME.sh --plan`` prints: resolved recipe, sharding, memory, time and files.
+"""Write the text that ``recipes/NAME.sh --plan`` prints: resolved recipe, sharding, memory, time and files.
 
-Starts nothing.
+Planning does not start the run.
 """
 
 from __future__ import annotations
@@ -28,9 +28,15 @@ def describe_plan(
     recipe: Recipe, recipe_json: Path, world_size: int,
     device_name: str | None = None, overrides: Sequence[str] = (),
 ) -> str:
-    """Return the whole text. ``overrides`` are those that ``recipe`` was loaded with.
+    """Return the whole text.
 
-    Raises ValueError if the recipe, its layout or its DeepSpeed JSON is wrong.
+    Args:
+        world_size: number of ranks to plan for.
+        device_name: a GPU of ``estimate/devices.py``; None: the one in this machine, else an H200.
+        overrides: the command-line overrides that ``recipe`` was loaded with.
+
+    Raises:
+        ValueError: the recipe, its layout or its DeepSpeed JSON is wrong.
     """
     ds_json = read_ds_json(recipe.deepspeed)
     config = deepspeed_config(recipe, ds_json, world_size)
@@ -77,9 +83,7 @@ def _deepspeed_text(recipe: Recipe, config: dict[str, Any], world_size: int) -> 
     owned = {key for key, _, _ in derived} | {"optimizer"}
     rest = {key: value for key, value in config.items() if key not in owned}
     params = config["optimizer"]["params"]
-    rest["optimizer.params"] = {
-        key: value for key, value in params.items() if f"optimizer.params.{key}" not in owned
-    }
+    rest["optimizer.params"] = {k: v for k, v in params.items() if f"optimizer.params.{k}" not in owned}
     return _table(derived) + "".join(f"{key}  {json.dumps(value)}\n" for key, value in rest.items())
 
 
@@ -148,14 +152,12 @@ def _title(text: str) -> str:
 
 
 def _table(rows: Iterable[Sequence[object]]) -> str:
-    """Align columns to their widest cell, whole numbers to the right."""
+    """Pad every cell to the width of its column: whole numbers on the left, all others on the right."""
     cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = []
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    text = ""
     for row in cells:
-        padded = [
-            cell.rjust(width) if cell.isdigit() else cell.ljust(width)
-            for cell, width in zip(row, widths, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines) + "\n"
+        padding = zip(row, widths, strict=True)
+        padded = [cell.rjust(width) if cell.isdigit() else cell.ljust(width) for cell, width in padding]
+        text += "  ".join(padded).rstrip() + "\n"
+    return text

@@ -1,6 +1,4 @@
-"""The sequences that estimates are made for: synthetic documents, the heaviest one of a store, and how they
-are sharded.
-"""
+"""Make and shard the sequences for estimates: synthetic documents, or the heaviest sequence of a store."""
 
 from __future__ import annotations
 
@@ -16,16 +14,18 @@ from eagle_ds.store.manifest import STORE_JSON, read_manifest
 def sharding_for(
     recipe: Recipe, documents: list[Document], ring_mode: RingMode = "gather"
 ) -> SequenceSharding:
-    """Shard ``documents``, packed into one sequence, as the recipe's ``parallel`` section asks."""
+    """Pack ``documents`` into one sequence and shard it by the recipe's ``parallel`` section."""
     return ShardingSettings.from_recipe(recipe, ring_mode).shard(documents)
 
 
 def document_in_turns(num_tokens: int, fraction: float, turn: int = 512) -> Document:
-    """Return a synthetic document in which about ``fraction`` of the tokens are trained, in evenly spaced
-    turns of ``turn`` tokens.
+    """Return a synthetic document with about ``fraction`` of its tokens trained, in evenly spaced turns.
 
-    Raises ValueError unless 0 < ``fraction`` <= 1 and ``turn`` >= 1.
+    Args:
+        turn: trained tokens of one turn.
 
+    Raises:
+        ValueError: unless 0 < ``fraction`` <= 1 and ``turn`` >= 1.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"a trained fraction of {fraction:g} is out of range; use one above 0 and at most 1")
@@ -40,9 +40,9 @@ def document_in_turns(num_tokens: int, fraction: float, turn: int = 512) -> Docu
 
 
 def document_in_exact_turns(num_tokens: int, fraction: float, turn: int) -> Document:
-    """Return ``document_in_turns``, but refuse a document that is too short for one whole period.
+    """Return ``document_in_turns``, but raise ValueError if the document is too short for one whole period.
 
-    Benchmarks use it: a single turn in a short document would be another fraction than the one asked for.
+    Benchmarks use it, because a single turn in a short document would be another fraction than requested.
     """
     document = document_in_turns(num_tokens, fraction, turn)
     if fraction < 1 and turn / fraction > num_tokens:

@@ -1,9 +1,9 @@
-"""A lower bound on the time of a training step: matmul and attention work of the busiest rank at the fastest
-measured rates.
+"""Compute a lower bound on the time of a training step.
 
-Communication, elementwise kernels and the optimizer are not counted, so a real step is slower. Letters such
-as ``D`` and ``Hq`` are explained in ``eagle_ds/__init__.py``. One multiply-accumulate (MAC) is 2 FLOPs; a
-backward pass costs twice its forward.
+It is the matmul and attention work of the busiest rank, divided by the fastest measured rates. Communication,
+elementwise kernels and the optimizer are not counted, so a real step is slower. Letters such as ``D`` and
+``Hq`` are explained in ``eagle_ds/__init__.py``. One multiply-accumulate (MAC) is 2 FLOPs; the backward of a
+matmul costs twice its forward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def projection_macs(recipe: Recipe, context: int, queries: int, tokens: int) -> 
     Args:
         context: rows for which K_0/V_0 are computed.
         queries: query rows, which every TTT step projects again.
-        tokens: tokens whose embedding is projected.
+        tokens: tokens whose embedding is projected, once for all TTT steps.
     """
     draft, steps = recipe.draft, recipe.training.ttt_steps
     q, kv = draft.num_attention_heads * draft.head_dim, 2 * draft.num_key_value_heads * draft.head_dim
@@ -50,8 +50,7 @@ def floor_seconds(
     parts, queries = draft_parameters(recipe), draft.num_attention_heads * draft.head_dim
     macs = rows.aux * parts["fc"] + projection_macs(recipe, rows.context, rows.query, rows.target)
     macs += rows.query * steps * (queries * draft.hidden_size + parts["mlp"] + parts["lm_head"])
-    # The target's head is frozen: no backward
-    label_macs = rows.target * draft.vocab_size * recipe.target.hidden_size
+    label_macs = rows.target * draft.vocab_size * recipe.target.hidden_size  # frozen: no backward
     # Per query-key pair and head: 2 matmuls of width d forward (4 FLOPs per number), 5 backward (10 FLOPs).
     pairs = rows.attended_keys / sharding.ulysses * queries * steps
     forward, backward = device.attention_forward_tflops * 1e12, device.attention_backward_tflops * 1e12

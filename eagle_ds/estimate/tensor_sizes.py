@@ -1,7 +1,7 @@
-"""Bytes of the tensors of a training step, on the rank that is the busiest in every kind of row.
+"""Count the bytes of a training step's tensors, on an imagined rank that is busiest in every kind of row.
 
 ``TensorSizes`` has one method for each group of tensors; ``memory.py`` adds them up stage by stage. Every
-method's docstring lists the tensors with their shapes on one rank. Letters such as ``D`` and ``Hq`` are
+method's docstring lists its tensors with their shapes on one rank. Letters such as ``D`` and ``Hq`` are
 explained in ``eagle_ds/__init__.py``; ``I`` is the inner width of the MLP.
 """
 
@@ -26,11 +26,11 @@ class Rows:
     aux: int  # rows whose auxiliary hidden states are read: context and query rows
     target: int
     total: int  # rows of the whole sequence, S
-    attended_keys: int  # query-key pairs of one TTT step, summed over the query rows of this rank's ring rank
+    attended_keys: int  # query-key pairs of one TTT step, of all query rows of the rank's Ulysses group
 
     @classmethod
     def of(cls, sharding: SequenceSharding) -> Rows:
-        """Take the largest count of any rank, for each kind of row separately."""
+        """Return the largest count of any rank, for each kind of row separately."""
         ranks = [cls.of_rank(sharding, rank) for rank in range(sharding.world)]
         return cls(*(max(counts) for counts in zip(*(vars(rows).values() for rows in ranks), strict=True)))
 
@@ -57,7 +57,7 @@ def draft_parameters(recipe: Recipe) -> dict[str, int]:
         "attention": 2 * hidden * (queries + 2 * keys) + queries * hidden,
         "mlp": 3 * hidden * draft.intermediate_size,  # gate, up, down
         "lm_head": draft.vocab_size * hidden,  # [Vd, D]
-        # [V, D]
+        # [V, D]; a draft with D = H shares the target's
         "embed_tokens": recipe.target.vocab_size * hidden if hidden != recipe.target.hidden_size else 0,
     }
 
@@ -66,13 +66,12 @@ def prefix_bytes(recipe: Recipe, rows: int, element: int, gradient: int = 4) -> 
     """Return the bytes of K_0 and V_0 and of their gradients for ``rows`` rows and one rank's KV heads.
 
     Args:
-        element: bytes of a number of K_0/V_0.
-        gradient: bytes of a number of dK_0/dV_0, which are summed over the TTT steps in float32.
+        element: bytes of one element of K_0/V_0.
+        gradient: bytes of one element of dK_0/dV_0, which are summed over the TTT steps in float32.
     """
     draft = recipe.draft
     heads = HeadSharding(draft.num_attention_heads, draft.num_key_value_heads, recipe.parallel.ulysses)
-    width = heads.slots * draft.head_dim
-    return 2 * rows * width * (element + gradient)
+    return 2 * rows * heads.slots * draft.head_dim * (element + gradient)
 
 
 class Saved(NamedTuple):
@@ -85,29 +84,29 @@ class Saved(NamedTuple):
 
 
 def kept_per_query_row(recipe: Recipe, element: int, ulysses: int, *, eager: bool = False) -> Saved:
-    """Return the bytes that autograd keeps of one query row and TTT step, by kind; diagonals exist from step
-    1 on.
+    """Return the bytes that autograd keeps of one query row and TTT step, by kind of tensor.
 
-    ``eager``: elementwise operations are not fused (CPU), so more of their inputs are kept.
-
+    Args:
+        element: bytes of one element of an activation.
+        eager: elementwise operations are not fused (CPU), so more of their inputs are kept.
     """
     draft, recompute = recipe.draft, recipe.training.recompute
     hidden, inner = draft.hidden_size, draft.intermediate_size
     queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-    # q and the attention output, each [Hq*d], and the log-sum-exp [Hq] in float32. Under Ulysses a copy of q
-    # with its heads sharded too, unless the backward sends q again.
+    # Attention: q and the output, each [Hq*d], and the log-sum-exp [Hq] in float32. With Ulysses also a copy
+    # of q with its heads sharded, unless the backward exchanges q again (recompute full).
     copies = 3 if ulysses > 1 and recompute != "full" else 2
-    mlp = 0  # recompute mlp, full: the MLP is recomputed from g_k and the attention output
+    mlp = 0  # recompute mlp or full: the MLP is recomputed from g_k and the attention output
     if recompute == "selective":
         mlp = (hidden + 2 * inner) * element  # output projection [D], gate [I], up [I]
     if recompute == "none":
-        # Output projection [D], norm's output [D], gate, up and their product [I]; eager keeps norm's and
-        # SwiGLU's inside too.
+        # Output projection [D], the norm's output [D], gate, up and their product [I]. Eager operations also
+        # keep intermediate results of the norm and of SwiGLU.
         mlp = ((4 if eager else 2) * hidden + (4 if eager else 3) * inner) * element
     return Saved(
         states=hidden * element,  # g_k [D], from which projections and MLP start
         attention=copies * queries * element + 4 * draft.num_attention_heads,
-        diagonals=2 * keys * element,  # K_k and V_k, each [Hkv*d]
+        diagonals=2 * keys * element,  # K_k and V_k, each [Hkv*d]; from TTT step 1 on
         mlp=mlp,
     )
 
@@ -144,8 +143,8 @@ class TensorSizes:
         self.prefix_rows = -(-sharding.num_tokens // sharding.ring) if self.rotates else sharding.num_tokens
         self.prefix = prefix_bytes(recipe, self.prefix_rows, element, 0)  # K_0/V_0
         self.dkv = prefix_bytes(recipe, self.prefix_rows, 0)  # dK_0/dV_0 in float32
-        self.tokens = self.rows.target + 1  # tokens x[p+1+k] of all query rows and TTT steps, each once
-        # W_q, W_k and W_v one below the other, [(Hq + 2 Hkv) d, 2D]: copied once per micro-batch.
+        self.tokens = self.rows.target + 1  # different tokens x[p+1+k] of all query rows and TTT steps
+        # W_q, W_k and W_v are copied once per micro-batch into one matrix [(Hq + 2 Hkv) d, 2D].
         self.qkv_weights = (self.query + self.diagonal) * 2 * draft.hidden_size
 
     # Inputs, and what the forward keeps for the backward --------------------------------------------------
@@ -159,8 +158,7 @@ class TensorSizes:
         """Count fc's output [rows.context, D], what the projections of K_0/V_0 keep, and trained embeddings.
 
         The projections keep nothing (recompute full), K_0 and V_0 (selective), or z [rows.context, 2D] and
-        the angles cos and sin [rows.context, d] in float32. Eager operations keep the two norms' inputs as
-        well.
+        the angles cos and sin [rows.context, d] in float32. Eager operations also keep both norms' inputs.
         """
         angles = 2 * 2 * self.recipe.draft.head_dim
         whole = (4 if self.cpu else 2) * self.state + angles
@@ -174,14 +172,14 @@ class TensorSizes:
         return 0 if shared else self.rows.query * self.state
 
     def largest_kept(self) -> int:
-        """Return the bytes of a query row in the largest single tensor that moves to the host: a state, q, or
-        inside the MLP.
-        """
+        """Return the bytes of a query row in the largest tensor that moves to the host: g_k, q, or gate."""
         return max(self.state, self.query, self.inner if self.kept.mlp else 0)
 
     def token_gradients(self) -> int:
-        """Count sums over the TTT steps, in float32: of the projected tokens' gradients [tokens, (Hq + 2 Hkv)
-        d], and of dW_g [(Hq + 2 Hkv) d, D], the half of the weights that reads states.
+        """Count two gradients that are summed over the TTT steps in float32.
+
+        They are the gradient of the projected tokens [tokens, (Hq + 2 Hkv) d], and dW_g [(Hq + 2 Hkv) d, D],
+        that of the half of the weights that reads states.
         """
         columns = (self.query + self.diagonal) // self.element
         return columns * self.wide * (self.tokens + self.recipe.draft.hidden_size)
@@ -189,19 +187,22 @@ class TensorSizes:
     # Workspace of each stage ------------------------------------------------------------------------------
 
     def offloaded_forward(self) -> int:
-        """Count fc's output [rows.aux, D], two tensors that are being copied to the host, the MLP of one TTT
-        step where it is kept, and the projected tokens [tokens, (Hq + 2 Hkv) d].
+        """Count what the forward holds with offloaded activations.
+
+        That is fc's output [rows.aux, D], two tensors that are being copied to the host, the MLP of one TTT
+        step if it is kept, and the projected tokens [tokens, (Hq + 2 Hkv) d].
         """
         mlp = self.inner + self.state if self.recompute == "none" else 0
         row = 2 * self.largest_kept() + mlp
         return self.rows.aux * self.state + self.rows.query * row + self.tokens * (self.query + self.diagonal)
 
     def loss(self) -> int:
-        """Count one chunk of C query rows (its T logits and their gradients), and the gradient of the head
-        [Vd, D] in float32.
+        """Count one chunk of C query rows, and the gradient of the head [Vd, D] in float32.
+
+        A chunk holds logits and their gradients of all T TTT steps.
         """
         vocab, steps, wide = self.recipe.draft.vocab_size, self.steps, self.wide
-        # C: as many rows as the budget holds, in multiples of 256 where there are that many.
+        # C: as many rows as the budget allows, a multiple of 256 if there are that many rows.
         budget = LOSS_CHUNK_BYTES["cpu" if self.cpu else "cuda"]
         chunk = min(self.rows.query, loss_chunk_rows(vocab, steps, self.element, budget))
         d_logits, labels = chunk * vocab * steps * self.element, chunk * vocab * wide  # [C*T, Vd], [C, Vd]
@@ -219,74 +220,66 @@ class TensorSizes:
         rows, tile = self.rows.query, tile_rows(self.rows.query)
         if self.recompute == "none":
             return rows * (self.inner + self.state)  # the product's gradient [N, I], the input's [N, D]
-        # Of one tile: the product and its gradient, and gate and up where they were not kept, each [tile, I];
-        # the norm's output, its gradient and the residual's, each [tile, D]. Of all rows done so far: the
-        # gradients of g_k and attention.
+        # One tile: the product and its gradient, and gate and up if they were not kept, each [tile, I]; the
+        # norm's output, its gradient and the residual's, each [tile, D]. All rows done so far: the gradients
+        # of g_k and of the attention output.
         inside = 2 if self.recompute == "selective" else 4
         in_tiles = (rows - tile) * (self.state + self.query) + tile * (inside * self.inner + 3 * self.state)
         # At the end the tiles' gradients exist next to their concatenation.
         return max(in_tiles, rows * (2 * self.state + 2 * self.query))
 
     def attention(self) -> int:
-        """Return the largest of three moments: the kernel, the exchange back through Ulysses, the diagonals'
-        backward.
-        """
+        """Return the largest of three moments: the kernel, the exchange through Ulysses, the diagonals."""
         rows, wide_query = self.rows.query, self.query // self.element * 4
-        # With U > 1 dout and out are copied with their heads sharded, and q too where it is sent again.
+        # With U > 1, dout and out are copied with their heads sharded, and so is q if it is exchanged again.
         copies = (3 if self.recompute == "full" else 2) * self.query if self.sharding.ulysses > 1 else 0
         prefix = self.dkv // 4 * self.element  # K_0/V_0, or one gradient of them in the activations' type
         if self.rotates:
-            # dq in float32 over all ring ranks and of this one. K/V and dK/dV of one ring rank: here,
-            # arriving, leaving.
+            # dq in float32: the sum over all ring ranks, and the current rank's part. K/V are held twice
+            # (current, arriving), dK/dV three times (current, arriving, leaving).
             kernel = rows * (2 * self.query + copies + 2 * wide_query) + 2 * prefix + 3 * self.dkv
         else:
             kernel = rows * (2 * self.query + copies + wide_query) + prefix  # dout, dq, and dq in float32
         exchange = rows * (2 + 2 * (copies > 0)) * self.query + rows * copies
-        # Dq, q, dout; dK_j/dV_j of all diagonals
+        # dq, q and dout; dK_j/dV_j of all diagonals
         diagonals = rows * (3 * self.query + (self.steps - 1) * self.diagonal)
         return max(kernel, exchange, diagonals)
 
     def projections(self) -> int:
-        """Count dq, dK_k and dV_k [N, (Hq + 2 Hkv) d], the state's gradient [N, D], and one tile's copies of
-        both.
-        """
+        """Count dq, dK_k and dV_k [N, (Hq + 2 Hkv) d], the state's gradient [N, D], copies of one tile."""
         projected = self.query + self.diagonal
         tile = tile_rows(self.rows.query) * (projected + 3 * self.state)
         return self.rows.query * (projected + self.state) + tile
 
     def token_projections(self) -> int:
-        """Count the gradient of g_0 [N, D] and what the backward of the embeddings' half of the projections
-        needs.
+        """Count the gradient of g_0 [N, D], and the backward of the weights' half that reads embeddings.
 
-        That is dW_e [(Hq + 2 Hkv) d, D] in float32, the joined gradient of both halves in float32 and in the
-        weights' type, and one tile of tokens: projected, and their embeddings with their norm.
+        The latter needs dW_e [(Hq + 2 Hkv) d, D] in float32, the joined gradient of both halves in float32
+        and in the weights' type, and one tile of tokens: projected tokens, embeddings, normed embeddings.
         """
         numbers = self.qkv_weights // self.element
         tile = tile_rows(self.tokens) * (self.query + self.diagonal + 2 * self.state)
         return self.rows.query * self.state + numbers // 2 * 4 + numbers * (4 + self.element) + tile
 
     def exchange(self) -> int:
-        """Count the gradients of fc's output [rows.aux, D], of the q, k, v weights, and of the rank's own
-        K_0/V_0 rows.
+        """Count the gradients of fc's output [rows.aux, D], q, k, v weights and the rank's own K_0/V_0 rows.
 
-        On several ranks also a received and a summed copy of dK_0/dV_0 of all rows that the rank holds.
-
+        With several ranks, also a received and a summed copy of dK_0/dV_0 of all rows that the rank holds.
         """
         copies = 2 * self.dkv if self.sharding.world > 1 else 0
         gradients = self.rows.aux * self.state + self.qkv_weights + self.rows.context * self.diagonal
         return gradients + copies
 
     def context_forward(self) -> int:
-        """Count fc's output [rows.aux, D], and embedding, both norms and z (5 times D) of all rows, or of one
-        tile.
+        """Count fc's output [rows.aux, D], and the tensors from embedding to z of all rows, or of one tile.
+
+        These are the embedding [D], both norms' outputs [D], and z [2D].
         """
         rows = self.rows.context if self.recompute in ("none", "mlp") else tile_rows(self.rows.context)
         return self.rows.aux * self.state + rows * 5 * self.state
 
     def context_backward(self) -> int:
-        """Count the gradients of fc's output, the q, k, v weights and K_0/V_0 as ``exchange`` does, and z
-        with one or two of its gradients.
-        """
+        """Count the gradients of fc's output, the q, k, v weights and K_0/V_0, and z with its gradients."""
         rows, z = self.rows.context, max(2 * self.state + self.diagonal, 3 * self.state)
         if self.recompute in ("none", "mlp"):
             through_z = rows * z
