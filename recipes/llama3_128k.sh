@@ -11,18 +11,17 @@
 # Why these values:
 #   target.aux_layer_ids null     The draft reads the outputs of layers [1, L//2-1, L-4], here 1, 15 and 28.
 #                                 SGLang and vLLM read these layers by default.
-#   draft sizes                   Those of one layer of the target, as in every published draft for it. With
-#                                 the same hidden size, draft and target share one embedding.
+#   draft sizes                   Those of one layer of the target. With the same hidden size, the draft and
+#                                 the target share one embedding.
 #   draft.vocab_size 32000        The output head is the widest matrix of a TTT step. The 32000 most frequent
 #                                 trained tokens cover chats; the full 128256 would make the head four times
 #                                 as large.
-#   draft.rope_*                  The target's own, which reach 131072 tokens. They must be written out: a
-#                                 serving engine takes a missing base for 10000.
+#   draft.rope_*                  The target's own, which reach 131072 tokens. They must be written out: if
+#                                 the base is missing, a serving engine uses 10000.
 #   parallel.ulysses 8, ring 1    The target has 8 KV heads: each GPU gets one, no head is replicated, and
 #                                 K_0/V_0 are exchanged once per sequence.
-#   data.pack_tokens 131072       A batch is a number of tokens: one long sample, or many short ones packed
-#                                 together.
-#   data.overlong truncate        A longer sample is still useful up to 131072 tokens.
+#   data.pack_tokens 131072       A pack holds up to this many tokens: one long sample, or many short ones.
+#   data.overlong truncate        The first 131072 tokens of a longer sample are still useful.
 #   training.ttt_steps 7          EAGLE-3's own number of TTT steps.
 #   training.recompute none       Fastest. A GPU needs 25 GiB (see --plan). For longer sequences or smaller
 #                                 GPUs, "selective" needs 21 GiB and "full" 13 GiB.

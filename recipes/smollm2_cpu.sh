@@ -2,7 +2,7 @@
 # smollm2_cpu: trains an EAGLE-3 draft for SmolLM2-135M-Instruct in two CPU processes. "make demo" runs it.
 #
 # It is small enough for two cores and 8 GB of memory, and it uses the same code as the largest run: capture,
-# store, a ring of two ranks, DeepSpeed. Use it to see the whole path work before you take GPUs.
+# store, a ring of two ranks, DeepSpeed. Use it to see all stages work before you use GPUs.
 # The values are in recipes/smollm2_cpu.json. Copy both files under a new name to make your own recipe.
 #
 # Why these values:
@@ -10,10 +10,10 @@
 #                                 the target's own answers token by token.
 #   draft sizes                   Those of one layer of the target, so that draft and target share one
 #                                 embedding.
-#   draft.vocab_size 4096         A twelfth of the target's 49152 tokens. At this width the output head is
-#                                 most of the work.
-#   training.ttt_steps 3          Each TTT step costs time for every row. The minutes of a demo are better
-#                                 spent on more rows.
+#   draft.vocab_size 4096         A twelfth of the target's 49152 tokens. With this small hidden size, most of
+#                                 the work is in the output head.
+#   training.ttt_steps 3          Each TTT step costs time for every row. In the few minutes of a demo, more
+#                                 rows help more than more TTT steps.
 #   draft.rope_theta 100000       The target's own.
 #   parallel.ring 2               Ulysses needs a divisor of the 9 query heads: 1, 3 or 9. Two processes can
 #                                 only form a ring.

@@ -13,8 +13,8 @@ How: each kernel runs --repeats times, and the fastest time counts.
 
 How to read the output: one JSON line per shape and backend. CudnnBackend is what training uses on Hopper GPUs
 (cuDNN, with Triton for the rows that cuDNN cannot take); TritonBackend is Triton alone. forward_ms and
-backward_ms are milliseconds. forward_tflops counts 4 d operations per query-key pair and head,
-backward_tflops 10 d, for head width d.
+backward_ms are milliseconds. With d the width of a head, forward_tflops counts 4 d operations per query-key
+pair and head, and backward_tflops counts 10 d.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--trained-fraction", type=float, default=1.0, help="fraction of tokens trained, in turns"
     )
-    parser.add_argument("--turn", type=int, default=512, help="trained tokens in a row")
+    parser.add_argument("--turn", type=int, default=512, help="length of a turn: consecutive trained tokens")
     parser.add_argument("--documents", type=int, default=1, help="documents packed into the sequence")
     parser.add_argument("--heads", type=int, default=32, help="query heads of a rank")
     parser.add_argument("--kv-heads", type=int, default=8, help="key and value heads of a rank")

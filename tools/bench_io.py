@@ -7,13 +7,13 @@
     tools/bench_io.py --convert                   time tools/convert_ckpt_to_hdf5.py instead: 4 minutes, 8 GB
 
 What it measures: for each format the size of the file, the time to write it to the disk, and the time and
-bytes for one rank of --ranks to read its own rows. The peer's gzipped file is read whole, because it cannot
-be read in parts. The hidden states are those of the embedded target (tools/fetch_embedded_target.py), placed
-side by side to the width of a large model and repeated to the length.
+bytes for one rank of --ranks to read its own rows. SpecForge's gzipped file is read whole, because it cannot
+be read in parts. The hidden states are those of the demo's target (tools/fetch_embedded_target.py); copies of
+them fill the width of a large model and the length.
 
-With --convert it times the whole conversion command over --files plain files of --file-tokens tokens (from
-the page cache, from the disk, and with --verify), and over a quarter as many gzipped files. With --out it
-writes convert.json.
+With --convert it times the whole conversion command. The sources are --files plain files of --file-tokens
+tokens (from the page cache, from the disk, and with --verify), and a quarter as many gzipped files. With
+--out it writes convert.json.
 
 How to read the tables: "saved" is the share of raw bytes saved. "read, cached" comes from the page cache and
 shows the cost of decoding; "read, disk" comes from the disk. "per core" divides bytes by processor time.
@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
         help="with --convert: tokens of each file (default: %(default)s)"
     )
     parser.add_argument(
-        "--target", type=Path, default=DEFAULT_FOLDER, help="folder of the embedded target; made if missing"
+        "--target", type=Path, default=DEFAULT_FOLDER, help="folder of the demo's target; made if missing"
     )
     parser.add_argument(
         "--scratch", type=Path, help="folder on the disk to measure (default: the system's temporary folder)"
@@ -210,7 +210,7 @@ def about(options: argparse.Namespace) -> dict[str, object]:
 
 
 def processor() -> str:
-    """Return the processor's name if the system tells it, else the machine type."""
+    """Return the processor's name from /proc/cpuinfo, else the machine type."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()

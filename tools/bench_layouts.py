@@ -9,15 +9,15 @@
 
 What it measures: whether all layouts (or precisions) compute the same training.
 
-How: a layout is U and R with their degrees: U2R2. With R, ":gather" or ":p2p" says how K_0/V_0 travel; the
-default chooses by memory. "1" is one process. "/float32" or "/bfloat16" at the end sets the dtype of that
-run. Each layout is a run of its own through the trainer (DeepSpeed launcher, HDF5 store, AdamW, ZeRO-1) in
-the folder DIR/LAYOUT. The target is made up, and the store holds tokens that a draft can learn to predict, so
-the loss falls as in a real run. All runs read the same states.
+How: a layout is U and R with their degrees: U2R2. With R, ":gather" or ":p2p" sets the ring mode, in which
+K_0/V_0 are exchanged; the default chooses by memory. "1" is one process. "/float32" or "/bfloat16" at the end
+sets the dtype of that run. Each layout is a run of its own through the trainer (DeepSpeed launcher, HDF5
+store, AdamW, ZeRO-1) in the folder DIR/LAYOUT. The target has random weights, and the store holds tokens that
+a draft can learn to predict, so the loss falls as in a real run. All runs read the same states.
 
 --share-gpu: NCCL refuses two processes on one GPU. With this option, processes share the GPUs and exchange
-tensors through host memory, so that one GPU can train every layout of four processes with its own kernels.
-The losses are exact, the times mean nothing.
+tensors through host memory. One GPU can then train every layout of four processes with the GPU's kernels. The
+losses are valid, the times mean nothing.
 
 How to read the result: the losses are compared with those of the first layout, as by tools/compare_runs.py.
 It prints a table and writes DIR/compare.json and DIR/compare.png. Rounding gives relative differences near
@@ -46,7 +46,7 @@ import eagle_ds  # noqa: F401  first: explains how to install missing packages
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = ("1", "U2", "R2:gather", "R2:p2p", "U2R2:gather", "U2R2:p2p", "U4", "R4:gather", "R4:p2p")
-CPU_PROCESSES = 4  # on CPU, and if processes share a GPU
+CPU_PROCESSES = 4  # number of processes on a CPU, and at least this many if they share a GPU
 
 
 def parse() -> argparse.Namespace:
@@ -65,17 +65,17 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"),
-        help="of layouts without one; default: float32 on CPU, else bfloat16"
+        help="dtype of layouts that set none; default: float32 on CPU, else bfloat16"
     )
     parser.add_argument(
-        "--tokens", type=int, help="of each sample; default: 8192 on GPUs (cuDNN needs long ones), 128 on CPU"
+        "--tokens", type=int, help="tokens of each sample; default: 8192 on GPUs (for cuDNN), 128 on CPU"
     )
     parser.add_argument(
         "--hidden", type=int, help="width of target and draft; default: 1024 on GPUs, 64 on CPU"
     )
     limit = "exit code 1 if a loss differs by more than X times the first layout's"
     parser.add_argument("--max-relative", type=float, metavar="X", help=limit)
-    # Each process of a run is this tool again, started with --train.
+    # compare_layouts starts this tool again with --train for each process of a run.
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     parser.add_argument("--local_rank", type=int, default=local_rank, help=argparse.SUPPRESS)
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     if options.train:
-        return be_a_rank(options)
+        return train_as_rank(options)
     try:
         return compare_layouts(options)
     except (ValueError, OSError) as error:
@@ -93,8 +93,8 @@ def main() -> int:
         return 2
 
 
-def be_a_rank(options: argparse.Namespace) -> int:
-    """Be one process of a run."""
+def train_as_rank(options: argparse.Namespace) -> int:
+    """Run one process of a training run; return its exit code."""
     os.chdir(ROOT)
     from eagle_ds.bench.simulated_world import join_shared_gpu
     from eagle_ds.config.recipe import load_recipe
@@ -151,7 +151,7 @@ def compare_layouts(options: argparse.Namespace) -> int:
 class Layout:
     """The layout of one run."""
 
-    name: str  # of the run and its folder
+    name: str  # name of the run and of its folder
     parallel: dict[str, Any]  # section "parallel" of the recipe
     dtype: str | None
 
@@ -172,7 +172,9 @@ def read_layout(text: str) -> Layout:
 
 
 def choose_layouts(texts: Sequence[str] | None, processes: int) -> list[Layout]:
-    """Return the layouts named, or all that fit. Raises ValueError for one that does not, or fewer than two.
+    """Return the layouts in ``texts``, or all that fit.
+
+    Raises ValueError if a layout does not fit, or if there are fewer than two.
     """
     layouts = [read_layout(text) for text in texts or LAYOUTS]
     if texts is None:
@@ -187,7 +189,7 @@ def choose_layouts(texts: Sequence[str] | None, processes: int) -> list[Layout]:
 
 
 def train(recipe: Path, processes: int, accelerator: str, *, share_gpu: bool) -> None:
-    """Train one layout from the start, by a launcher. Raises ValueError if the run fails."""
+    """Start a launcher that trains one layout from the beginning. Raises ValueError if the run fails."""
     from eagle_ds.launch import set_aside
 
     set_aside(recipe.with_suffix(""))

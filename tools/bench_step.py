@@ -8,41 +8,42 @@
 
 WHAT IT PRINTS. Rank 0 prints one JSON line per run; other messages go to the error stream.
     step_ms                  mean milliseconds of the slowest rank; forward_ms etc. are its phases
-    peak_gib                 peak memory of the fullest GPU; resident_gib and kept_gib are parts of it
-    floor_ms                 time of this shape's operations at rates measured in the same run
+    peak_gib                 peak memory of the fullest GPU; includes resident_gib and kept_gib
+    floor_ms                 time of this shape's floating-point work at rates measured in the same run
     ratio_to_floor           step_ms / floor_ms; 1 is ideal
-    tflops_per_gpu           operations per second as flash attention needs them (its backward: 2.5 forwards)
-    mfu                      the model's own operations (backward: 2 forwards) / bfloat16 peak (data sheet)
+    tflops_per_gpu           operations per second; the backward of flash attention counts as 2.5 forwards
+    mfu                      the model's operations (backward: 2 forwards) / the data sheet's bfloat16 peak
 
 FROM DISK. --from-store times the same steps twice: first from memory, then from HDF5 files through the
-trainer's reader, prefetch and copies. A store of this shape is made below FOLDER if it is missing. Its states
-are random, so nothing can be learned from it, but its size and compression are about those of real states (1
-GB for 32K tokens, 4.3 GB for 128K, before compression). The second line adds data_wait_ms, read_ms (time in
-which a thread reads one sequence; hidden while shorter than a step) and slower_than_memory.
+trainer's reader, prefetch and copies. If there is no store of this shape below FOLDER, it is made. Its states
+are random, so a draft learns nothing from it, but its size and compression are about those of real states
+(before compression 1 GB for 32K tokens, 4.3 GB for 128K). The second line adds data_wait_ms, read_ms (time to
+read one sequence in the background; a step waits only if this is longer than the step) and
+slower_than_memory.
     deepspeed --num_gpus 4 tools/bench_step.py --seq 131072 --ulysses 4 --from-store /data/bench
 
-SEVERAL SHAPES. --sweep runs several shapes in one start; --out DIR adds the lines to DIR/steps.jsonl and
-makes tables and pictures of all lines in it. So runs on 1, 2 and 4 GPUs into one DIR also give the picture of
-strong scaling, and memory.md, which shows how close each rank's memory is to 1/P. On one GPU, a shape that
-does not fit gets a line that says so, and the next shape runs. On several GPUs it ends the run and says what
-would fit; the lines before it are kept. --plot draws from such files alone, on any machine.
+SEVERAL SHAPES. --sweep runs several shapes in one start. --out DIR appends the lines to DIR/steps.jsonl and
+makes tables and pictures of all lines in it. If runs on 1, 2 and 4 GPUs write into one DIR, you also get the
+picture of strong scaling, and memory.md, which compares each rank's memory with 1/P of one GPU's. On one GPU,
+a shape that does not fit gets a line with an error, and the next shape runs. On several GPUs it ends the run
+and says what would fit; earlier lines are kept. --plot draws the pictures from such files, on any machine.
     deepspeed --num_gpus 1 tools/bench_step.py --sweep 16384:1 32768:1 131072:0.1 --out results
     tools/bench_step.py --plot results/steps.jsonl more.jsonl --out results
 
-RANKS THAT SHARE A GPU. --share-gpu shows the memory of a layout where there are too few GPUs. NCCL refuses
-two ranks on one GPU, so they exchange tensors through host memory. peak_gib is right for each rank. The line
-says shared_gpu: its times mean nothing, and no table or picture uses them.
+RANKS THAT SHARE A GPU. --share-gpu measures the memory of a layout if there are too few GPUs for it. NCCL
+refuses two ranks on one GPU, so the ranks exchange tensors through host memory. peak_gib is right for each
+rank. The line has the key shared_gpu: its times mean nothing, and no table or picture uses them.
     torchrun --nproc_per_node 4 tools/bench_step.py --share-gpu --seq 32768 --ulysses 4 --out results
 
-ONE RANK ALONE. --alone-of N shows what a layout costs on each of N GPUs where there is only one. This process
-does the work of one rank of N in that rank's memory; by default it is the busiest rank of the first shape.
-Data of the other ranks are made up, so there is no communication and the losses mean nothing. Tables and
-pictures say "one rank alone", and the scaling picture leaves it out.
+ONE RANK ALONE. --alone-of N measures on one GPU what a layout costs on each of N GPUs. The process does the
+work of one rank of N in that rank's memory; by default that of the busiest rank of the first shape. Data from
+other ranks are replaced by synthetic data, so there is no communication and the losses mean nothing. Tables
+and pictures say "one rank alone", and the scaling picture leaves such lines out.
     tools/bench_step.py --alone-of 4 --ulysses 4 --seq 131072 --out results
 
 WHERE THE TIME GOES. --profile trace.json writes a Chrome trace of two steps (chrome://tracing,
-ui.perfetto.dev) and a table of the second step's GPU time by category and phase, with the share of
-communication that computing overlaps.
+ui.perfetto.dev) and a table of the second step's GPU time by category and phase. The table also shows which
+share of the communication overlaps with computation.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ FLAGS = {
     "--parallel.": "--",
     "data.max_length": "--seq",
 }
-# More from a store, because the first batches were read ahead while the engine warmed up.
+# Time more steps from a store: the first batches were read in advance, while the engine warmed up.
 STEPS, STEPS_FROM_STORE = 3, 8
 
 
@@ -113,7 +114,7 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--trained-fraction", type=float, default=1.0, help="fraction of tokens trained, in turns"
     )
-    shape.add_argument("--turn", type=int, default=512, help="trained tokens in a row")
+    shape.add_argument("--turn", type=int, default=512, help="length of a turn: consecutive trained tokens")
     shape.add_argument(
         "--sweep", nargs="+", type=sweep_shape, metavar="SEQ:FRACTION", help="several shapes in one start"
     )
@@ -126,13 +127,13 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--ring", type=int, default=1)
     layout.add_argument("--ring-mode", choices=("auto", "gather", "p2p"), default="auto")
     layout.add_argument("--share-gpu", action="store_true", help="let ranks share GPUs; times mean nothing")
-    layout.add_argument("--alone-of", type=int, metavar="N", help="do the work of one of N ranks, alone")
+    layout.add_argument("--alone-of", type=int, metavar="N", help="do the work of one rank of N, alone")
     layout.add_argument("--alone-rank", type=int, metavar="RANK", help="which rank; default: the busiest")
     layout.add_argument(
         "--all-rows", action="store_true", help="compute untrained rows too, as other trainers do"
     )
     recompute = ("none", "selective", "mlp", "full")
-    full = "default: full, the least memory"
+    full = "default: full, which needs the least memory"
     layout.add_argument("--recompute", choices=recompute, default="full", help=full)
     offload = "keep the activations of the TTT steps in pinned host memory"
     layout.add_argument(OFFLOAD, action="store_true", help=offload)
@@ -144,7 +145,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     store.add_argument(
         "--from-store", type=Path, metavar="FOLDER", help="also time steps from HDF5 files; made if missing"
     )
-    samples = "samples of that store; default: 4, or 2 beyond 64K tokens, or two steps' worth"
+    samples = "samples of that store; default: 4 (2 beyond 64K tokens), but enough for two steps"
     store.add_argument("--store-samples", type=int, help=samples)
     processes = "reading processes per rank; 0 means a thread; default: the recipe's"
     store.add_argument("--read-processes", type=int, help=processes)
@@ -159,13 +160,13 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="write tables and pictures of all lines in that file"
     )
     run.add_argument(
-        "--plot", type=Path, nargs="+", metavar="JSONL", help="run nothing; draw these results into --out"
+        "--plot", type=Path, nargs="+", metavar="JSONL", help="measure nothing; draw these results into --out"
     )
     run.add_argument(
         "--profile", type=Path, help="write a Chrome trace (.json or .json.gz) and a table of it"
     )
     run.add_argument(
-        "--sample-memory", action="store_true", help="run one more step; add each phase's peak memory"
+        "--sample-memory", action="store_true", help="run one more step; report each phase's peak memory"
     )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     parser.add_argument("--local_rank", type=int, default=local_rank, help=argparse.SUPPRESS)
@@ -215,7 +216,7 @@ def draw(files: list[Path], folder: Path) -> None:
 def measure(options: argparse.Namespace) -> None:
     """Measure every shape; record the lines, and draw them with --out."""
     os.chdir(ROOT)
-    # What a launcher sets, for a start without one.
+    # Without a launcher, set the variables that a launcher sets.
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))
@@ -297,8 +298,8 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
         if not is_out_of_memory(error):
             raise
         if world.topology.world_size > 1 and not options.alone_of:
-            told = does_not_fit(options, recipe, world, document, error)
-            leave_at_once(f"error (rank {world.topology.rank}): {told}", 1)
+            message = does_not_fit(options, recipe, world, document, error)
+            leave_at_once(f"error (rank {world.topology.rank}): {message}", 1)
         layout = {"layout": f"U{options.ulysses} R{options.ring}", "recompute": options.recompute}
         layout["ttt_steps"] = recipe.training.ttt_steps
         size = {"tokens": tokens * options.documents, "documents": options.documents}
@@ -322,8 +323,7 @@ def join(options: argparse.Namespace, recipe: Recipe, documents: list[Document])
 def does_not_fit(
     options: argparse.Namespace, recipe: Recipe, world: World, document: Document, error: RuntimeError
 ) -> str:
-    """Describe what ran out of memory, what would fit (in this tool's options), and where earlier lines are.
-    """
+    """Return a message: what ran out of memory, which options would fit, and where earlier lines are."""
     from eagle_ds.config.deepspeed import bf16_enabled, deepspeed_config, read_ds_json
     from eagle_ds.estimate.fit import choose_ring_mode
     from eagle_ds.estimate.sequences import sharding_for
@@ -334,12 +334,12 @@ def does_not_fit(
     tokens, element = len(documents) * document.num_tokens, 2 if bf16_enabled(config) else 4
     mode = choose_ring_mode(recipe, tokens, element, world.memory_bytes)
     sharding = sharding_for(recipe, documents, mode)
-    told = after_out_of_memory(setup_of(recipe, config, world), sharding)
+    advice = after_out_of_memory(setup_of(recipe, config, world), sharding)
     for name, flag in FLAGS.items():
-        told = told.replace(name, flag)
+        advice = advice.replace(name, flag)
     file = file_of(options)
     kept = f"; the lines of earlier shapes are in {file}" if file else ""
-    return f"out of memory ({str(error).splitlines()[0]}): {told}{kept}; the launcher ends the other ranks"
+    return f"out of memory ({str(error).splitlines()[0]}): {advice}{kept}; the launcher ends the other ranks"
 
 
 def time_shape(
@@ -403,8 +403,8 @@ def open_store(
 def profile(bench: StepBench, path: Path, writes: bool) -> None:
     """Run two steps under torch.profiler; write a trace, and a table of the second step.
 
-    The first step is there so that the second one follows another, as in training. On CPU the table is
-    torch's own, of both steps.
+    The second step follows another one, as in training; so the table leaves out the first. On a CPU the table
+    is torch's own, and includes both steps.
     """
     import torch
     from torch.profiler import ProfilerActivity

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Convert other projects' hidden-state files into a store: gzip-filtered HDF5 files that take a third less
-space and let every rank of a training read only its own rows.
+"""Convert other projects' hidden-state files into a store. Its gzip-filtered HDF5 files take a third less
+space, and each rank of a training run reads only its own rows from them.
 
   reads   SpecForge         rows_*/data_*.ckpt, .ckpt.gz
           Model-Optimizer   *.pt
@@ -18,7 +18,7 @@ examples
   tools/convert_ckpt_to_hdf5.py cache/hidden_states stores/llama3 \\
       --target meta-llama/Llama-3.1-8B-Instruct --dry-run
 
-  # convert without the target's files; delete each source file once its copy was compared bit for bit
+  # convert without the target's files; delete each source file after its copy was compared bit for bit
   tools/convert_ckpt_to_hdf5.py cache/hidden_states stores/llama3 \\
       --target-name meta-llama/Llama-3.1-8B-Instruct --aux-layer-ids 1,15,28 --vocab-size 128256 \\
       --delete-source
@@ -34,14 +34,14 @@ examples
 
 exit codes
   0  every file is in the store (converted now or earlier)
-  1  the request is wrong: flags, no files, or a store with other settings; one sentence says what to change
+  1  wrong flags, no files, or a store with other settings; one sentence says what to change
   2  the command line cannot be parsed
   3  some files were rejected, all others are in the store; DST/rejected.jsonl gives the reasons
   4  --strict: stopped at the first rejected file
   5  a stored file differs from its source (--verify, --delete-source); it is listed among the rejected files
      and its source is kept
-  6  the machine failed: disk full or read-only, target unreadable; what was converted is kept
-  130  interrupted; what was converted is kept
+  6  the machine failed: disk full or read-only, or target unreadable; converted samples are kept
+  130  interrupted; converted samples are kept
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> int:
     """Run the command; return its exit code."""
     arguments = parse_arguments()
     if arguments.workers > 1 and not arguments.dry_run:
-        # Before this process imports torch, in the next line: both then import it at the same time.
+        # Start the server before this process imports torch, in the next line: both import it in parallel.
         start_fork_server()
     from eagle_ds.convert.run import ConversionStopped, predict_conversion
 
@@ -135,22 +135,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "destination", metavar="DST", type=Path, help="the store: a new folder, or an earlier run's"
     )
-    add_info_flags(parser.add_argument_group("what the files do not say").add_argument)
-    add = parser.add_argument_group("how to work").add_argument
+    add_info_flags(parser.add_argument_group("properties that the source files lack").add_argument)
+    add = parser.add_argument_group("how to convert").add_argument
     workers = min(8, os.cpu_count() or 1)
     add("--workers", type=int, default=workers, help="processes that convert files (default: %(default)s)")
     add("--strict", action="store_true", help="stop at the first rejected file")
     add("--verify", action="store_true",
         help="read every stored file back and compare it with its source, bit for bit")
     add("--delete-source", action="store_true",
-        help="delete each source file after such a comparison; links are kept")
+        help="compare as --verify does, then delete the source file; links are kept")
     add("--dry-run", action="store_true",
         help="check flags and a few files, predict size and time, write nothing")
     return parser.parse_args()
 
 
 def add_info_flags(add: Callable[..., object]) -> None:
-    """Declare the flags that tell what the source files do not say."""
+    """Declare the flags for properties that the source files lack."""
     add("--target",
         help="folder or Hugging Face id of the target; gives hidden size, aux layers, vocabulary, norm, "
         "head and tokenizer")
@@ -162,12 +162,12 @@ def add_info_flags(add: Callable[..., object]) -> None:
     add("--dataset", type=Path, metavar="JSONL",
         help="the conversations, to make the loss mask of formats that lack one; needs --target")
     add("--max-length", type=int, default=1 << 20,
-        help="with --dataset: tokens that the capture truncated conversations to (default: %(default)s)")
+        help="with --dataset: the length in tokens to which the capture truncated (default: %(default)s)")
     add("--map", metavar="OURS=THEIRS,...",
-        help="where another HDF5 schema keeps each dataset; see the last example")
+        help="the path of each dataset in another HDF5 schema; see the last example")
     add("--final-norm", choices=("auto", "apply", "skip"), default="auto",
         help="whether to apply the target's final norm to the last state; auto does what the format needs, "
-        "and checks the states against the norm's weight")
+        "and compares the states with the norm's weight")
     add("--skip-head", action="store_true",
         help="do not compute argmax and log-sum-exp of the target's logits (target_token_id, "
         "target_logsumexp); training then computes them")
@@ -198,7 +198,7 @@ def run(options: ConvertOptions, errors: Console) -> Summary:
     from eagle_ds.convert.run import convert
 
     begin, last_line = time.monotonic(), time.monotonic()
-    with errors.status("looking at the source") as status:
+    with errors.status("reading the source") as status:
 
         def show(progress: Progress) -> None:
             nonlocal last_line
@@ -259,7 +259,7 @@ def show_prediction(console: Console, summary: Summary, prediction: Prediction |
         stored = gigabytes(prediction.stored_bytes)
         table.add_row("predicted size", f"{stored}, {saved:.1%} saved against raw")
         seconds = timedelta(seconds=round(prediction.seconds))
-        table.add_row("predicted time", f"{seconds} if the disk is fast enough")
+        table.add_row("predicted time", f"{seconds} if the disk does not limit it")
         if prediction.head_s > 0.1 * prediction.seconds:
             head = timedelta(seconds=round(prediction.head_s))
             table.add_row("the target's head alone", f"{head} (--skip-head leaves it out)")

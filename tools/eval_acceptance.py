@@ -11,8 +11,8 @@ proposes a chain of tokens, and the target verifies them in one pass. Both have 
 How to read the result: acceptance length is the number of tokens per pass of the target, including its own
 token; 1.0 means no gain. Its interval is bootstrapped over prompts. Two drafts are compared prompt by prompt.
 
-In float32 every answer equals the target's own, token by token. In bfloat16 one pass over six tokens rounds
-differently from six passes, so a near tie may be decided differently. Such answers are counted, with the gap
+In float32 every answer equals the target's own, token by token. In bfloat16, one pass over six tokens rounds
+differently from six passes, so the answers may differ at a near tie. Such answers are counted, with the gap
 between the two logits.
 
 Writes acceptance.json and acceptance.png into the run folder (or --out). Acceptance length carries over to a
@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--recipe", type=Path, help="recipe JSON; gives target, draft (best of its run), prompts and layers")
+    add("--recipe", type=Path, help="recipe JSON: target, draft (best of its run), prompts and layers")
     add("--target", help="Hugging Face id or folder (default: the recipe's)")
     add(
         "--draft", type=Path,
@@ -75,10 +75,10 @@ def parse() -> argparse.Namespace:
         help="target layers to read (default: the draft's or recipe's)"
     )
     dtypes = ["float32", "bfloat16", "float16"]
-    add("--dtype", choices=dtypes, help="of both models (default: float32 on CPU, else the recipe's)")
-    device = "cpu, cuda, cuda:1, or split (the target over all GPUs); default: a GPU if there is one"
+    add("--dtype", choices=dtypes, help="dtype of both models (default: float32 on CPU, else the recipe's)")
+    device = "cpu, cuda, cuda:1, or split (target layers over all GPUs); default: a GPU if there is one"
     add("--device", default="auto", help=device)
-    processes = "on a CPU: processes that share the prompts, each with a copy of the target (default: 1)"
+    processes = "on a CPU: number of processes; each has a copy of the target (default: 1)"
     add("--processes", type=int, default=1, help=processes)
     add("--out", type=Path, help="folder for acceptance.json and .png (default: the run folder)")
     return parser.parse_args()
@@ -167,8 +167,8 @@ def measure_drafts(
     path = args.prompts or (recipe.data.eval_conversations if recipe else None)
     if path is None:
         raise ValueError("no prompts given; give --prompts, or a recipe with data.eval_conversations")
-    room = job.target.info.max_position_embeddings - args.max_new_tokens
-    longest = min(args.max_prompt_tokens or room, room)
+    limit = job.target.info.max_position_embeddings - args.max_new_tokens
+    longest = min(args.max_prompt_tokens or limit, limit)
     found = load_prompts(path, job.target.encoder, args.num_prompts, longest, args.turn)
     total = len(found.prompts) * args.max_new_tokens * (1 + len(job.drafts))
     with tqdm(total=total, unit="token", smoothing=0.05, desc="decoding") as bar:
@@ -187,8 +187,7 @@ def measure_drafts(
 
 
 def starting_point(draft: DraftOnDisk, recipe: Recipe | None) -> DraftOnDisk:
-    """Return the draft as it was before training: the one that its recipe starts from, else random weights.
-    """
+    """Return the draft before training: the recipe's ``draft.init_from``, else random weights."""
     from eagle_ds.drafts.loading import initial_draft, untrained_draft
 
     if recipe and recipe.draft.init_from:

@@ -6,9 +6,9 @@
     tools/export_draft.py runs/llama3_128k --vllm               # for vLLM -> runs/llama3_128k/draft-vllm
 
 Writes model.safetensors, config.json, and a README.md with the command that serves the draft. Needs neither
-DeepSpeed nor a GPU. The export is verified before the folder gets its name: an independent reader computes
-the draft's logits from the files and compares them with the training model's. An earlier export there is
-replaced. No tokenizer is written, because engines use the target's.
+DeepSpeed nor a GPU. The export is verified before the folder gets its final name: an independent reader
+computes the draft's logits from the files and compares them with the training model's. An earlier export at
+this path is replaced. No tokenizer is written, because engines use the target's.
 
 To train such a folder further, set "draft": {"init_from": "FOLDER"} in a recipe; published EAGLE-3 drafts
 work as well.
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
         "--num-steps",
         type=int,
         default=3,
-        help="draft tokens per step in the README's command (default: %(default)s)",
+        help="draft tokens per pass in the README's command (default: %(default)s)",
     )
     return parser.parse_args()
 

@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Show what a hidden-state store, or one HDF5 file of it, contains; verify it; export it to another trainer's
-format.
+"""Show the contents of a hidden-state store or of one of its HDF5 files; verify or export them.
 
 A store is the folder that tools/prepare_hidden_states.py and tools/convert_ckpt_to_hdf5.py write. It holds
 store.json, manifest.jsonl (one line per sample) and one HDF5 file per sample below samples/.
@@ -27,8 +26,8 @@ what the lines mean:
     aux layers      target layers whose outputs are stored; they are the draft's input
     saved           1 - stored bytes / raw bytes; bfloat16 hidden states usually save about a third
 
-Without --verify only the manifest and a few hundred files at most are opened, so damage elsewhere is not
-found. To repair a damaged sample, delete its file and run the command that wrote the store again: it writes
+Without --verify the tool opens only the manifest and at most a few hundred files, and misses damage in other
+files. To repair a damaged sample, delete its file and run the command that wrote the store again: it writes
 what is missing.
 
 exit codes:
@@ -96,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
         help="read and inflate everything; name every damaged file and its rows")
     parser.add_argument(
         "--workers", type=int, default=min(8, os.cpu_count() or 1),
-        help="processes that verify files side by side (default: %(default)s)")
+        help="processes that verify files in parallel (default: %(default)s)")
     parser.add_argument(
         "--export-ckpt", type=Path, metavar="FOLDER", help="write the samples as SpecForge's .ckpt files")
     parser.add_argument("--ids", nargs="+", help="with --export-ckpt: export these samples only")

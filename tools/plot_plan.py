@@ -4,9 +4,9 @@
     python tools/plot_plan.py recipes/llama3_128k.json plan.png
     python tools/plot_plan.py recipes/llama3_128k.json plan.png --parallel.ulysses 2 --parallel.ring 4
 
-Each rank has three bands: context rows (K_0 and V_0), query rows (the TTT steps) and target rows (hidden
-states that labels are computed from). With a captured store the sequence is the heaviest one of the first
-epoch; without a store it is one sample of max_length tokens, all trained. --fraction draws a synthetic sample
+Each rank has three bands: context rows (K_0 and V_0), query rows (the TTT steps) and target rows (their
+hidden states give the labels). With a captured store, the sequence is the heaviest one of the first epoch.
+Without a store, it is one sample of max_length tokens, all trained. --fraction draws a synthetic sample
 instead, trained in turns of --turn tokens.
 """
 

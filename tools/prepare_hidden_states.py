@@ -16,12 +16,12 @@ examples
       --max-length 32768
 
 Conversations are JSONL: {"id", "conversations": [{"role", "content"}, ...]}, {"messages": [...]} or
-{"text": ...}. They are rendered with the tokenizer's own chat template. What the target would generate is
-trained, its end-of-turn token included.
+{"text": ...}. They are rendered with the tokenizer's own chat template. The loss mask selects the tokens that
+the target generates, end-of-turn tokens included.
 
-The command can be stopped at any moment; run it again to capture what is missing. A store that was made from
-another target or other layers is refused. Settings that follow --recipe override the recipe's, such as
---data.max_length 16384 --target.dtype float32.
+You can stop the command at any moment; run it again to capture what is missing. A store of another target or
+of other layers is refused. Options such as --data.max_length 16384 --target.dtype float32 after --recipe
+override the recipe's settings.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         help="layers whose outputs are captured, 0-based (default: 1, L//2-1, L-4 for L layers)")
     add = parser.add_argument_group("how to capture").add_argument
     add("--device", default="auto",
-        help="cuda, cuda:1 or cpu; all: on every GPU a process with its own copy of the target; split: one "
-        "target whose layers are spread over all GPUs (default: a GPU if there is one)")
+        help="cuda, cuda:1 or cpu; all: one process per GPU, each with its own copy of the target; split: "
+        "one copy of the target, its layers spread over all GPUs (default: a GPU if there is one)")
     add("--attention", default="sdpa",
         help="attention of transformers: sdpa, eager, flash_attention_2 (default: %(default)s)")
     add("--batch-tokens", type=int,
-        help="tokens of a batch of short samples, padding included (default: 16384 on a GPU, 2048 on a CPU)")
+        help="tokens per batch of short samples, padding included (default: 16384 on a GPU, 2048 on a CPU)")
     add("--chunk-tokens", type=int,
-        help="tokens of a long sample computed at once (default: 8192 on a GPU, 2048 on a CPU)")
+        help="tokens of a long sample that one pass computes (default: 8192 on a GPU, 2048 on a CPU)")
     add("--limit", type=int, help="capture only this many samples of each file")
-    add("--limit-eval", type=int, help="another limit for the evaluation file")
+    add("--limit-eval", type=int, help="the same for the evaluation file (default: --limit)")
     add("--dry-run", action="store_true", help="print samples, bytes and hours, write nothing")
     return parser.parse_known_args(argv)
 
@@ -91,8 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Prepare every capture first, so that an error in the last one shows before the first one takes hours.
-    """
+    """Prepare all captures, then run them: an error in the last one must not appear only hours later."""
     from eagle_ds.capture.job import prepare_capture, require_space
     from eagle_ds.config.outputs import check_output_folder
     from eagle_ds.launch import enter_repository
@@ -135,7 +134,7 @@ def read_recipe(args: argparse.Namespace, overrides: list[str]) -> Recipe | None
 
 
 def parse_devices(device: str) -> list[str]:
-    """Turn --device into a list of devices: one process each. Raises ValueError if they are not there."""
+    """Turn --device into a list of devices, one per process. Raises ValueError if a device is missing."""
     import torch
 
     if device == "all":
@@ -190,7 +189,7 @@ def choose_vocabulary(recipe: Recipe) -> None:
 
 
 def print_prediction(prepared: PreparedCapture, processes: int) -> None:
-    """Print what the capture will take on disk, and in time; two timed passes of the target give the time."""
+    """Print the predicted disk space and time. The time comes from two timed passes of the target."""
     from eagle_ds.capture.run import predict_seconds
 
     estimate, store = prepared.estimate(), prepared.job.store

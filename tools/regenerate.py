@@ -13,8 +13,8 @@ examples
 
 The input is JSONL of {"id", "messages": [{"role", "content"}, ...]}. Assistant messages in it are dropped.
 Each user turn is answered in the context of the target's own earlier answers. The default is greedy decoding,
-because serving checks a draft's tokens against the target's most likely ones. The command can be stopped at
-any moment; run it again to continue.
+because greedy serving accepts a draft's token only if it is the target's most likely one. You can stop the
+command at any moment; run it again to continue.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     add("--batch-size", type=int, default=8,
         help="with transformers: conversations generated together (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="with transformers: dtype of the target; auto is that of its files (default: %(default)s)")
+        help="with transformers: dtype of the target; auto: the dtype of its files (default: %(default)s)")
     add("--device", default="auto", help="cuda, cpu, cuda:1, ... (default: cuda if there is a GPU)")
     add("--max-length", type=int,
         help="longest prompt and answer in tokens; a conversation ends before the first turn that does not "
@@ -57,8 +57,8 @@ def parse() -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="nucleus sampling, if not greedy (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of sampling (default: %(default)s)")
     add("--min-distinct", type=float, default=0.0,
-        help="drop a turn if a smaller share of its answer's 8-word sequences is distinct: small targets "
-        "fall into loops (default: keep all)")
+        help="drop a turn if the share of distinct 8-word sequences in its answer is below this value; small "
+        "targets often repeat themselves (default: keep all)")
     return parser.parse_args()
 
 
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Regenerate what the output lacks, with a progress bar."""
+    """Regenerate the conversations that the output lacks, with a progress bar."""
     from tqdm import tqdm
 
     from eagle_ds.capture import regenerate as answers
