@@ -1,11 +1,11 @@
 """Attention in which each query row sees one interval of keys: interface, plain reference and merge.
 
-Query row i attends to the keys lo[i] <= j < hi[i] of a key buffer. A causal mask, packed documents, sliding
-windows, trained rows only and the blocks of a ring all have this form. An empty interval gives out = 0 and
+Query row i attends to the keys lo[i] <= j < hi[i] of a key buffer. This form covers a causal mask, packed
+documents, sliding windows, a subset of rows, and the blocks of a ring. An empty interval gives out = 0 and
 lse = -inf.
 
-Attention to a union of disjoint key sets (the prefix in several blocks, the row's own diagonal keys) is
-computed set by set and merged. With (out_a, lse_a) and (out_b, lse_b):
+Attention to a union of disjoint key sets (blocks of the prefix, a row's own diagonal keys) is computed for
+each set and merged. With (out_a, lse_a) and (out_b, lse_b):
 
     lse = log(exp(lse_a) + exp(lse_b))        out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
@@ -17,8 +17,8 @@ p_ij = exp(s_ij - lse_i) for the probability of key j in the joint softmax, so o
           = p_ij (dout_i . v_j - delta_i)     delta_i = dout_i . out_i
     dq_i  = scale sum_j ds_ij k_j             dk_j  = scale sum_i ds_ij q_i
 
-delta_i needs the final out only, so these hold whichever set j belongs to: each set's backward is
-independent, the gradients add up, and there is no gradient through lse.
+delta_i depends on the final out only, so the formulae hold for the keys of every set. Each set's backward is
+independent of the others, their gradients add up, and no gradient flows through lse.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from eagle_ds.parallel.copies import to_device
 
-SCORE_BYTES = 64 << 20  # memory of the scores that the reference computes at once
+SCORE_BYTES = 64 << 20  # the reference computes about this many bytes of scores at a time
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,16 @@ class KeyBounds:
     hi: np.ndarray
     lo_device: Tensor
     hi_device: Tensor
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # results of a backend
+    # What backends have computed from these bounds, by a key of their own.
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def causal_runs(self) -> list[tuple[int, int]]:
-        """Maximal runs [start, stop) of two or more rows with one first key, each seeing one key more."""
+        """Maximal runs [start, stop) of rows with the same first key, each row seeing one key more."""
         sees = self.hi > self.lo
         grows = (np.diff(self.lo) == 0) & (np.diff(self.hi) == 1) & (sees[1:] == sees[:-1])
-        # grows[i] compares rows i and i+1. A run begins where it turns true; its last row is where it turns
-        # false.
+        # grows[i] compares rows i and i + 1. So a run begins where it turns true, and ends with the row where
+        # it turns false.
         edges = np.flatnonzero(np.diff(np.concatenate([[False], grows, [False]])))
         starts, lasts = edges[::2].tolist(), edges[1::2].tolist()
         return [(start, last + 1) for start, last in zip(starts, lasts, strict=True)]

@@ -16,7 +16,7 @@ from eagle_ds.kernels.attention_triton import HOPPER, TritonBackend
 from eagle_ds.kernels.sums_triton import add_into, merge_into
 from eagle_ds.parallel.copies import copy_rows
 
-# With at most this many rectangles in a group, partial results are summed in half precision: each sum is
+# With at most this many rectangles in a group, partial results are summed in half precision. Each sum is then
 # rounded, but no pass over float32 copies is needed.
 FEW_RECTANGLES = 2
 
@@ -78,7 +78,7 @@ class CudnnBackend(TritonBackend):
             dout, q, out = (_pad(x, group.size + group.padding) for x in (dout, q, out))
             lse = _pad(lse, len(q), torch.inf)  # p = exp(s - inf) = 0: padded rows add nothing to dk and dv
             keys = slice(group.square, group.square + len(q))
-            own_kv = (_pad(x[keys], len(q)) for x in (k, v))  # no names: the copies are freed after the call
+            own_kv = (_pad(x[keys], len(q)) for x in (k, v))  # a generator: the call frees the copies
             dq, *gradients = _cudnn_backward(dout, q, *own_kv, out, lse, True, scale)
             add_into(dk[keys], dv[keys], *(g[: len(dk[keys])] for g in gradients))
         dq = dq.to(_sum_dtype(group, q))
@@ -97,7 +97,7 @@ def _pad(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:
-    """Concatenate rows; unlike ``torch.cat`` this copies in 8-byte words when heads come first in memory."""
+    """Concatenate rows. Unlike ``torch.cat``, copies in 8-byte words if heads come first in memory."""
     if len(parts) == 1:
         return parts[0]
     joined = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
@@ -107,12 +107,12 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
 
 
 def _sum_dtype(group: RowGroup, q: Tensor) -> torch.dtype:
-    """Return the dtype of partial sums: float32 if many are added, because each sum is rounded."""
+    """Return the dtype of the sum of partial results: float32 if there are many, as each sum is rounded."""
     return torch.float32 if len(group.rectangles) > FEW_RECTANGLES else q.dtype
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """View [rows, heads, d] as [1, heads, rows, d], which cuDNN takes with any strides."""
+    """View [rows, heads, d] as [1, heads, rows, d]; cuDNN accepts any strides."""
     return x.transpose(0, 1).unsqueeze(0)
 
 

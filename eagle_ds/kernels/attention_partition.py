@@ -1,8 +1,8 @@
 r"""Partition the rows of a sequence into groups, each with its fastest kernels. Integers, on the host only.
 
-cuDNN has the fastest kernels, but only for full rectangles (every row sees every key) and causal squares, and
-it builds an execution plan for each new shape (90 ms for forward and backward). So rows are covered by few
-shapes, the same ones whatever the lengths of documents and turns. There are two kinds of groups:
+cuDNN has the fastest kernels, but only for full rectangles (every row sees every key) and causal squares. And
+it builds an execution plan for each new shape, in 90 ms for forward and backward. So this partition uses few
+shapes, whatever the lengths of documents and turns are. There are two kinds of groups:
 
     causal run                              staircase (trained turns, any other rows of a document)
 
@@ -19,10 +19,11 @@ their sides are `square` times a power of two. A run longer than `max_run` is di
 forward on an H200 in pieces of 64K, and 260 ms in one square (docs/benchmarks/h200.md). The last rows of a
 run are padded to a whole `square` if that adds at most half of one; otherwise they join the staircase.
 
-**Staircase**: all other rows. Sorted rows see ever more keys, so the ends of their key intervals form a
-staircase. Below it, greedily: take the rectangle that saves most time, then do the same for the rows before
-it and, beyond its keys, for the rows after it. Rectangles are multiples of `key_multiple` keys, and have a
-few fixed numbers of rows. Triton attends to the keys beyond the rectangles; its kernels compile no shape in.
+**Staircase**: all other rows. Rows are sorted, so the ends of their key intervals rise like a staircase.
+The area below it is covered greedily: take the rectangle that saves most time. Then do the same for the
+rows before it, and for its own rows beyond its keys. Rectangles have a multiple of `key_multiple` keys, and
+one of a few row counts. Triton attends to all keys outside of the rectangles; its kernels serve all shapes
+with one binary.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import numpy as np
 from eagle_ds.kernels.attention import KeyBounds
 
 WIDE = 32  # query heads that the defaults of Partition were measured with
-EVEN = 8  # rectangles have 1 to EVEN times min_rows rows; above that two sizes an octave
+EVEN = 8  # multiples of min_rows up to this one are row counts of rectangles; then two sizes per doubling
 
 
 class Rectangle(NamedTuple):
@@ -54,9 +55,10 @@ class RowGroup(NamedTuple):
 
     start: int
     stop: int
-    rectangles: tuple[Rectangle, ...] = ()  # those of one row adjoin, from its document's first key on
+    # Those of one row follow each other without gaps, from the first key that the row sees.
+    rectangles: tuple[Rectangle, ...] = ()
     square: int | None = None  # row i of the group also sees the keys [square, square + i], and no others
-    padding: int = 0  # rows appended to make the square whole
+    padding: int = 0  # rows to append, so that the square's side is a multiple of `Partition.square`
 
     @property
     def size(self) -> int:
@@ -68,16 +70,17 @@ class RowGroup(NamedTuple):
 class Partition:
     """How to divide rows into groups. The defaults were measured on an H200 with 32 query heads, d = 128."""
 
-    # Fewest rows of a staircase's rectangle. With 32 heads: 128 thread blocks for a Hopper GPU's 132
-    # multiprocessors.
+    # Fewest rows of a rectangle under a staircase. 512 rows of 32 heads make 128 thread blocks, and a Hopper
+    # GPU has 132 multiprocessors.
     min_rows: int = 512
-    # With fewer heads take more rows: in a forward only rows x heads fill the GPU. A backward has keys too.
+    # Whether fewer heads need more rows. In a forward, rows * heads alone must fill the GPU. In a backward,
+    # keys fill it too.
     by_heads: bool = True
     overhead_rows: int = 0  # cost of a rectangle apart from its rows, in equivalent query rows
     launch_pairs: int = 1 << 24  # cost of launching a rectangle's kernels, in (row, key) pairs over all heads
     triton_ratio: float = 1.4  # Triton time / cuDNN time
     key_multiple: int = 4096
-    square: int = 4096  # smaller ones cost more in plans and passes over dK/dV than they save
+    square: int = 4096  # smaller squares cost more in plans and passes over dK/dV than they save
     max_run: int = 65536  # rows of a causal square; also rows and keys of a run's rectangle
     max_keys: int = 32768  # of a rectangle: cuDNN's backward needs 512 bytes per query head and key
 
@@ -98,7 +101,7 @@ class Partition:
         return np.array(sizes)
 
     def groups(self, bounds: KeyBounds) -> list[RowGroup]:
-        """Divide all rows, in order, into groups. Computed once for each bounds, and at least one group."""
+        """Divide all rows, in order, into one or more groups. Computed once for each ``bounds``."""
         if self not in bounds.memo:
             bounds.memo[self] = list(self._groups(bounds)) or [RowGroup(0, 0)]
         return bounds.memo[self]
@@ -146,15 +149,14 @@ class Partition:
     def _staircase(self, bounds: KeyBounds, start: int, stop: int) -> Iterator[RowGroup]:
         """Yield the rows [start, stop) with each document's rectangles; one group unless windows overlap."""
         found: list[Rectangle] = []
-        # Rows with the same first key belong together. A window moves it at every row: as many edges as rows,
-        # so only stretches that can hold a rectangle are visited.
+        # ``edges`` divides rows into stretches with one first key. A sliding window moves the first key at
+        # every row, so only stretches with enough rows for a rectangle are visited.
         edges = np.concatenate([[start], start + 1 + np.flatnonzero(np.diff(bounds.lo[start:stop])), [stop]])
         for i in np.flatnonzero(np.diff(edges) >= self.min_rows).tolist():
             a, b = int(edges[i]), int(edges[i + 1])
             for first, last, seen, shared in self._rectangles(bounds.hi, int(bounds.lo[a]), a, b):
-                for key in range(seen, shared, self.max_keys):
-                    key_stop = min(key + self.max_keys, shared)
-                    found.append(Rectangle(first - start, last - start, key, key_stop))
+                found += [Rectangle(first - start, last - start, key, min(key + self.max_keys, shared))
+                          for key in range(seen, shared, self.max_keys)]  # fmt: skip
             # Triton needs first keys that do not decrease. If a later row's window begins before the end of a
             # rectangle, that row starts a new group.
             covered = max((r.last_key for r in found), default=0)
@@ -167,9 +169,9 @@ class Partition:
     def _rectangles(
         self, hi: np.ndarray, lo: int, start: int, stop: int
     ) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (first row, last row, first key, last key) of rectangles under the staircase.
+        """Yield (row start, row stop, key start, key stop) of rectangles under the staircase.
 
-        All begin at key ``lo`` or where an earlier one ends, and each ends with the last of the rows it was
+        Each begins at key ``lo`` or where an earlier one ends, and extends to the last of the rows it was
         chosen from. So the first uncovered key never decreases from row to row.
         """
         todo = [(start, stop, lo)]
@@ -191,15 +193,16 @@ class Partition:
 
 
 FORWARD = Partition()
-# In a backward a rectangle's dK and dV are written, read and added in float32: with four query heads to a KV
-# head, 56 bytes for each number of a key, whatever the number of rows (docs/benchmarks/h200.md).
+# In a backward, a rectangle's dK and dV are written, read, and added to float32 sums. With four
+# query heads per KV head that moves 56 bytes for each number of a key, for any number of rows:
+# hence overhead_rows (docs/benchmarks/h200.md).
 BACKWARD = Partition(by_heads=False, overhead_rows=192, triton_ratio=1.5)
 
 
 def first_uncovered_keys(bounds: KeyBounds, group: RowGroup) -> np.ndarray:
     """Return the first key of each row that is in no rectangle, int64 [rows of the group]."""
     first = bounds.lo[group.start : group.stop].copy()
-    for r in group.rectangles:  # those of a row adjoin and ascend, so the last one counts
+    for r in group.rectangles:  # in ascending order of keys for each row, so the last one counts
         first[r.start : r.stop] = r.last_key
     return first
 

@@ -1,13 +1,13 @@
-"""Split the keys of few rows into pieces that are attended to at the same time.
+"""Split the keys of few rows into pieces, and attend to all pieces in one launch.
 
-A few hundred rows that see 100K keys make too few thread blocks to fill a GPU. (Flash-Decoding splits keys
-inside its kernels.) Here the kernel needs no change: each piece has copies of all rows, whose key intervals
-are cut to the piece. Pieces follow each other, so intervals stay sorted from row to row:
+A few hundred rows that see 100K keys make too few thread blocks to fill a GPU. Flash-Decoding splits the keys
+inside its kernels. Here the kernels need no change: each piece gets copies of all rows, with key intervals
+clipped to the piece. The copies of one piece follow those of the piece before, so intervals stay sorted:
 
     rows of piece 0 | padding | rows of piece 1 | padding | ...
 
-The copies' (out, lse) are merged by log-sum-exp, and their dq summed. dK and dV need nothing: each pair of
-row and key is in one piece only. Memory: ``pieces`` times q, out and their gradients, for a few hundred rows.
+(out, lse) of the copies are merged by log-sum-exp, and their dq are summed. dK and dV need no extra work, as
+each (row, key) pair is in one piece only. Memory: ``pieces`` times q, out and their gradients, of few rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eagle_ds.kernels.attention import KeyBounds, merge, wide
 
-LEAST_KEYS = 4096  # of a piece; with fewer, copying rows costs too much
+LEAST_KEYS = 4096  # of a piece; with fewer, copying the rows takes longer than the split saves
 MOST_PIECES = 32
 
 
@@ -39,8 +39,8 @@ class Split:
         rows = len(bounds.lo)
         padded = -(-rows // block) * block
         edges = np.linspace(int(bounds.lo.min()), int(bounds.hi.max()), pieces + 1).astype(np.int64)
-        # Clip every interval to every piece, [pieces, rows]; padding sees the empty interval at the piece's
-        # end.
+        # Clip every interval to every piece, [pieces, rows]. Padded rows get an empty interval at the end
+        # of the piece.
         lo, hi = (np.clip(x, edges[:-1, None], edges[1:, None]) for x in (bounds.lo, bounds.hi))
         empty = np.broadcast_to(edges[1:, None], (pieces, padded - rows))
         lo, hi = (np.concatenate([x, empty], axis=1).ravel() for x in (lo, hi))
@@ -71,7 +71,8 @@ def pieces_for(bounds: KeyBounds, heads: int, block: int, programs: int) -> int:
     if not len(bounds.lo):
         return 1
     blocks = -(-len(bounds.lo) // block) * heads
-    # Pieces without work are useless: a window's rows see far fewer keys than lie between its first and last.
+    # A piece needs work: with a sliding window each row sees few of all keys, so the mean number of visible
+    # keys limits the pieces too.
     keys = int(bounds.hi.max() - bounds.lo.min())
     mean = int((bounds.hi - bounds.lo).mean())
     return max(min(programs // blocks, min(keys, 2 * mean) // LEAST_KEYS, MOST_PIECES), 1)

@@ -2,27 +2,28 @@
 
 Row i sees the keys lo[i] <= j < hi[i], with lo and hi non-decreasing in i (query rows are sorted). Then:
 
-- A tile of query rows sees the keys [lo[first row], hi[last row]), and all its rows see those in
+- A tile of query rows sees the keys [lo[first row], hi[last row]). Every row of it sees all keys in
   [lo[last row], hi[first row]).
-- A tile of keys [a, b) is seen by the query rows from the first with hi > a up to the first with lo >= b. All
-  of it is seen by those from the first with hi >= b up to the first with lo > a.
+- The query rows that see any key of a tile [a, b) begin with the first row with hi > a, and end before the
+  first row with lo >= b. Those that see all of it begin with the first row with hi >= b, and end before the
+  first row with lo > a.
 
-So each program loops over one range: masked, unmasked, masked.
+So each program loops over one range in three parts: masked, unmasked, masked.
 
       keys     lo[first]   lo[last]        hi[first]   hi[last]
     tile of         |  masked  |    unmasked   |  masked  |
     query rows      +----------+---------------+----------+
 
-There is no mask tensor and no list of tiles, and no shape is compiled in: packs, windows, trained rows only
-and ring blocks of any length run the same binary. Tiles are loaded by TMA (tensor descriptors).
+There is no mask tensor and no list of tiles, and lengths are not compile-time constants: one binary serves
+packs, windows, subsets of rows and ring blocks of any length. Tiles are loaded by TMA (tensor descriptors).
 
-Scores are kept in base 2: with c = scale * log2(e), exp(scale s - m) = 2^(c s - m log2(e)), one
-multiplication less for each score. "lse2" is lse * log2(e).
+Scores are kept in base 2: with c = scale * log2(e), exp(scale s - m) = 2^(c s - m log2(e)). That saves one
+multiplication per score. "lse2" is lse * log2(e).
 
 The backward (derived in attention.py) takes the final out and lse, and recomputes the scores twice: once for
-dq (a program owns query rows), once for dk and dv (it owns keys, and loops over the rows of all heads that
-read them). That is seven matmuls where one pass would do five. But one pass must add its dq tiles to memory,
-and was slower.
+dq (a program owns query rows), once for dk and dv (a program owns keys, and loops over the rows of all heads
+that read them). That is seven matmuls. A single pass needs only five, but must add its tiles of dq to memory;
+it was slower.
 
 Memory beyond the results: lse2 and delta, two float32 for each row and head.
 """
@@ -184,7 +185,7 @@ def _dq_span(dq, q, dout, lse2, delta, K, V, k_column, v_column, start, stop, lo
 def _dq_kernel(Q, K, V, DOut, DQ, Lse2, Delta, Lo, Hi, N, padded, scale, scale_log2, q_head, k_head, v_head,
                dout_head, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr):  # fmt: skip
-    """dq of BM query rows of one head; the loop is the forward's. ``scale`` is applied once, at the end."""
+    """dq of BM query rows of one head, in the forward's loop. ``scale`` is applied once, at the end."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     first = block * BM
@@ -215,8 +216,9 @@ def _dkv_span(dk, dv, k, v, Q, DOut, Lse2, Delta, Lo, Hi, columns, kv_head, q_he
               MASKED: tl.constexpr):  # fmt: skip
     """Add dk and dv of the query rows [start, stop) of all GROUP heads that read this tile of keys.
 
-    One loop over (head, tile of rows), so that loads are pipelined across heads too. Scores are transposed,
-    [keys, rows]: p^T dout and ds^T q are then plain products. Rows past N have lse2 = inf, so p = 0.
+    One loop runs over all (head, tile of rows), so loads are pipelined across heads too. Scores are
+    transposed, [keys, rows], so p^T dout and ds^T q are plain products. Rows past N have lse2 = inf, so
+    p = 0.
     """
     blocks = tl.cdiv(tl.maximum(stop - start, 0), BM)
     for n in tl.range(0, GROUP * blocks):
@@ -248,8 +250,8 @@ def _dkv_kernel(Q, K, V, DOut, DK, DV, Lse2, Delta, Lo, Hi, First, FullFirst, Fu
     k = K.load([block * BN, kv_head * k_head])
     v = V.load([block * BN, kv_head * v_head])
     first, last = tl.load(First + block), tl.load(Last + block)
-    # Rows [full_first, full_last) see all keys of the tile; rounded to whole tiles of rows counted from
-    # ``first``.
+    # Rows [full_first, full_last) see all keys of the tile. Both limits are rounded inwards to whole tiles of
+    # rows, counted from ``first``.
     full_first = first + tl.cdiv(tl.load(FullFirst + block) - first, BM) * BM
     full_last = first + tl.maximum(tl.load(FullLast + block) - first, 0) // BM * BM
     if full_last <= full_first:
@@ -280,7 +282,8 @@ class TritonBackend(ReferenceAttention):
 
     Args:
         head_dim: d; heads wider than 128 need smaller tiles.
-        programs: multiprocessors of the GPU. If rows and heads fill less than half of them, keys are split.
+        programs: number of multiprocessors of the GPU. If rows and heads fill less than half of them, the
+            keys are split.
     """
 
     diagonal_forward = staticmethod(diagonal_triton.diagonal_forward)
@@ -292,7 +295,7 @@ class TritonBackend(ReferenceAttention):
         self.tiles = {kernel: list(sizes) for kernel, sizes in tiles.items()}
 
     def _launch(self, kernel: str, launch: Callable[[int, int, int, int], None]) -> None:
-        """Call ``launch`` with the first tile that fits this GPU's shared memory, and drop those that do not.
+        """Call ``launch`` with the first tile that fits this GPU's shared memory; drop tiles that do not.
 
         Raises:
             OutOfResources: no tile fits.
@@ -309,7 +312,7 @@ class TritonBackend(ReferenceAttention):
                 logger.warning(message, kernel, tile, error, tiles[0])
 
     def _split(self, bounds: KeyBounds, heads: int) -> Split | None:
-        """Return how to split the keys of these rows, or None. Computed once for each bounds."""
+        """Return how to split the keys of these rows, or None for no split. Computed once for ``bounds``."""
         block = self.tiles["forward"][0][0]
         key = ("split", heads, block)
         if key not in bounds.memo:
@@ -387,19 +390,19 @@ class TritonBackend(ReferenceAttention):
 def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
     """Return a TMA descriptor of [rows, d] tiles of x [M, heads, d].
 
-    The heads of a row must lie within the row's memory: the descriptor is a matrix, head h starts in its
-    column h * x.stride(1).
+    The descriptor is a matrix: head h begins in its column h * x.stride(1). So the heads of a row must lie
+    within the row's memory.
     """
-    assert x.stride(2) == 1 and x.stride(0) >= (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     width = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    assert x.stride(2) == 1 and x.stride(0) >= width
     return TensorDescriptor(x, [x.shape[0], width], [x.stride(0), 1], [rows, x.shape[2]])
 
 
 def _row_sums(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return (lse2, delta), each float32 [heads, padded].
 
-    The padding is at least one tile, because the loop over rows in ``_dkv_span`` reads whole tiles from any
-    start.
+    The padding is at least one tile of rows, because the loop in ``_dkv_span`` begins at any row and reads
+    whole tiles.
     """
     n, heads, d = out.shape
     padded = triton.cdiv(n, 64) * 64 + 128
@@ -414,8 +417,8 @@ def _row_sums(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 def _rows_of_key_tiles(bounds: KeyBounds, keys: int, block: int) -> list[Tensor]:
     """Return four int32 limits of query rows for each tile of keys [a, b), by binary search on the device.
 
-    The first row that sees a key of the tile, the first and the end of those that see all of it, and the end
-    of those that see any.
+    They are (first, full_first, full_last, last): rows [first, last) see any key of the tile, and rows
+    [full_first, full_last) see all of them.
     """
     start = torch.arange(0, keys, block, device=bounds.lo_device.device)
     stop = torch.clamp(start + block, max=keys)

@@ -50,7 +50,7 @@ class PlainOperations:
         """Overwrite W columns of z [M, *], from ``column`` on, with ``rms_norm(x)``, x [M, W]; return z.
 
         Differentiable in x, the weight and the other columns of z. The overwritten values must not need a
-        gradient: the gradient of z is passed on whole, with nothing zeroed.
+        gradient, because the backward does not zero their columns of the gradient of z.
         """
         z[:, column : column + len(weight)] = PlainOperations.rms_norm(x, weight, eps)
         return z
@@ -97,8 +97,8 @@ class PlainOperations:
     def swiglu(gate: Tensor, up: Tensor, *, overwrite: bool = False) -> Tensor:
         """Return silu(gate) * up, both [M, I] (arXiv:2002.05202). Differentiable; keeps gate and up only.
 
-        ``overwrite``: only this backward reads gate and up, so on a GPU it writes their gradients over them.
-        A second backward through the same graph then raises RuntimeError.
+        ``overwrite`` states that nothing but this backward reads gate and up. A GPU then overwrites them with
+        their gradients, and a second backward through the same graph raises RuntimeError.
         """
         return F.silu(gate) * up
 
@@ -111,14 +111,14 @@ class PlainOperations:
     def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
         """Do total[index[i], :columns] += rows[i] for rows [n, columns]; ``total`` float32 at least.
 
-        Rows with the same index must be zero, as rows past the end of a document are: a GPU adds without
-        atomics, so of two additions to one place it would lose one.
+        Rows with the same index must be zero, as rows past the end of a document are. The GPU kernel adds
+        without atomics, so it can lose one of two additions to the same place.
         """
         total[:, : rows.shape[1]].index_add_(0, index, rows.to(total.dtype))
 
     @staticmethod
     def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-        """Do total += a @ b. On a GPU in one kernel, which does not round a @ b before it is added."""
+        """Do total += a @ b. The GPU version is one kernel, which adds a @ b before rounding it."""
         total += a @ b
 
 

@@ -76,8 +76,8 @@ def _take_rows_kernel(Table, Index, Y, table_row, columns, BLOCK: tl.constexpr):
 def _add_rows_kernel(Total, Index, X, total_row, columns, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = at < columns
-    # Plain load, add and store, no atomics: rows with the same index are zero, so a lost addition changes
-    # nothing.
+    # No atomics, just load, add and store: rows with the same index are zero, so losing one of two additions
+    # to the same place changes nothing.
     to = Total + tl.load(Index + row) * total_row + at
     x = tl.load(X + row * columns + at, mask=real, other=0.0).to(tl.float32)
     tl.store(to, tl.load(to, mask=real, other=0.0) + x, mask=real)

@@ -4,8 +4,8 @@ Two of them do an addition inside their matmul (``addmm``), which saves a pass o
 can return copies of its parameters. The reference for all is ``torch.nn.Linear`` and plain ``+``.
 
 With DeepSpeed ZeRO-3 a rank holds a slice of each parameter. The whole parameter exists only while its module
-is called: a hook before the call gathers it, a hook after the call frees it. So whatever reads a parameter
-must run inside ``forward``, and what is needed later must be copied there.
+is called: a hook before the call gathers it, a hook after the call frees it. So code that reads a parameter
+must run inside ``forward``, and must copy there any values that are needed later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)  # looked up at every call: DeepSpeed may replace it
+    return F.linear(x, weight, bias)  # F.linear is looked up at every call, as DeepSpeed may replace it
 
 
 class CopyableLinear(nn.Linear):
@@ -37,10 +37,10 @@ class CopyableLinear(nn.Linear):
 class ResidualLinear(nn.Linear):
     """y = residual + W x, in one ``addmm``.
 
-    An ordinary operation and not an autograd Function: recomputation of a checkpointed block stops at the
-    last tensor that a backward needs. The backward of addmm needs x and W, not y, so this matmul, the last of
-    its block, is not recomputed; a Function would be run whole. With ZeRO-3 the view ``weight.t()`` keeps the
-    gathered values alive until the backward.
+    This is an ordinary operation, not an autograd Function, because of checkpointing. Recomputation of a
+    block stops at the last tensor that a backward needs. The backward of addmm needs x and W, but not y. So
+    this matmul, the last one of its block, is not recomputed; a Function would be. With ZeRO-3 the view
+    ``weight.t()`` keeps the gathered values alive until the backward.
     """
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
@@ -51,11 +51,11 @@ class ResidualLinear(nn.Linear):
 
 
 class ChainedLinear(nn.Linear):
-    """y = W x, and x for its next reader, so that matmuls sum the gradients of all readers of x.
+    """y = W x, and x for the next layer that reads it: the gradients of x are then summed inside matmuls.
 
-    If two layers read x, autograd computes both gradients and adds them in another pass. Chained, the next
-    reader's gradient comes back through this layer, whose backward adds its own part to it in one ``addmm``.
-    The last reader of the chain is an ordinary layer.
+    If two layers read x, autograd computes two gradients and adds them in another pass over memory. If the
+    second layer reads the x that this layer returns, its gradient comes back through this layer, whose
+    backward adds its own gradient to it in one ``addmm``. The last layer that reads x is an ordinary one.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,9 +65,9 @@ class ChainedLinear(nn.Linear):
 
 
 class _Chained(torch.autograd.Function):
-    """(y, x') = (x W^T, x), so dx = dx' + dy W and dW = dy^T x, where dx' is what later readers of x found.
+    """(y, x') = (x W^T, x), so dx = dx' + dy W and dW = dy^T x. dx' comes from the later readers of x.
 
-    Either gradient may be None: nobody read y, or nobody read x' (no later reader).
+    dy is None if nothing read y, and dx' is None if nothing read x'.
     """
 
     @staticmethod

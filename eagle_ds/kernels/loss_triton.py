@@ -1,14 +1,14 @@
 """Row-wise work of the loss on a GPU, from logits to losses and their gradient, one program a row.
 
-loss.py has the formulae. A row of draft logits z (float32 [Vd]) is read twice:
+loss.py has the formulae. A row of draft logits z (float32 [Vd]) is read two or three times:
 
     first    max, sum of exponentials and argmax, in one pass (online softmax)
     second   cross-entropy, acceptance and, for the `kl` loss, the gradient
     third    the gradient of the `alpha` and `lambda` losses, which need the row's acceptance first
 
 Labels are never written to memory: q_v = exp(t_v - lse_draft) and q'_v = exp(t_v - lse_full) are computed
-from the target logits t in registers. With Vd = 32000 a row is 128 KB. A program is wide (16 warps), so only
-about a hundred rows are in flight at a time, and the second and third readings mostly come from the L2 cache.
+from the target logits t in registers. With Vd = 32000 a row has 128 KB. A program is wide (16 warps), so only
+about a hundred rows are processed at a time, and later readings mostly come from the L2 cache.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def _norm_forward_kernel(X, Rows, W, Y, x_row, y_row, eps, D: tl.constexpr, D_PA
 @triton.jit
 def _norm_backward_kernel(DY, X, Rows, W, DX, DW, N, dy_row, x_row, eps, D: tl.constexpr,
                           D_PADDED: tl.constexpr, TABLE: tl.constexpr, WANTS_DX: tl.constexpr):  # fmt: skip
-    """Rows program, program + programs, ... of one program; its partial dw is row ``program`` of DW."""
+    """Handle the rows program, program + programs, ...; write their partial dw to row ``program`` of DW."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     width = tl.arange(0, D_PADDED)
     real = width < D

@@ -1,11 +1,11 @@
 """The operations of `backend.PlainOperations` with Triton kernels, for half precision on a GPU.
 
 This file holds the autograd Functions; the kernels are in norm_triton.py and elementwise_triton.py. Every
-kernel computes in float32 and rounds once. Plain PyTorch would write float32 copies of its inputs to memory
-instead.
+kernel computes in float32 and rounds once, while plain PyTorch would write float32 copies of its inputs to
+memory.
 
-A Function saves its inputs only. What a backward recomputes from them (rms(x), sigmoid(gate)) costs
-arithmetic, which these memory-bound kernels have to spare.
+A Function saves its inputs only. The backward recomputes rms(x) and sigmoid(gate) from them. That costs no
+time, because the kernels are bound by memory and not by arithmetic.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class _Norm(torch.autograd.Function):
 class _NormInto(torch.autograd.Function):
     """z' = z with some columns replaced by norm(x), or by norm(table[rows]).
 
-    In place: z is marked dirty and returned, so no second tensor of its size exists. The backward is that of
-    the norm on the gradient's columns. The gradient of z' is passed on to z as it is. Strictly the replaced
-    columns of it should be zeroed; that would cost a pass over memory, and nothing that needs a gradient was
-    in them.
+    In place: z is marked dirty and returned, so no second tensor of its size exists. The backward applies the
+    norm's backward to the gradient's columns, and returns the gradient of z' as that of z. Strictly, the
+    replaced columns of it should be zero. Zeroing them would cost a pass over memory, and is not needed: no
+    value that needs a gradient was in them.
     """
 
     @staticmethod
@@ -54,8 +54,8 @@ class _NormInto(torch.autograd.Function):
         norm_forward(x, rows, weight, eps, z[:, column : column + len(weight)])
         ctx.mark_dirty(z)
         ctx.column, ctx.eps = column, eps
-        # A table is kept as an attribute: it is no activation, so offloading must not see it. Its rows are
-        # saved.
+        # Keep a table as an attribute and save only the row numbers. It is no activation, so offloading must
+        # not see it.
         ctx.table = None if rows is None else x
         ctx.save_for_backward(weight, x if rows is None else rows)
         return z
@@ -89,9 +89,9 @@ class _Rope(torch.autograd.Function):
 class _SwiGLU(torch.autograd.Function):
     """y = silu(g) * u with silu(g) = g * s, s = sigmoid(g).
 
-    du = dy * g * s and dg = dy * u * s * (1 + g * (1 - s)): both elementwise in g and u, so each element of g
-    and u can be overwritten by its gradient once it was read. That saves two tensors [M, I] at the peak of
-    the backward.
+    du = dy * g * s and dg = dy * u * s * (1 + g * (1 - s)) are elementwise in g and u. So the gradient
+    of each element can overwrite it once it has been read, which saves two tensors [M, I] at the peak
+    of the backward.
     """
 
     @staticmethod
@@ -102,13 +102,13 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        # detach: the gradients are returned in the same memory, and must not be views of tensors in the
-        # graph.
+        # Detach, because the gradients are returned in the same memory and must not be views of tensors
+        # in the graph.
         gate, up = (x.detach() for x in ctx.saved_tensors)
         gradients = elementwise.swiglu_backward(grad, gate, up, in_place=ctx.overwrite)
         if ctx.overwrite:
-            # Autograd does not see a kernel's writes. The new version makes a second backward raise, not go
-            # wrong.
+            # Autograd does not see what a kernel writes. With a new version number, a second backward raises
+            # an error instead of computing wrong gradients.
             torch.autograd.graph.increment_version([gate, up])
         return *gradients, None
 

@@ -1,8 +1,8 @@
 """Rotary position embedding (RoPE, arXiv:2104.09864) of the pairs (i, i + d/2), and its scalings.
 
-The pair i is rotated by the angle position * frequency_i, with frequency_i = theta^(-2i/d). Frequencies and
-angles are float32, as serving engines compute them, so a draft meets the same rotation at position 131071
-that it was trained with. float64 models get float64 angles.
+The pair i is rotated by the angle position * frequency_i, with frequency_i = theta^(-2i/d). Serving engines
+compute frequencies and angles in float32, and so does this file: a draft is then served with exactly the
+rotation that it was trained with, at position 131071 too. float64 models get float64 angles.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
         ValueError: the scaling lacks a value that its type needs.
     """
     plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    kind = scaling.rope_type if scaling else "default"
-    if scaling is None or kind == "default":
+    if scaling is None or scaling.rope_type == "default":
         return plain, 1.0
-    if kind == "linear":
+    if scaling.rope_type == "linear":
         return plain / scaling.factor, 1.0
     original = scaling.original_max_position_embeddings
     if original is None:
-        raise ValueError(f"rope_type {kind} needs original_max_position_embeddings")
-    if kind == "llama3":
+        raise ValueError(f"rope_type {scaling.rope_type} needs original_max_position_embeddings")
+    if scaling.rope_type == "llama3":
         return _llama3(plain, scaling, original)
     return _yarn(plain, scaling, original, head_dim, theta)
 
@@ -49,11 +48,14 @@ def _llama3(plain: Tensor, scaling: RopeScaling, original: int) -> tuple[Tensor,
 def _yarn(
     plain: Tensor, scaling: RopeScaling, original: int, head_dim: int, theta: float
 ) -> tuple[Tensor, float]:
-    """YaRN (arXiv:2309.00071): interpolate between kept frequencies, which make at least ``beta_fast`` turns
-    within the original context, and divided ones, which make at most ``beta_slow``."""
+    """YaRN (arXiv:2309.00071): keep high frequencies, divide low ones by ``factor``, interpolate between.
+
+    Frequencies that make at least ``beta_fast`` turns within the original context are kept. Those that make
+    at most ``beta_slow`` turns are divided.
+    """
 
     def dimension(turns: float) -> float:
-        """Return the dimension (not whole) whose frequency makes ``turns`` turns."""
+        """Return the dimension, as a real number, whose frequency makes ``turns`` turns."""
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
@@ -61,8 +63,7 @@ def _yarn(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
-    frequencies = plain * (1 - ramp) + plain / scaling.factor * ramp
-    return frequencies, _yarn_magnitude(scaling)
+    return plain * (1 - ramp) + plain / scaling.factor * ramp, _yarn_magnitude(scaling)
 
 
 def _yarn_magnitude(scaling: RopeScaling) -> float:
@@ -81,7 +82,6 @@ def _yarn_magnitude(scaling: RopeScaling) -> float:
 def rotation(
     positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin) of ``positions`` [M], each [M, 1, d/2] in ``dtype``."""
-    angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions.to(angle_dtype)[:, None, None] * frequencies.to(angle_dtype)
-    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+    """Return (cos, sin) of ``positions`` [M], each [M, 1, d/2] in ``dtype``: float32 or float64."""
+    angles = positions.to(dtype)[:, None, None] * frequencies.to(dtype)
+    return angles.cos() * factor, angles.sin() * factor
