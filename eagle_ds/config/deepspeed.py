@@ -45,7 +45,7 @@ def read_ds_json(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} enables fp16, which is not supported; use bf16, or neither for float32")
     if tree.get("zero_optimization", {}).get("compute_grad_norm") is False:
         setting = "zero_optimization.compute_grad_norm = false"
-        raise ValueError(f"{path} sets {setting}, but steps are logged and checked by it; remove it")
+        raise ValueError(f"{path} sets {setting}, but every step logs and checks it; remove it")
     sums_in_fp32 = tree.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     if bf16_enabled(tree) and zero_stage(tree) == 0 and sums_in_fp32:
         wrong = "bf16 with ZeRO stage 0 cannot accumulate gradients in fp32"
@@ -61,7 +61,6 @@ def deepspeed_config(recipe: Recipe, ds_json: dict[str, Any], world_size: int) -
 
     Raises:
         ValueError: ``ds_json`` contradicts the recipe.
-
     """
     config = copy.deepcopy(ds_json)
     for dotted, value, owner in derived_rows(recipe, world_size):
@@ -100,9 +99,7 @@ def offloads_optimizer(ds_json: dict[str, Any]) -> bool:
 
 
 def derived_rows(recipe: Recipe, world_size: int) -> Iterator[tuple[str, Any, str]]:
-    """Yield what the recipe decides: dotted DeepSpeed key, value, and the recipe's setting that it comes
-    from.
-    """
+    """Yield what the recipe decides: (dotted DeepSpeed key, value, its origin in the recipe)."""
     training, dp = recipe.training, data_parallel_size(recipe, world_size)
     steps = training.gradient_accumulation
     yield "train_micro_batch_size_per_gpu", 1, "one sequence; data.pack_tokens fills it"

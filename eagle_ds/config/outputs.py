@@ -17,13 +17,14 @@ class InUse(Exception):
 
 
 def hold(path: Path) -> TextIO:
-    """Create the file ``path`` if necessary and lock it until the returned file is closed or this process
-    ends.
+    """Create the file ``path`` if necessary and lock it.
+
+    Returns:
+        The open file. The lock is released when it is closed or this process ends.
 
     Raises:
         InUse: another process holds the lock.
         OSError: the file system does not support locks.
-
     """
     file = path.open("a+", encoding="utf-8")
     try:

@@ -54,7 +54,7 @@ class Recipe(Section):
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """What may surprise the user of this recipe, or not every engine can serve: one sentence each."""
+        """Warnings for the user of this recipe, one sentence each. They do not prevent training."""
         draft, training, said = self.draft, self.training, []
         if training.loss == "lambda" and training.gradient_accumulation > 1:
             said.append(
@@ -87,13 +87,15 @@ class Recipe(Section):
             sizes = f"draft.vocab_size={draft.vocab_size} is above target.vocab_size={target.vocab_size}"
             raise ValueError(f"{sizes}; use at most the target's")
         if every and self.data.eval_store is None:
-            raise ValueError(
-                f"training.eval_interval={every} needs data.eval_store; set it, or eval_interval to 0"
-            )
+            needs = f"training.eval_interval={every} needs data.eval_store"
+            raise ValueError(f"{needs}; set it, or eval_interval to 0")
         if self.training.acceptance_interval and self.data.eval_conversations is None:
             needs = "training.acceptance_interval needs data.eval_conversations"
             raise ValueError(f"{needs}; set it, or acceptance_interval to 0")
-        check_heads(self.parallel, draft)
+        heads, ulysses = draft.num_attention_heads, self.parallel.ulysses
+        if heads % ulysses:
+            wrong = f"ulysses={ulysses} does not divide {heads} query heads"
+            raise ValueError(f"{wrong}; use {join_or(divisors(heads))}, or raise ring")
         return self
 
 
@@ -117,23 +119,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def capture_command(recipe_json: Path, overrides: Sequence[str] = ()) -> str:
     """Return the shell command that captures the stores of a recipe.
 
-    It repeats the overrides of target and data.
+    The command contains those of ``overrides`` that change target or data.
     """
-    read = parse_overrides(Recipe, overrides)
+    values = parse_overrides(Recipe, overrides).items()
     repeated = [
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in read.items()
-        if name.startswith(("target.", "data."))
+        for name, value in values if name.startswith(("target.", "data."))
     ]
     return shlex.join(["python", "tools/prepare_hidden_states.py", "--recipe", str(recipe_json), *repeated])
-
-
-def check_heads(parallel: ParallelConfig, draft: DraftConfig) -> None:
-    """Raise ValueError, with the degrees that work, unless Ulysses splits the query heads evenly."""
-    heads = draft.num_attention_heads
-    if heads % parallel.ulysses:
-        wrong = f"ulysses={parallel.ulysses} does not divide {heads} query heads"
-        raise ValueError(f"{wrong}; use {join_or(divisors(heads))}, or raise ring")
 
 
 def data_parallel_size(recipe: Recipe, world_size: int) -> int:
@@ -144,12 +137,8 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
     parallel = recipe.parallel
     if world_size % parallel.size == 0:
         return world_size // parallel.size
-    fits = [
-        f"ulysses {u} ring {p // u}"
-        for p in divisors(world_size)
-        for u in divisors(recipe.draft.num_attention_heads)
-        if p % u == 0
-    ]
+    heads = divisors(recipe.draft.num_attention_heads)
+    fits = [f"ulysses {u} ring {p // u}" for p in divisors(world_size) for u in heads if p % u == 0]
     raise ValueError(
         f"world_size = dp * ulysses * ring does not hold: {world_size} ranks are no multiple of "
         f"ulysses {parallel.ulysses} * ring {parallel.ring} = {parallel.size}; "

@@ -3,8 +3,9 @@
     recipe.json            the resolved recipe
     log.jsonl              one line per optimizer step
     eval.jsonl             one line per evaluation
-    checkpoints/step_N/    checkpoint after N optimizer steps; checkpoints/latest names the newest complete
-    one best/                  the draft of the best evaluation
+    checkpoints/step_N/    checkpoint after N optimizer steps
+    checkpoints/latest     name of the newest complete checkpoint
+    best/                  the draft of the best evaluation
     draft/                 the draft exported for serving
     acceptance.json        acceptance measured by tools/eval_acceptance.py
     report.html            the report

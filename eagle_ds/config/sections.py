@@ -1,8 +1,6 @@
-"""The sections of a recipe: target, draft, data, parallel and training, with every setting's meaning and
-default.
+"""Define the sections of a recipe: every setting of target, draft, data, parallel and training.
 
-The text below each field is its documentation: ``recipes/NAME.sh --help`` prints it, and so do error
-messages.
+The text below each field is its documentation. ``recipes/NAME.sh --help`` and error messages print it.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
+# Keys that each kind of rope scaling cannot do without
 ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -28,6 +27,11 @@ ROPE_NEEDS = {
 def divisors(number: int) -> list[int]:
     """List every positive divisor, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def default_aux_ids(num_layers: int) -> tuple[int, int, int]:
+    """Return an early, a middle and a late layer, as EAGLE-3 chooses them."""
+    return (1, num_layers // 2 - 1, num_layers - 4)
 
 
 class Section(BaseModel):
@@ -105,9 +109,7 @@ class TargetConfig(Section):
     @property
     def aux_ids(self) -> tuple[int, int, int]:
         """Layers whose outputs are captured, numbered from 0 as SGLang does."""
-        if self.aux_layer_ids is not None:
-            return self.aux_layer_ids
-        return (1, self.num_layers // 2 - 1, self.num_layers - 4)
+        return self.aux_layer_ids or default_aux_ids(self.num_layers)
 
     @model_validator(mode="after")
     def _layers_exist(self) -> TargetConfig:

@@ -1,7 +1,6 @@
-"""Read a settings file into a pydantic tree: strict JSON, dotted overrides, and errors that say how to fix
-them.
+"""Read a settings file for a tree of pydantic models: strict JSON, dotted overrides, errors with advice.
 
-Nothing here is specific to recipes: every function takes the tree's class.
+Nothing here is specific to recipes: every function takes the class of the tree's root.
 """
 
 from __future__ import annotations
@@ -41,17 +40,14 @@ def dotted_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[st
     """Yield every setting of ``model`` as (dotted name, field). A section comes before the settings in it."""
     for name, field in model.model_fields.items():
         yield prefix + name, field
-        section = section_of(field)
-        if section is not None:
+        if (section := section_of(field)) is not None:
             yield from dotted_fields(section, f"{prefix}{name}.")
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """Return the class of a nested section; None for a plain value."""
-    for kind in _alternatives(field.annotation):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+    kinds = (kind for kind in _alternatives(field.annotation) if isinstance(kind, type))
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
 
 def parse_overrides(model: type[BaseModel], tokens: Sequence[str]) -> dict[str, Any]:
@@ -91,15 +87,13 @@ def apply_overrides(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, A
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Turn pydantic's errors into one sentence each: dotted name, what is wrong, and the nearest valid name
-    or value.
-    """
+    """Turn each of pydantic's errors into one sentence: dotted name, what is wrong, and how to fix it."""
     fields = dict(dotted_fields(model))
     return "; ".join(_explain_one(problem, fields) for problem in error.errors())
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Return names with the same last part (a setting in another section), else the most similar name."""
+    """Return names with the same last part (settings of other sections), else the most similar name."""
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     return same_leaf[:3] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
 
@@ -134,7 +128,7 @@ def _hint(name: str, fields: dict[str, FieldInfo]) -> str:
 
 
 def _parse_value(raw: str, field: FieldInfo) -> Any:
-    """Read a value as JSON. A setting that takes text keeps its text: the revision 1e5 is not a number."""
+    """Read a value as JSON, except for a setting that takes text: the revision 1e5 is not a number."""
     kinds = _alternatives(field.annotation)
     takes_text = any(kind is str or typing.get_origin(kind) is typing.Literal for kind in kinds)
     if takes_text and raw != "null" and not raw.startswith('"'):
@@ -154,7 +148,6 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"the key {join_or(twice)} appears more than once")
     return dict(pairs)

@@ -25,7 +25,6 @@ class Rows:
     query: int
     aux: int  # rows whose auxiliary hidden states are read: context and query rows
     target: int
-    total: int  # rows of the whole sequence, S
     attended_keys: int  # query-key pairs of one TTT step, of all query rows of the rank's Ulysses group
 
     @classmethod
@@ -40,7 +39,7 @@ class Rows:
         return cls(
             context=rg.count(sharding.context[rank]), query=rg.count(sharding.queries[rank]),
             aux=rg.count(sharding.aux_rows(rank)), target=rg.count(sharding.target_rows(rank)),
-            total=sharding.num_tokens, attended_keys=sharding.attention_work(rank // sharding.ulysses),
+            attended_keys=sharding.attention_work(rank // sharding.ulysses),
         )
 
 
@@ -83,34 +82,6 @@ class Saved(NamedTuple):
     mlp: int = 0
 
 
-def kept_per_query_row(recipe: Recipe, element: int, ulysses: int, *, eager: bool = False) -> Saved:
-    """Return the bytes that autograd keeps of one query row and TTT step, by kind of tensor.
-
-    Args:
-        element: bytes of one element of an activation.
-        eager: elementwise operations are not fused (CPU), so more of their inputs are kept.
-    """
-    draft, recompute = recipe.draft, recipe.training.recompute
-    hidden, inner = draft.hidden_size, draft.intermediate_size
-    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-    # Attention: q and the output, each [Hq*d], and the log-sum-exp [Hq] in float32. With Ulysses also a copy
-    # of q with its heads sharded, unless the backward exchanges q again (recompute full).
-    copies = 3 if ulysses > 1 and recompute != "full" else 2
-    mlp = 0  # recompute mlp or full: the MLP is recomputed from g_k and the attention output
-    if recompute == "selective":
-        mlp = (hidden + 2 * inner) * element  # output projection [D], gate [I], up [I]
-    if recompute == "none":
-        # Output projection [D], the norm's output [D], gate, up and their product [I]. Eager operations also
-        # keep intermediate results of the norm and of SwiGLU.
-        mlp = ((4 if eager else 2) * hidden + (4 if eager else 3) * inner) * element
-    return Saved(
-        states=hidden * element,  # g_k [D], from which projections and MLP start
-        attention=copies * queries * element + 4 * draft.num_attention_heads,
-        diagonals=2 * keys * element,  # K_k and V_k, each [Hkv*d]; from TTT step 1 on
-        mlp=mlp,
-    )
-
-
 NOTHING = Saved()
 
 
@@ -132,11 +103,11 @@ class TensorSizes:
         self.wide = max(element, 4)  # bytes of a number in sums, which are float32 at least
         self.steps, self.recompute = recipe.training.ttt_steps, recipe.training.recompute
         self.parameters = draft_parameters(recipe)
-        self.kept = kept_per_query_row(recipe, element, sharding.ulysses, eager=cpu)
         self.state = draft.hidden_size * element
         self.query = draft.num_attention_heads * draft.head_dim * element
         self.diagonal = 2 * draft.num_key_value_heads * draft.head_dim * element
         self.inner = draft.intermediate_size * element
+        self.kept = self._kept_per_query_row()
         self.embedding = self.state if draft.hidden_size != recipe.target.hidden_size else 0
         # Rotation keeps one ring rank's rows of K_0/V_0; gather-once keeps those of the whole sequence.
         self.rotates = sharding.ring > 1 and sharding.ring_mode == "p2p"
@@ -153,6 +124,25 @@ class TensorSizes:
         """Auxiliary hidden states [rows.aux, A*H] and target hidden states [rows.target, H]."""
         numbers = len(self.recipe.target.aux_ids) * self.rows.aux + self.rows.target
         return numbers * self.recipe.target.hidden_size * self.element
+
+    def _kept_per_query_row(self) -> Saved:
+        """Return the bytes that autograd keeps of one query row and TTT step, by kind of tensor.
+
+        On a CPU elementwise operations are not fused, so more of their inputs are kept.
+        """
+        # Attention: q and the output, each [Hq*d], and the log-sum-exp [Hq] in float32. With Ulysses also a
+        # copy of q with its heads sharded, unless the backward exchanges q again (recompute full).
+        copies = 3 if self.sharding.ulysses > 1 and self.recompute != "full" else 2
+        attention = copies * self.query + 4 * self.recipe.draft.num_attention_heads
+        mlp = 0  # recompute mlp or full: the MLP is recomputed from g_k and the attention output
+        if self.recompute == "selective":
+            mlp = self.state + 2 * self.inner  # output projection [D], gate [I], up [I]
+        if self.recompute == "none":
+            # Output projection [D], the norm's output [D], gate, up and their product [I]. Eager operations
+            # also keep intermediate results of the norm and of SwiGLU.
+            mlp = (4 if self.cpu else 2) * self.state + (4 if self.cpu else 3) * self.inner
+        # States: g_k [D], which projections and MLP read. Diagonals: K_k and V_k, from TTT step 1 on.
+        return Saved(states=self.state, attention=attention, diagonals=self.diagonal, mlp=mlp)
 
     def context_rows(self) -> int:
         """Count fc's output [rows.context, D], what the projections of K_0/V_0 keep, and trained embeddings.

@@ -39,7 +39,7 @@ class DraftArch:
 
     @property
     def trains_embedding(self) -> bool:
-        """Whether the draft has an embedding of its own (D != H) instead of the target's, frozen."""
+        """Whether the draft trains an embedding of its own (D != H). If not, it uses the target's, frozen."""
         return self.hidden_size != self.target_hidden_size
 
     @classmethod

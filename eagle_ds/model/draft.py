@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.sharding.tiles import tile_rows
 
 HeadLoss = Callable[[list[Tensor], Tensor, Tensor, float], Any]
-"""(T states [N, D], norm weight [D], head weight [Vd, D], eps) -> (differentiable loss, sums for the log)."""
+"""Maps (T states [N, D], norm weight [D], head weight [Vd, D], eps) to (differentiable loss, metric sums)."""
 
 WeightAndBias = tuple[Tensor, Tensor | None]
 """Copies of (weight, bias or None) of several projections, concatenated by rows."""
@@ -39,7 +40,7 @@ Recompute = Literal["none", "selective", "mlp", "full"]
     none       nothing
     selective  everything except the results of matmuls
     mlp        the output projection and the MLP
-    full       the same, and K_0/V_0 of the context rows; queries are exchanged between ranks again
+    full       the same and K_0/V_0 of the context rows; queries are sent between ranks a second time
 """
 
 
@@ -77,7 +78,7 @@ class RMSNorm(nn.Module):
 
 
 class SharedEmbedding(nn.Module):
-    """The target's embedding table, frozen: a buffer, so neither optimizer nor checkpoint carries it."""
+    """The target's embedding table, frozen. It is a buffer, so neither optimizer nor checkpoint holds it."""
 
     weight: Tensor
 
@@ -91,7 +92,7 @@ class SharedEmbedding(nn.Module):
 
 
 class DraftAttention(nn.Module):
-    """Projections of the attention layer; q, k and v read the 2D wide [embedding ; state]."""
+    """Projections of the attention layer. The input of q, k and v is [embedding ; state], 2D wide."""
 
     def __init__(self, arch: DraftArch) -> None:
         super().__init__()
@@ -147,14 +148,14 @@ class DraftMLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return residual + MLP(x), each [M, D]."""
         gate, x = self.gate_proj(x)
-        # Nothing else reads gate and up, so their gradients overwrite them: two tensors [M, I] less at the
-        # peak.
+        # Nothing else reads gate and up, so their gradients may overwrite them. That saves two tensors [M, I]
+        # at the peak.
         product = operations_for(gate).swiglu(gate, self.up_proj(x), overwrite=True)
         return self.down_proj(product, residual)
 
 
 class DraftLayer(nn.Module):
-    """The decoder layer without its attention: ``qkv_input`` comes before it, ``finish`` after."""
+    """The decoder layer around its attention: call ``qkv_input`` before the attention, ``finish`` after."""
 
     def __init__(self, arch: DraftArch) -> None:
         super().__init__()
@@ -172,8 +173,8 @@ class DraftLayer(nn.Module):
     def qkv_input(self, embedding: Tensor, state: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return z [M, 2D] = [norm(e) ; norm(g)] for the state g [M, D].
 
-        e is ``embedding`` [M, D] or, with ``ids`` [M], the rows ``ids`` of a frozen table ``embedding`` [V,
-        D].
+        Without ``ids``, e is ``embedding`` [M, D]. With them, e is the rows ``ids`` [M] of the frozen table
+        ``embedding`` [V, D].
         """
         width = state.shape[-1]
         z = state.new_empty(*state.shape[:-1], 2 * width)
@@ -213,7 +214,7 @@ class DraftHead(nn.Module):
     def forward(self, states: list[Tensor], loss: HeadLoss) -> Any:
         """Return ``loss(states, norm_weight, weight, eps)`` for the T states [N, D] of the unroll.
 
-        A call of this module, so that ZeRO-3 gathers both weights for the loss.
+        The loss runs inside this call, because ZeRO-3 gathers both weights only for the call of this module.
         """
         return loss(states, self.norm_weight, self.weight, self.eps)
 
@@ -277,10 +278,8 @@ class Eagle3Draft(nn.Module):
         With ``offload`` the tensors saved for the backward go to host memory, except the batch's own.
         """
         fused = self.fuse(batch.aux)
-        if offload is None:
-            return self._unroll(batch, prefix, fused, recompute, lambda *_: None)
-        with offload.saving():
-            return self._unroll(batch, prefix, fused, recompute, offload.stay)
+        with offload.saving() if offload else nullcontext():
+            return self._unroll(batch, prefix, fused, recompute, offload.stay if offload else lambda *_: None)
 
     def _unroll(
         self, batch: Batch, prefix: PrefixAttention, fused: Tensor, recompute: Recompute,
@@ -290,24 +289,24 @@ class Eagle3Draft(nn.Module):
 
         ``stay(*tensors)`` keeps tensors on the device: those that the last step's backward reads first.
         """
-        # Copy the projections' weights once: all TTT steps use them, outside of their modules' calls
-        # (ZeRO-3).
+        # Copy the projections' weights once. All TTT steps use them outside of the modules' calls, where
+        # ZeRO-3 would have freed them.
         weights = self.midlayer.copy_weights()
         stay(weights.weight)
-        # K_0/V_0 of all context rows, computed with the rows of k and v in the concatenated weights, and sent
-        # once.
+        # Compute K_0/V_0 of all context rows and send them once. The rows of k and v follow those of q in
+        # the concatenated weights.
         q_rows = self.arch.num_attention_heads * self.arch.head_dim
         kv_weights = weights.weight[q_rows:], None if weights.bias is None else weights.bias[q_rows:]
         rows = (_select(fused, batch.context_index), batch.context_ids, batch.context_positions)
         kv_recompute = "none" if recompute == "mlp" else recompute
         project_kv = partial(self.context_kv, kv_weights)
         backward_token = prefix.share_keys(*self._in_tiles(kv_recompute, project_kv, *rows))
-        # The token half of q, k and v, computed once for all steps (projections.py). It has a backward token
-        # too.
+        # Compute the token half of q, k and v once for all steps (projections.py). It has a backward token
+        # of its own.
         project = self._step_projections(batch)
         projection_token = project.begin(*self._tokens(batch.token_ids), weights)
-        # From here on only query rows: step k maps g_k to g_{k+1}, and its keys join the diagonals of later
-        # steps.
+        # From here on there are query rows only. Step k maps g_k to g_{k+1}, and its keys join the diagonals
+        # of later steps.
         state, states, diagonals = _select(fused, batch.query_index), [], []
         for step in range(batch.sharding.ttt_steps):
             q, *kv = project(projection_token, step, state)
@@ -338,24 +337,23 @@ class Eagle3Draft(nn.Module):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Return ``function(*rows)`` for [M, ...] inputs and outputs; with recomputation, tile by tile.
 
-        Only one tile is recomputed at a time, so intermediate tensors (z, the MLP's) never exist for all
-        rows.
+        Only one tile is recomputed at a time, so intermediate tensors (z, those of the MLP) never exist for
+        all rows.
 
         Args:
-            recompute: what is kept for the backward: everything ("none"), the inputs and the results of
-            matmuls
-                ("selective"), or only the inputs.
+            recompute: what to keep for the backward: everything ("none"), inputs and results of matmuls
+                ("selective"), or inputs only.
             function: called once for each tile.
             rows: inputs with the same M.
-            unread: size of the inner dimension of the matmul whose result no backward reads, so that
-                "selective" need not keep it.
+            unread: inner dimension of the one matmul whose result no backward reads. "selective" does not
+                keep that result.
         """
         if recompute == "none":
             return function(*rows)
         contexts = partial(create_selective_checkpoint_contexts, _save_matmuls_except(unread))
         options = {"context_fn": contexts} if recompute == "selective" else {}
-        # Non-reentrant: the reentrant kind would fire a parameter's gradient hooks T times, which breaks
-        # ZeRO.
+        # Non-reentrant, because the reentrant kind would fire a parameter's gradient hooks T times,
+        # which breaks ZeRO.
         run = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
         done = [run(*tile) for tile in zip(*(x.split(tile_rows(len(x))) for x in rows), strict=True)]
         return done[0] if len(done) == 1 else tuple(torch.cat(parts) for parts in zip(*done, strict=True))

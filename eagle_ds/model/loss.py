@@ -1,5 +1,4 @@
-"""Fused head and loss: all T steps of draft logits against soft target labels, one chunk of query rows at a
-time.
+"""Compute head and loss together, for all TTT steps, one chunk of query rows at a time.
 
 The maths. For one counted pair (query row, TTT step) with
 
@@ -54,11 +53,11 @@ COLUMNS = ("loss", "cross_entropy", "entropy", "counted", "trained", "correct", 
 
 @dataclass
 class HeadTargets:
-    """Labels of one micro-batch: the label of query row p at TTT step k is made from target row ``index[p,
-    k]``.
+    """Labels of one micro-batch. Query row p at TTT step k has the label of target row ``index[p, k]``.
 
-    Create it before the draft's forward. It starts to copy the few numbers that the host needs for cutting
-    chunks, so that the loss, which runs after the forward, does not have to wait for the GPU.
+    Create it before the draft's forward: it starts to copy the few numbers that the host needs to divide
+    rows into chunks. They have arrived when the loss runs, after the forward, so the host need not wait
+    for the GPU.
     """
 
     head: TargetHead
@@ -68,8 +67,8 @@ class HeadTargets:
     index: Tensor  # int64 [N, T], into the M target rows; ascends along rows and along steps
     trained: Tensor  # bool [N, T], by the loss mask alone
     counted: Tensor  # bool [N, T], trained and the label's argmax is in the draft vocabulary
-    # int64 [3, N] on the host: counted pairs of rows 0 to p inclusive, the first and the last target row of
-    # row p.
+    # Returns int64 [3, N] on the host. Column p: counted pairs of rows 0 to p inclusive, first and last
+    # target row of row p.
     on_host: Callable[[], Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,10 +84,10 @@ class LossSettings:
         weights: [T], multiplies the sum over the counted rows of step k. It holds decay^k / N_k, times what
             the engine will divide the loss by.
         kind: kl (soft cross-entropy), alpha (-log alpha), or lambda (a mix of KL and 1 - alpha).
-        kl_scale, kl_decay: of the lambda loss: w = kl_scale * exp(-kl_decay * mean alpha) weighs its KL part.
-        alpha_mean: for the lambda loss, turns this rank's (sum of alpha, counted rows), each [T], into the
-            mean over all ranks. Collective. It is the mean of one micro-batch: the mean of the global batch
-            would need a forward over all its micro-batches first.
+        kl_scale, kl_decay: for the lambda loss: w = kl_scale * exp(-kl_decay * mean alpha) weights its KL.
+        alpha_mean: for the lambda loss. Maps this rank's (sum of alpha, counted rows), each [T], to the mean
+            over all ranks. Collective. It is the mean of one micro-batch, because the mean of the global
+            batch would need a forward over all its micro-batches first.
         chunk_bytes: memory of one chunk's logits; LOSS_CHUNK_BYTES of the device by default.
     """
 
@@ -125,8 +124,7 @@ def head_loss(
     states: list[Tensor], norm_weight: Tensor, weight: Tensor, eps: float, targets: HeadTargets,
     settings: LossSettings,
 ) -> tuple[Tensor, LossSums]:
-    """Compute sum_k weights[k] * (sum of step k's losses over its counted rows), and the sums for the
-    metrics.
+    """Return sum_k weights[k] * (sum of TTT step k's losses over its counted rows), and the metric sums.
 
     Differentiable with respect to states, norm_weight and weight. Collective for the ``lambda`` loss only.
 
@@ -137,13 +135,13 @@ def head_loss(
         eps: of the final norm.
     """
     if not torch.is_grad_enabled():
-        # A Function's ``needs_input_grad`` is true for parameters even here; detached, no gradient is
-        # computed.
+        # A Function's ``needs_input_grad`` is true for parameters even here. Detach them, so that no
+        # gradient is computed.
         norm_weight, weight = norm_weight.detach(), weight.detach()
     mix = None
     if settings.kind == "lambda":
-        # The weight w of the KL part depends on the mean alpha, so a first pass without gradients finds
-        # alpha.
+        # The weight w of the KL term depends on the mean alpha, so a first pass without
+        # gradients computes alpha.
         assert settings.alpha_mean is not None
         with torch.no_grad():
             sums = _Pass(states, norm_weight, weight, eps, targets, settings, None, gradients=False).run()
@@ -207,8 +205,8 @@ class _Pass:
         self.pairs = torch.nonzero_static(targets.counted.reshape(-1), size=size).squeeze(1)
         self.d_norm: Tensor | None = None
         if gradients:
-            # Gradients of weights are summed over all chunks, so in float32; each row of a state has one
-            # chunk only.
+            # Gradients of weights are summed over all chunks, so in float32. Each row of a state is in
+            # one chunk only.
             self.d_norm = torch.zeros_like(norm_weight, dtype=wide(norm_weight.dtype))
             self.d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
             self.d_states = [torch.empty_like(s) for s in states]
@@ -254,8 +252,8 @@ class _Pass:
             return
         pairs = self.pairs[chunk.first_pair : chunk.last_pair]  # [n]
         labels = self._labels(chunk.first_label, chunk.last_label)
-        # [C, T, D] -> [C * T, D]: row c * T + k is the state of row c at step k, so the rows are ordered like
-        # pairs.
+        # [C, T, D] -> [C * T, D]. Row c * T + k is the state of query row c at step k: the order
+        # of the pairs.
         states = torch.stack([s[chunk.start : chunk.stop] for s in self.states], 1).flatten(0, 1)
         every = len(pairs) == len(states)
         local = pairs - chunk.start * len(self.states)  # pair number -> row of ``states``
@@ -273,7 +271,8 @@ class _Pass:
         operations_for(self.weight).add_product(self.d_weight, d_logits.t(), normed.detach())
         d_x, d_norm = torch.autograd.grad(normed, [x, norm_weight], d_logits @ self.weight)
         self.d_norm += d_norm
-        # Back to [C * T, D], zero where a pair does not count, then to the rows of each step's gradient.
+        # Scatter back to [C * T, D], zero where a pair does not count, then copy the rows to
+        # each step's gradient.
         d_states = d_x if every else torch.zeros_like(states).index_copy_(0, local, d_x)
         by_step = d_states.unflatten(0, (-1, len(self.states))).unbind(1)
         for gradient, part in zip(self.d_states, by_step, strict=True):
@@ -299,8 +298,8 @@ class _Pass:
         self.cross_entropy.view(-1)[pairs] = cross_entropy
         self.alpha.view(-1)[pairs] = alpha
         self.entropy.view(-1)[pairs] = labels.entropy[label_row]
-        # ``best`` is a draft token; d2t holds offsets, so best + d2t[best] is its id in the target's
-        # vocabulary.
+        # ``best`` is a draft token. d2t holds offsets, so best + d2t[best] is its id in the target's
+        # vocabulary, as the label's argmax is.
         correct = best + self.targets.head.d2t[best] == labels.token[label_row]
         self.correct.view(-1)[pairs] = correct.to(alpha.dtype)
 

@@ -1,23 +1,22 @@
-"""Activation offload: move what autograd saves to pinned host memory during the forward, and back before it
-is used.
+"""Move what autograd saves to pinned host memory during the forward, and back before the backward uses it.
 
 ``torch.autograd.graph.saved_tensors_hooks`` shows every tensor that is saved for the backward: by PyTorch's
-own nodes, by the joint attention, and as inputs of checkpointed functions. (What is saved inside a
-checkpointed function is recomputed, so it is not seen here.) A storage is moved once, however many of its
-views are saved, into slabs of host memory that are reused from step to step.
+own nodes, by the joint attention, and as inputs of checkpointed functions. (Tensors saved inside a
+checkpointed function are recomputed, so they do not appear here.) A storage is moved once, even if several of
+its views are saved, into slabs of host memory that are reused from step to step.
 
 Copies run on their own stream, while the main stream computes:
 
     main stream   | layer work ...       | more work       | wait for copy A |  A's memory may be reused
     copy stream        | copy A to host -------| copy B ...
 
-Forward: the storage of A stays referenced, so that its memory is not given to another tensor, until the main
-stream has been told to wait for A's copy. At most IN_FLIGHT copies are in that state.
+Forward: storage A stays referenced until the main stream has been told to wait for A's copy. Otherwise its
+memory could be given to another tensor too early. At most IN_FLIGHT copies are in that state.
 Backward: while one storage is used, the next AHEAD storages are fetched. The backward reads storages in the
 reverse order of the forward, by the last time that each was saved.
 
-A row of an 8B draft leaves 24 KiB for each TTT step where everything is recomputed. That takes half a
-microsecond of a 50 GB/s link in each direction; the row's attention to 128K keys takes four microseconds.
+With full recomputation, a row of an 8B draft saves 24 KiB per TTT step. Copying that takes half a microsecond
+over a 50 GB/s link in each direction, and the row's attention to 128K keys takes four microseconds.
 """
 
 from __future__ import annotations
@@ -89,8 +88,8 @@ class Copies:
             for to, source in pairs:
                 to.copy_(source)
             return None
-        # Earlier work on the main stream writes the source, or still reads the memory that is the
-        # destination.
+        # Wait for earlier work on the main stream: it writes the source, or still reads the memory
+        # of the destination.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             for to, source in pairs:
@@ -133,8 +132,7 @@ class View:
 class ActivationOffload:
     """Moves what a forward saves to the host. One instance serves all micro-batches of a rank, one at a time.
 
-    Parameters stay on the device, and so do integers, which the batch holds anyway, and storages below
-    ``min_bytes``.
+    On the device stay parameters, integers (the batch holds them anyway), and storages below ``min_bytes``.
     """
 
     def __init__(
@@ -190,7 +188,7 @@ class ActivationOffload:
         return stored
 
     def _let_go(self, still: int) -> None:
-        """Drop the references to the oldest storages being copied, until ``still`` of them are left."""
+        """Drop references to storages being copied, the oldest first, until ``still`` of them remain."""
         while len(self._leaving) > still:
             data, event = self._leaving.popleft()
             self._copies.wait(event)  # what the main stream writes to this memory next comes after the copy
@@ -216,16 +214,16 @@ class ActivationOffload:
             stored.arrival = self._copies.back(stored.data, stored.slabs)
 
     def _fetch_ahead(self) -> None:
-        """Fetch what the backward needs next: the last saved of the storages not asked for yet."""
+        """Fetch what the backward needs next: of the storages not asked for yet, those saved last."""
         latest_first = (ref() for ref in reversed(list(self._stored.values())))
         waiting = (stored for stored in latest_first if stored is not None and not stored.asked_for)
         for stored in islice(waiting, AHEAD):
             self._fetch(stored)
 
     def _forget(self, stored: Stored) -> None:
-        """Give the slabs of a storage that nothing refers to any more back for reuse."""
+        """Return the slabs of a storage that nothing refers to any more, for reuse."""
         self._stored.pop(stored.key, None)
-        # The slabs need no wait: later copies into them run after this one, on the same stream. The device
-        # memory does, in case it was fetched and never read: the main stream may get it next.
+        # The slabs can be reused at once: later copies into them run after this one, on the same stream. The
+        # device memory cannot if it was fetched and never read, because the main stream may get it next.
         self._copies.wait(stored.arrival)
         self.slabs.give_back(stored.slabs)

@@ -1,22 +1,21 @@
-"""q, k and v of the query rows at every TTT step, with the token's part computed once.
+"""q, k and v of the query rows at every TTT step, with the token's half computed once.
 
-The projections read z = [norm(e) ; norm(g)], so W z = W_e norm(e) + W_g norm(g). e is the embedding of one
-token. Row p of step k reads token p+1+k, the same one as row p+1 of step k-1, through the same W_e. So W_e
-norm(e) is computed once for each token, before the first step, into a table [tokens, (Hq + 2 Hkv) d]. A step
-picks its rows of the table, adds W_g norm(g_k), and rotates. For an 8B draft this saves 5.4% of all matmul
-work.
+The projections read z = [norm(e) ; norm(g)], so W z = W_e norm(e) + W_g norm(g), where e is the embedding of
+one token. Row p of step k reads token p+1+k, as row p+1 of step k-1 does, and all steps use the same W_e. So
+W_e norm(e) is computed once for each token, before the first step, into a table [tokens, (Hq + 2 Hkv) d]. A
+step reads its rows of the table, adds W_g norm(g_k), and rotates. For an 8B draft this saves 5.4% of all
+FLOPs of matmuls.
 
-Backward. Write dqkv_k for the gradient of step k before the rotation. Token t is read by row t-1-k of step k,
-so
+Backward. Write dqkv_k for the gradient of step k before the rotation. Row t-1-k of step k reads token t, so
 
     d table[t]  = sum over k of dqkv_k[t-1-k]
     dW_e        = d table^T norm(e),   d norm(e) = d table W_e      once, after the backward of all steps
     dW_g        = sum over k of dqkv_k^T norm(g_k)
     d norm(g_k) = dqkv_k W_g
 
-The sums over k are kept in float32: `_Step.backward` adds to them, and `_Begin.backward` finishes them. A
-backward token (model/ttt.py) orders the two. A step saves g_k only: norm(g_k) is recomputed, and the rotation
-of a gradient is undone by rotating back, so q and k are not needed.
+The sums over k are kept in float32: `_Step.backward` adds to them, and `_Begin.backward` completes them. A
+backward token (model/ttt.py) makes the second run after all the first. A step saves g_k only: norm(g_k) is
+recomputed, and the backward of the rotation needs the angles but neither q nor k.
 """
 
 from __future__ import annotations
@@ -130,22 +129,18 @@ class StepProjections:
         normed = tokens.new_empty(len(ids), tokens.shape[1])
         return self.operations.norm_rows_into(normed, 0, tokens, ids, norm, self.eps)
 
-    def end(self) -> None:
-        """Free weights and sums."""
-        self._weights = self._sums = None
-
 
 class _Begin(torch.autograd.Function):
-    """Forward: compute the table. Backward: dW_e and d norm(e), and return what the steps have summed.
+    """Forward: compute the table. Backward: compute dW_e and d norm(e), and return the sums over the steps.
 
-    The result is the backward token, so autograd runs this backward after those of all steps.
+    The forward returns the backward token, so autograd runs this backward after those of all steps.
     """
 
     @staticmethod
     def forward(
         ctx: Any, steps: StepProjections, tokens: Tensor, rows: Tensor | None, *_parameters: Tensor | None
     ) -> Tensor:
-        # The parameters are inputs for autograd's sake; the values come from ``steps.weights``.
+        # The parameters are inputs only to receive gradients; their values come from ``steps.weights``.
         weight, bias, norm, _ = steps.weights
         first = weight[:, : len(norm)]
         steps.table = weight.new_empty(len(tokens if rows is None else rows), len(weight))
@@ -153,8 +148,8 @@ class _Begin(torch.autograd.Function):
             torch.mm(steps.norm_tokens(tokens, rows, tile), first.t(), out=steps.table[tile])
         if bias is not None:
             steps.table += bias
-        # A frozen table is no activation, so offloading must not see it: keep it as an attribute, and save
-        # its rows.
+        # Keep a frozen table as an attribute and save only the row numbers. It is no activation, so
+        # offloading must not see it.
         ctx.steps, ctx.table = steps, None if rows is None else tokens
         ctx.save_for_backward(tokens if rows is None else rows)
         return weight.new_zeros(())
@@ -175,7 +170,7 @@ class _Begin(torch.autograd.Function):
             d_normed, d_part = d @ weight[:, : len(norm)], None if d_tokens is None else d_tokens[tile]
             norm_gradients = steps.operations.rms_norm_gradients
             d_norm += norm_gradients(d_normed, source, norm, steps.eps, ids, dx=d_part)
-        steps.end()
+        steps._weights = steps._sums = None  # free both: this was the last reader
         d_bias = None if bias is None else d_table.sum(0)
         gradients = (torch.cat([d_first, d_second], 1), d_bias, d_norm, d_state_norm)
         return None, d_tokens, None, *(g if g is None else g.to(weight.dtype) for g in gradients)
@@ -218,7 +213,7 @@ class _Step(torch.autograd.Function):
             d = state.new_empty(len(x), columns)
             steps.rotate(steps.split(d), [g[tile] for g in gradients], ctx.step, tile, back=True)
             steps.operations.add_rows(d_table, index[tile], d)
-            # norm(g) is recomputed, and freed as soon as it has been used.
+            # Recompute norm(g); it is freed as soon as it has been used.
             own = steps.operations
             own.add_product(d_second[:columns], d.t(), own.rms_norm(x, norm, steps.eps))
             d_norm += steps.operations.rms_norm_gradients(d @ second, x, norm, steps.eps, dx=d_state[tile])

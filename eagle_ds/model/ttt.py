@@ -1,24 +1,23 @@
-"""Joint attention of EAGLE-3's test-time training: prefix keys shared by all rows, plus each row's own
-diagonal keys.
+"""Joint attention of test-time training: the prefix keys that all rows share, and each row's diagonal keys.
 
-Row p of TTT step k attends, in one softmax, to the prefix keys K_0[lo..p] and to its diagonal keys K_1[p] ..
-K_k[p].
+Row p of TTT step k attends to the prefix keys K_0[lo..p] and to its diagonal keys K_1[p] .. K_k[p], all
+in one softmax.
 
     prefix attention   attention to K_0/V_0. Other ranks own some of these keys, so K_0/V_0 are exchanged.
-    diagonal keys      K_i[p] with i >= 1 is read by row p only, so it never leaves the rank that owns row p.
-    merge              both give (out, lse), which are combined by log-sum-exp once the prefix's result is
-                       back on the rank that owns the row.
+    diagonal keys      Only row p reads K_i[p] with i >= 1, so it never leaves the rank that owns row p.
+    merge              Both give (out, lse). They are combined by log-sum-exp once the prefix's result is back
+                       on the rank that owns the row.
 
-K_0/V_0 are the same at all T steps. They are sent once, and their gradients, summed over the steps in one
-float32 buffer, are sent back once. (With rotation the blocks travel at every step; gradients are still summed
-over steps.)
+K_0/V_0 are the same at all T steps. They are sent once. Their gradients are summed over the steps in one
+float32 buffer, and sent back once. (With rotation the blocks travel at every step; their gradients are summed
+over the steps all the same.)
 
-The backward token ------------------ That single return of dK_0/dV_0 must run after the backward of all T
-steps. Autograd orders the backward by the graph of tensors alone, and the steps read K_0/V_0 from the
-`PrefixAttention` object, which the graph does not show. So `_ShareKeys` returns a zero scalar, the *backward
-token*, and every step takes it as an input. The token carries no data. It is an edge in the graph: autograd
-runs `_ShareKeys.backward` only when all Functions that took the token have run theirs, and by then every step
-has added to the buffer. `model/projections.py` uses a token in the same way.
+The backward token. The one return of dK_0/dV_0 must run after the backward of all T steps. Autograd knows
+only the graph of tensors, and the steps read K_0/V_0 from the `PrefixAttention` object, which is not in the
+graph. So `_ShareKeys` returns a zero scalar, the *backward token*, and every step takes it as an input. The
+token carries no data; it is an edge in the graph. Autograd runs `_ShareKeys.backward` only when all Functions
+that took the token have run theirs, and by then every step has added to the buffer. `model/projections.py`
+uses a token in the same way.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ if TYPE_CHECKING:  # parallel/ imports DeepSpeed, which tools that only load a d
 
 
 class PrefixAttention:
-    """Attention of this rank's query rows to K_0/V_0 of the whole sequence, for one micro-batch and any
-    layout.
+    """Attention of this rank's query rows to K_0/V_0 of the whole sequence, for one micro-batch.
 
     Holds K_0/V_0 of this rank's KV slots as ``kv`` [keys, slots, 2d]: K in the first half of the last
     dimension, V in the second. The keys are all S rows with gather-once, and the ring rank's block with
@@ -49,8 +47,8 @@ class PrefixAttention:
         kernel: attention backend.
         head_dim: d.
         sliding_window: W, keys visible to a row including itself; None for all.
-        resend_queries: do not keep the head-sharded queries of a step for its backward, but exchange them
-            again.
+        resend_queries: do not keep the head-sharded queries of a step for its backward; exchange them a
+            second time.
         device: where key bounds are needed.
     """
 
@@ -83,8 +81,7 @@ class PrefixAttention:
         return self._dkv
 
     def share_keys(self, k0: Tensor, v0: Tensor) -> Tensor:
-        """Share K_0 and V_0 [own context rows, Hkv, d] with all ranks; return the backward token for
-        ``attend``.
+        """Share K_0 and V_0 [own context rows, Hkv, d] with all ranks, and return the backward token.
 
         Collective, forward and backward.
         """
@@ -163,8 +160,7 @@ class PrefixAttention:
         size = ring.group.size
         out = lse = None
         for i in range(size):
-            # Blocks move to the next rank, so at hop i this rank holds the block of the rank i places before
-            # it.
+            # Blocks move to the next rank, so at hop i this rank holds that of the rank i places earlier.
             block = (ring.group.rank - i) % size
             arriving = ring.rotate(kv, ring.counts[block - 1]) if i + 1 < size else None
             block_out, block_lse = self._block_forward(q, kv, block, step)
@@ -176,7 +172,7 @@ class PrefixAttention:
         return out, lse
 
     def _rotate_backward(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, step: int) -> Tensor:
-        """Return dq, and add the own block's dK_0/dV_0, which all ranks have added to, to ``dkv``.
+        """Return dq, and add dK_0/dV_0 of this rank's own block, summed over the ring's ranks, to ``dkv``.
 
         A block's gradient follows the block one hop later. Its last hop brings it to the block's owner.
         """
@@ -233,8 +229,8 @@ class _JointAttention(torch.autograd.Function):
         prefix: PrefixAttention = ctx.prefix
         dout = dout.contiguous()
         q_heads = prefix.exchange.queries_to_heads(q) if q_heads is None else q_heads
-        # Ring or Ulysses exchanges run in here. dK_0/dV_0 go to the buffer, so only dq and the diagonals are
-        # returned.
+        # This exchanges tensors within ring and Ulysses group. dK_0/dV_0 are added to the buffer, so only dq
+        # and the gradients of the diagonals are returned.
         dq = prefix.backward(dout, q_heads, out, lse, ctx.step)
         dq, gradients = prefix.kernel.diagonal_backward(dout, q, out, lse, diagonals, prefix.scale, dq)
         return None, None, dq.new_zeros(()), dq, *gradients

@@ -1,4 +1,4 @@
-"""The target model as a folder: where it is, its config.json, and the few tensors that a draft needs of it.
+"""The target model as a folder: where it is, its config.json, and the few tensors that a draft needs.
 
 Nothing here loads the model. Only ``config.json``, the safetensors headers and single tensors are read, so a
 target of any size is checked in a moment.
@@ -40,7 +40,7 @@ def resolve_target(model: str, revision: str | None = None, weights: bool = True
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        # What looks like a path must not be looked up on the hub: "models/x" is a missing folder, not an id.
+        # Do not search the hub for what looks like a path: "models/x" is a missing folder, not an id.
         if folder.exists() or not re.fullmatch(HUB_ID, model) or model.startswith((".", "models/")):
             fix = ", nor a Hugging Face id such as org/name"
             if folder.name.startswith("SmolLM2-135M"):
@@ -53,8 +53,7 @@ def resolve_target(model: str, revision: str | None = None, weights: bool = True
             "give the folder of a Hugging Face model, or its id"
         )
     if weights:
-        for _ in weight_headers(folder):  # reading a header checks the file
-            pass
+        list(weight_headers(folder))  # reading a header checks the file
     return folder
 
 
@@ -76,7 +75,7 @@ def _snapshot(model: str, revision: str | None, weights: bool) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json. The text model's settings of a multimodal config come to the top level."""
+    """Read config.json. In a multimodal config, the text model's settings are moved to the top level."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -145,21 +144,16 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
 def load_target_weights(
     folder: str | Path, names: Sequence[str] = tuple(TENSOR_NAMES), dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
-    """Load the named tensors alone, on the CPU: ``embed_tokens`` [V, H], ``lm_head`` [V, H], ``norm`` [H].
+    """Load only the named tensors, on the CPU: ``embed_tokens`` [V, H], ``lm_head`` [V, H], ``norm`` [H].
 
-    With tied embeddings ``lm_head`` is the embedding (the same tensor if both are asked for). ``dtype`` None
+    With tied embeddings ``lm_head`` is the embedding (the same tensor if both are named). ``dtype`` None
     keeps the stored type.
     """
     folder = Path(folder)
     where = {tensor: path for path, header in weight_headers(folder) for tensor in header}
-    loaded: dict[str, torch.Tensor] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for name in names:
-        full_name = _find_tensor(name, where, folder)
-        if full_name not in loaded:
-            loaded[full_name] = _load_tensor(where[full_name], full_name, dtype)
-        tensors[name] = loaded[full_name]
-    return tensors
+    stored = {name: _find_tensor(name, where, folder) for name in names}
+    loaded = {full: _load_tensor(where[full], full, dtype) for full in set(stored.values())}
+    return {name: loaded[full] for name, full in stored.items()}
 
 
 def _find_tensor(name: str, where: dict[str, Path], folder: Path) -> str:

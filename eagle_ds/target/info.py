@@ -1,4 +1,4 @@
-"""What config.json says about a target: sizes, RoPE, stop tokens, and the layers that can be captured."""
+"""Read a target's config.json: sizes, RoPE, stop tokens, and which layers can be captured."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eagle_ds.config.sections import default_aux_ids
 from eagle_ds.target.files import read_config
 
 if TYPE_CHECKING:
@@ -76,13 +77,8 @@ class TargetInfo:
         check_aux_ids(target.aux_ids, self.num_layers)
 
 
-def default_aux_ids(num_layers: int) -> tuple[int, int, int]:
-    """Return an early, a middle and a late layer, as EAGLE-3 chooses them."""
-    return (1, num_layers // 2 - 1, num_layers - 4)
-
-
 def check_aux_ids(aux_ids: Sequence[int], num_layers: int) -> None:
-    """Raise ValueError unless the ids are ascending layers of the target."""
+    """Raise ValueError unless the ids are layers of the target in ascending order."""
     if list(aux_ids) != sorted(set(aux_ids)) or min(aux_ids) < 0 or max(aux_ids) >= num_layers:
         raise ValueError(
             f"aux_layer_ids={list(aux_ids)} must be ascending layer outputs within 0..{num_layers - 1}; "

@@ -265,7 +265,7 @@ def test_a_contradiction_with_the_deepspeed_json_is_refused(own: dict[str, Any],
         ),
         ({"scheduler": {"type": "WarmupLR"}}, r"training\.schedule"),
         ({"fp16": {"enabled": True}}, "use bf16"),
-        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "logged and checked by it"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "every step logs and checks it"),
         (
             {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
             r"use zero_optimization\.stage 1",
