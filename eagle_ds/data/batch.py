@@ -166,7 +166,7 @@ def _label_indices(sharding: SequenceSharding, rank: int) -> tuple[Tensor, Tenso
     """
     queries, targets = sharding.queries[rank], sharding.target_rows(rank)
     label_rows = rg.rows(queries)[:, None] + 1 + np.arange(sharding.ttt_steps)
-    index = rg.rank_of(label_rows.reshape(-1), targets).reshape(label_rows.shape)
+    index = rg.places_before(label_rows.reshape(-1), targets).reshape(label_rows.shape)
     ends = np.array([stop for _, stop in sharding.document_bounds()])
     # label_rows[:, 0] - 1 is p itself: the first end after p is the end of p's document.
     inside = label_rows < ends[np.searchsorted(ends, label_rows[:, :1] - 1, side="right")]

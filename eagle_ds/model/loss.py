@@ -23,12 +23,13 @@ One chunk of C rows goes through these steps; every pair is a row of a matrix:
 
     states g_1 .. g_T [C, D]  --stack-->  [C * T, D]  --keep counted pairs-->  x [n, D]
     x  --final norm-->  [n, D]  --head-->  z [n, Vd]                              the first matmul
-    target hidden states [C + T, H]  --target head-->  t [C + T, Vd]              label logits
+    target hidden states [M, H]  --target head-->  t [M, Vd]                      label logits
     z, t  --row kernels-->  losses [n] and dloss/dz [n, Vd]
     dloss/dz  -->  gradient of the head [Vd, D], gradient of x [n, D]             two more matmuls
 
 Pairs are ordered row by row, (row 0, step 0), (row 0, step 1), ... Row p at step k has the label of target
-row p + 1 + k, so pairs that read the same label are near each other, and find it in the GPU's cache.
+row p + 1 + k. So n consecutive rows need only M = n + T - 1 label rows. Pairs with the same label are near
+each other, and find it in the GPU's cache.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ def head_loss(
         norm_weight, weight = norm_weight.detach(), weight.detach()
     mix = None
     if settings.kind == "lambda":
-        # The weight w of the KL term depends on the mean alpha, so a first pass without
-        # gradients computes alpha.
+        # The weight w of the KL term depends on the mean alpha, so a first pass computes alpha without
+        # gradients.
         assert settings.alpha_mean is not None
         with torch.no_grad():
             sums = _Pass(states, norm_weight, weight, eps, targets, settings, None, gradients=False).run()
@@ -198,10 +199,11 @@ class _Pass:
         blank = torch.zeros(targets.counted.shape, dtype=wide(weight.dtype), device=weight.device)
         self.cross_entropy, self.entropy = blank, blank.clone()
         self.alpha, self.correct = blank.clone(), blank.clone()
-        self.pairs_to, self.first_label, self.last_label = targets.on_host()  # each int64 [N], on the host
+        # Each int64 [N], on the host. ``last_pair[p]`` counts the counted pairs of rows 0 to p.
+        self.last_pair, self.first_label, self.last_label = targets.on_host()
         # Numbers of the counted pairs, row * T + step, ascending. The host knows how many there are, so
         # nonzero_static can allocate its result without waiting for the GPU, as nonzero would.
-        size = int(self.pairs_to[-1]) if len(targets.counted) else 0
+        size = int(self.last_pair[-1]) if len(targets.counted) else 0
         self.pairs = torch.nonzero_static(targets.counted.reshape(-1), size=size).squeeze(1)
         self.d_norm: Tensor | None = None
         if gradients:
@@ -234,14 +236,15 @@ class _Pass:
         """Split the rows. All arithmetic is on the host, so no chunk waits for the GPU."""
         budget = self.settings.chunk_bytes or LOSS_CHUNK_BYTES[self.weight.device.type]
         rows = loss_chunk_rows(self.weight.shape[0], len(self.states), self.weight.element_size(), budget)
-        size, done = len(self.pairs_to), 0
+        size, first_pair = len(self.last_pair), 0
         for start in range(0, size, rows):
             stop = min(start + rows, size)
-            pairs = int(self.pairs_to[stop - 1])
-            # index ascends, so these rows read labels between the first row's first and the last row's last.
+            last_pair = int(self.last_pair[stop - 1])
+            # Labels ascend along rows and TTT steps, so the chunk reads those from its first row at step 0 to
+            # its last row at step T - 1.
             first, last = int(self.first_label[start]), int(self.last_label[stop - 1])
-            yield _Chunk(start, stop, done, pairs, first, last + 1)
-            done = pairs
+            yield _Chunk(start, stop, first_pair, last_pair, first, last + 1)
+            first_pair = last_pair
 
     def _process(self, chunk: _Chunk) -> None:
         """Compute the losses of a chunk's counted pairs and, if wanted, the gradients that they give."""
@@ -252,8 +255,7 @@ class _Pass:
             return
         pairs = self.pairs[chunk.first_pair : chunk.last_pair]  # [n]
         labels = self._labels(chunk.first_label, chunk.last_label)
-        # [C, T, D] -> [C * T, D]. Row c * T + k is the state of query row c at step k: the order
-        # of the pairs.
+        # [C, T, D] -> [C * T, D]. Row c * T + k is the state of query row c at step k, as pairs are numbered.
         states = torch.stack([s[chunk.start : chunk.stop] for s in self.states], 1).flatten(0, 1)
         every = len(pairs) == len(states)
         local = pairs - chunk.start * len(self.states)  # pair number -> row of ``states``
@@ -261,7 +263,7 @@ class _Pass:
         if self.d_norm is None:
             self._losses_of(pairs, operations_for(x).rms_norm(x, self.norm_weight, self.eps), labels, None)
             return
-        # A small autograd graph of the norm alone; everything after it is differentiated by hand.
+        # Autograd differentiates the final norm only. The gradients of head and loss are computed directly.
         with torch.enable_grad():
             x, norm_weight = x.detach().requires_grad_(), self.norm_weight.detach().requires_grad_()
             normed = operations_for(x).rms_norm(x, norm_weight, self.eps)
@@ -271,8 +273,8 @@ class _Pass:
         operations_for(self.weight).add_product(self.d_weight, d_logits.t(), normed.detach())
         d_x, d_norm = torch.autograd.grad(normed, [x, norm_weight], d_logits @ self.weight)
         self.d_norm += d_norm
-        # Scatter back to [C * T, D], zero where a pair does not count, then copy the rows to
-        # each step's gradient.
+        # Scatter to [C * T, D], zero where a pair does not count, then copy the rows to the gradient of each
+        # TTT step.
         d_states = d_x if every else torch.zeros_like(states).index_copy_(0, local, d_x)
         by_step = d_states.unflatten(0, (-1, len(self.states))).unbind(1)
         for gradient, part in zip(self.d_states, by_step, strict=True):
@@ -280,7 +282,8 @@ class _Pass:
 
     def _labels(self, first: int, stop: int) -> _Labels:
         """Compute the labels made from target rows [first, stop), once for all pairs that read them."""
-        # Not widened on a CPU: labels are rounded as the draft's own logits are.
+        # ``widen=False`` here and for the draft's logits: a CPU rounds both in the same way. (On a GPU neither
+        # is rounded.)
         logits = head_logits(self.targets.hidden[first:stop], self.targets.head.draft_rows, widen=False)
         lse_draft, entropy = self.kernels.label_sums(logits)
         lse_full = self.targets.logsumexp[first:stop].to(logits.dtype)

@@ -112,7 +112,7 @@ class PrefixAttention:
             if self.window:  # the query's RoPE position is p + step: keys p + step - W < j <= p are visible
                 lo = np.minimum(np.maximum(lo, rows + step - self.window + 1), hi)
             if self.exchange.rotates:  # from sequence rows to rows of the block
-                lo, hi = (rg.rank_of(limit, self.exchange.ring.blocks[block]) for limit in (lo, hi))
+                lo, hi = (rg.places_before(limit, self.exchange.ring.blocks[block]) for limit in (lo, hi))
             self._bounds[key] = KeyBounds.make(lo, hi, self.device)
         return self._bounds[key]
 

@@ -59,11 +59,11 @@ def rows(ranges: Sequence[Range]) -> np.ndarray:
 
 def index_in(members: Sequence[Range], ranges: Sequence[Range]) -> np.ndarray:
     """Return the place in ``ranges`` of each row of ``members``, int64; members must be a subset."""
-    return rank_of(rows(members), ranges)
+    return places_before(rows(members), ranges)
 
 
-def rank_of(values: np.ndarray, ranges: Sequence[Range]) -> np.ndarray:
-    """Count the rows of ``ranges`` that are below each of ``values`` (int64, in any order)."""
+def places_before(values: np.ndarray, ranges: Sequence[Range]) -> np.ndarray:
+    """Count the rows of ``ranges`` below each of ``values`` (int64, in any order): the value's place."""
     if not ranges:
         return np.zeros(len(values), dtype=np.int64)
     starts = np.array([a for a, _ in ranges], dtype=np.int64)

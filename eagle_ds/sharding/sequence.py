@@ -34,9 +34,11 @@ from typing import Literal
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.ranges import Range, Ranges
 
-# Rows of one HDF5 chunk. Where pieces end at chunk borders, no chunk is decompressed by two ranks.
+# Rows of one HDF5 chunk. Context shares end at multiples of it, so that two ranks need not decompress the
+# same chunk. (Packing shifts documents against this grid, so then some chunks are read twice.)
 CHUNK_ROWS = 64
-MIN_ALIGNED_PIECE = 8 * CHUNK_ROWS  # shorter pieces may end anywhere: balance matters more there
+# Rows of a rank. Smaller shares may end anywhere, because there an even split matters more.
+MIN_ALIGNED_SHARE = 8 * CHUNK_ROWS
 MAX_IMBALANCE = 1.02  # attention work of the busiest ring rank / mean; above it query pieces are made smaller
 MAX_PIECES_PER_RANK = 32  # but no more pieces than this for each ring rank
 
@@ -75,8 +77,7 @@ class Document:
 
 @dataclass(frozen=True)
 class SequenceSharding:
-    """Who owns which rows of one sequence of concatenated documents. Rows are numbered over the whole
-    sequence.
+    """Who owns which rows of one sequence, in which rows of all documents are numbered consecutively.
 
     ``context[i]`` and ``queries[i]`` belong to sequence-parallel rank i. The Ulysses ranks of one ring rank
     own ascending rows in order, so their shares, concatenated, are the ring rank's rows, sorted.
@@ -166,9 +167,8 @@ class SequenceSharding:
 
     @cached_property
     def digest(self) -> str:
-        """A short hash of every number in the sharding. Ranks compare it."""
-        numbers = (self.documents, self.ulysses, self.ring, self.ring_mode, self.context, self.queries)
-        return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]
+        """A short hash of all fields. Ranks compare it."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
 def shard_sequence(
@@ -215,7 +215,7 @@ def _borders(total: int, pieces: int, align: int) -> list[int]:
 def _split_context(num_tokens: int, ulysses: int, ring: int) -> tuple[Ranges, ...]:
     """Split all rows zigzag over ring ranks, then in equal runs over Ulysses ranks."""
     pieces = 2 * ring if ring > 1 else 1
-    align = CHUNK_ROWS if num_tokens // (ulysses * ring) >= MIN_ALIGNED_PIECE else 1
+    align = CHUNK_ROWS if num_tokens // (ulysses * ring) >= MIN_ALIGNED_SHARE else 1
     bounds = _bounds(_borders(num_tokens, pieces, align))
     shares: list[Ranges] = []
     for r in range(ring):
@@ -244,8 +244,7 @@ def _split_queries(trained: Ranges, bounds: Sequence[Range], ulysses: int, ring:
 
 
 def _deal(trained: Ranges, bounds: Sequence[Range], ring: int, per_rank: int) -> list[Ranges]:
-    """Split into equal pieces and give ``per_rank`` of them to each ring rank, so that attention work
-    balances.
+    """Split into equal pieces and give ``per_rank`` of them to each ring rank, balancing attention work.
 
     Greedy: the piece with the most work first, to the ring rank with the least work that still needs pieces.
     Equal pieces, equally many for each rank, also make row counts equal.
@@ -259,7 +258,7 @@ def _deal(trained: Ranges, bounds: Sequence[Range], ring: int, per_rank: int) ->
         rank = min((r for r in range(ring) if len(owned[r]) < per_rank), key=lambda r: (load[r], r))
         owned[rank].append(i)
         load[rank] += work[i]
-    return [rg.normalize(r for i in sorted(mine) for r in pieces[i]) for mine in owned]
+    return [rg.normalize(r for i in mine for r in pieces[i]) for mine in owned]
 
 
 def _attended_keys(rows: Ranges, bounds: Sequence[Range]) -> int:

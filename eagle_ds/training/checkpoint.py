@@ -1,7 +1,7 @@
 """Save and load checkpoints, and decide whether a run may resume from one.
 
-    checkpoints/step_N/        DeepSpeed's files; state.json, the position of the run; the draft in
-    safetensors checkpoints/latest         name of the newest complete checkpoint
+    checkpoints/step_N/        DeepSpeed's files; state.json, the position of the run; the draft in safetensors
+    checkpoints/latest         name of the newest complete checkpoint
     best/                      the draft of the best evaluation so far
 
 An interrupted save must never be resumed from. Everything is therefore written under a hidden name and

@@ -49,7 +49,7 @@ def test_index_in_finds_every_member(pairs: list[rg.Range], kept: list[rg.Range]
 
 
 @given(PAIRS, st.lists(st.integers(-3, ROWS + 3), max_size=20))
-def test_rank_of_counts_the_rows_below(pairs: list[rg.Range], values: list[int]) -> None:
+def test_places_before_counts_the_rows_below(pairs: list[rg.Range], values: list[int]) -> None:
     ranges = rg.normalize(pairs)
     expected = [sum(row < value for row in members(ranges)) for value in values]
-    assert rg.rank_of(np.array(values, dtype=np.int64), ranges).tolist() == expected
+    assert rg.places_before(np.array(values, dtype=np.int64), ranges).tolist() == expected

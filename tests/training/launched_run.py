@@ -1,8 +1,9 @@
 """One rank of a run under DeepSpeed's launcher, with a fault.
 
-Usage: launched_run.py RECIPE.json FAULT RANK MICRO_BATCH. On rank RANK, after its micro-batch MICRO_BATCH,
-    the fault
-"memory" raises an out-of-memory error and "term" sends SIGTERM.
+Usage: launched_run.py RECIPE.json FAULT RANK MICRO_BATCH
+
+The fault happens on rank RANK, after its micro-batch number MICRO_BATCH: "memory" raises an out-of-memory
+error, "term" sends SIGTERM.
 """
 
 from __future__ import annotations
