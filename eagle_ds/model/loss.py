@@ -282,8 +282,7 @@ class _Pass:
 
     def _labels(self, first: int, stop: int) -> _Labels:
         """Compute the labels made from target rows [first, stop), once for all pairs that read them."""
-        # ``widen=False`` here and for the draft's logits: a CPU rounds both in the same way. (On a GPU neither
-        # is rounded.)
+        # ``widen=False`` here and for the draft's logits: a CPU rounds both in the same way, a GPU neither.
         logits = head_logits(self.targets.hidden[first:stop], self.targets.head.draft_rows, widen=False)
         lse_draft, entropy = self.kernels.label_sums(logits)
         lse_full = self.targets.logsumexp[first:stop].to(logits.dtype)

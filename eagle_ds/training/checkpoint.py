@@ -1,6 +1,6 @@
 """Save and load checkpoints, and decide whether a run may resume from one.
 
-    checkpoints/step_N/        DeepSpeed's files; state.json, the position of the run; the draft in safetensors
+    checkpoints/step_N/        DeepSpeed's files; state.json (position of the run); the draft in safetensors
     checkpoints/latest         name of the newest complete checkpoint
     best/                      the draft of the best evaluation so far
 
