@@ -5,6 +5,7 @@ The text below each field is its documentation. ``recipes/NAME.sh --help`` and e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -16,11 +17,16 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
-# Keys that each kind of rope scaling cannot do without
-ROPE_NEEDS = {
+# Every kind of rope scaling, with the keys that it cannot do without
+ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+}
+# Keys that a kind reads if they are there; other kinds have none
+ROPE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
 }
 
 
@@ -49,13 +55,18 @@ class Section(BaseModel):
             field.description = " ".join((field.description or "").split()) or None
 
 
+def keys_read_by(rope_type: str) -> set[str]:
+    """Return the fields of ``RopeScaling`` that this kind reads."""
+    return {"rope_type", *ROPE_NEEDS[rope_type], *ROPE_OPTIONS.get(rope_type, ())}
+
+
 class RopeScaling(Section):
     """Rotary scaling with the keys of a Hugging Face ``config.json``."""
 
     rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
     """Kind of scaling. Copy the whole section from the target's config.json."""
     factor: PositiveFloat = 1.0
-    """How many times longer contexts become."""
+    """linear, llama3, yarn: how many times longer contexts become."""
     original_max_position_embeddings: PositiveInt | None = None
     """llama3, yarn: context length in tokens before scaling."""
     low_freq_factor: PositiveFloat | None = None
@@ -76,13 +87,34 @@ class RopeScaling(Section):
     truncate: bool = True
     """yarn: round the range of partly scaled dimensions to whole dimensions."""
 
+    @classmethod
+    def of_model(cls, keys: Mapping[str, Any]) -> RopeScaling:
+        """Read the scaling of an existing model. Ignore keys of other kinds, as engines do.
+
+        Raises:
+            ValueError: the kind or a key is unknown, or a key that the kind needs is missing.
+        """
+        kind = keys.get("rope_type", "default")
+        if kind not in list(ROPE_NEEDS):  # a list: a damaged file may hold a value that has no hash
+            return cls(**keys)  # raises, and names the kinds that exist
+        foreign = cls.model_fields.keys() - keys_read_by(kind)
+        return cls(**{name: value for name, value in keys.items() if name not in foreign})
+
     @model_validator(mode="after")
-    def _complete(self) -> RopeScaling:
+    def _has_the_keys_of_its_kind(self) -> RopeScaling:
         given = {name for name in self.model_fields_set if getattr(self, name) is not None}
-        lacking = [name for name in ROPE_NEEDS.get(self.rope_type, ()) if name not in given]
+        lacking = [name for name in ROPE_NEEDS[self.rope_type] if name not in given]
         if lacking:
             advice = "copy the whole rope_scaling section from the model's config.json"
             raise ValueError(f"rope_type {self.rope_type} needs {', '.join(lacking)}; {advice}")
+        # A saved recipe holds every key. Defaults of keys that the kind does not read are harmless.
+        fields, read = type(self).model_fields, keys_read_by(self.rope_type)
+        unread = [name for name, value in self if name not in read and value != fields[name].default]
+        if unread:
+            readers = [kind for kind in ROPE_NEEDS if keys_read_by(kind).issuperset(unread)]
+            other = f", or set rope_type to {join_or(readers)}" if readers else ""
+            wrong = f"rope_type {self.rope_type} does not use {', '.join(unread)}"
+            raise ValueError(f"{wrong}; remove what is not used{other}")
         return self
 
 

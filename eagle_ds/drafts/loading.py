@@ -24,6 +24,7 @@ from torch import Tensor
 
 from eagle_ds.config.recipe import Recipe, load_recipe
 from eagle_ds.config.run_folder import RECIPE_FILE, draft_candidates
+from eagle_ds.config.sections import RopeScaling
 from eagle_ds.config.settings import read_json
 from eagle_ds.data.vocab import VocabMap
 from eagle_ds.drafts import serving_format as served
@@ -104,6 +105,8 @@ def load_checkpoint(folder: Path) -> DraftOnDisk:
     tree = read_json(folder / ARCH_FILE)
     try:
         known = {field.name: tree[field.name] for field in fields(DraftArch) if field.name in tree}
+        if isinstance(known.get("rope_scaling"), dict):
+            known["rope_scaling"] = RopeScaling.of_model(known["rope_scaling"])
         arch = TypeAdapter(DraftArch).validate_python(known)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from eagle_ds.config.sections import ROPE_NEEDS, RopeScaling
+from eagle_ds.config.sections import ROPE_NEEDS, RopeScaling, keys_read_by
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.target.info import TargetInfo, rope_of
@@ -141,10 +141,8 @@ def _scaling_keys(scaling: RopeScaling) -> dict[str, Any]:
 
     Engines do not read ``attention_factor``; they multiply their own factor by ``attn_factor``.
     """
-    # linear and llama3 have no optional keys; yarn has all keys but two that belong to llama3.
-    yarn = RopeScaling.model_fields.keys() - {"low_freq_factor", "high_freq_factor"}
-    used = yarn if scaling.rope_type == "yarn" else {"rope_type", *ROPE_NEEDS[scaling.rope_type]}
-    keys = {name: value for name, value in scaling if name in used and value is not None}
+    read = keys_read_by(scaling.rope_type)
+    keys = {name: value for name, value in scaling if name in read and value is not None}
     if scaling.rope_type == "yarn" and scaling.attention_factor is not None:
         keys["attn_factor"] = scaling.attention_factor / _engine_magnitude(keys)
     return keys
@@ -164,7 +162,9 @@ def _engine_magnitude(scaling: Mapping[str, Any]) -> float:
 def rope_scaling_of(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Return (theta, scaling) of a draft's config.json; without a theta it is 10000.
 
-    Raises ValueError for a kind of scaling that is not supported.
+    Keys that belong to other kinds of scaling are ignored, as engines ignore them.
+
+    Raises ValueError for a kind of scaling, or a key, that is not supported.
     """
     theta, scaling = rope_of(dict(config))
     if scaling is None:
@@ -173,12 +173,13 @@ def rope_scaling_of(config: Mapping[str, Any]) -> tuple[float, RopeScaling | Non
     scaling.pop("rope_theta", None)
     if scaling.pop("partial_rotary_factor", 1.0) != 1.0 or config.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial rotary embedding is not supported; the draft must rotate whole heads")
-    if attn_factor is not None and scaling.get("attention_factor") is None:
+    if attn_factor is not None and scaling.get("attention_factor") is None and "factor" in scaling:
         scaling["attention_factor"] = attn_factor * _engine_magnitude(scaling)
     try:
-        return theta, RopeScaling(**scaling)
+        return theta, RopeScaling.of_model(scaling)
     except ValueError as error:
-        supported = f"linear, llama3 and yarn with the keys {', '.join(RopeScaling.model_fields)}"
+        kinds = ", ".join(kind for kind in ROPE_NEEDS if kind != "default")
+        supported = f"{kinds} with the keys {', '.join(RopeScaling.model_fields)}"
         raise ValueError(f"its rope scaling {scaling} is not supported; supported are {supported}") from error
 
 

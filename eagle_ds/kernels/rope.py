@@ -12,47 +12,53 @@ import math
 import torch
 from torch import Tensor
 
-from eagle_ds.config.sections import RopeScaling
+from eagle_ds.config.sections import ROPE_NEEDS, RopeScaling
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, float]:
     """Return (float64 [d/2] frequencies, factor on cos and sin).
 
     Raises:
-        ValueError: the scaling lacks a value that its type needs.
+        ValueError: the kind of scaling is unknown, or a value that it needs is missing.
     """
     plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if scaling is None or scaling.rope_type == "default":
         return plain, 1.0
     if scaling.rope_type == "linear":
         return plain / scaling.factor, 1.0
-    original = scaling.original_max_position_embeddings
-    if original is None:
-        raise ValueError(f"rope_type {scaling.rope_type} needs original_max_position_embeddings")
     if scaling.rope_type == "llama3":
-        return _llama3(plain, scaling, original)
-    return _yarn(plain, scaling, original, head_dim, theta)
+        return _llama3(plain, scaling)
+    if scaling.rope_type == "yarn":
+        return _yarn(plain, scaling, head_dim, theta)
+    known = ", ".join(ROPE_NEEDS)
+    raise ValueError(f"rope_type {scaling.rope_type} has no frequencies here; the kinds are {known}")
 
 
-def _llama3(plain: Tensor, scaling: RopeScaling, original: int) -> tuple[Tensor, float]:
+def _original_length(scaling: RopeScaling) -> int:
+    """Return the context length in tokens before scaling."""
+    if scaling.original_max_position_embeddings is None:
+        raise ValueError(f"rope_type {scaling.rope_type} needs original_max_position_embeddings")
+    return scaling.original_max_position_embeddings
+
+
+def _llama3(plain: Tensor, scaling: RopeScaling) -> tuple[Tensor, float]:
     """Llama 3.1: divide low frequencies by ``factor``, keep high ones, interpolate between."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     if low is None or high is None or low >= high:
         raise ValueError(f"rope_type llama3 needs low_freq_factor < high_freq_factor, found {low} and {high}")
     # Full turns within the original context decide what is low and what is high.
-    turns = original * plain / (2 * math.pi)
+    turns = _original_length(scaling) * plain / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * plain + (1 - keep) * plain / scaling.factor, 1.0
 
 
-def _yarn(
-    plain: Tensor, scaling: RopeScaling, original: int, head_dim: int, theta: float
-) -> tuple[Tensor, float]:
+def _yarn(plain: Tensor, scaling: RopeScaling, head_dim: int, theta: float) -> tuple[Tensor, float]:
     """YaRN (arXiv:2309.00071): keep high frequencies, divide low ones by ``factor``, interpolate between.
 
     Frequencies that make at least ``beta_fast`` turns within the original context are kept. Those that make
     at most ``beta_slow`` turns are divided.
     """
+    original = _original_length(scaling)
 
     def dimension(turns: float) -> float:
         """Return the dimension, as a real number, whose frequency makes ``turns`` turns."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
 from eagle_ds.config.recipe import Recipe, data_parallel_size, load_recipe
+from eagle_ds.config.sections import ROPE_NEEDS, ROPE_OPTIONS, RopeScaling, keys_read_by
 from eagle_ds.config.settings import apply_overrides, dotted_fields, parse_overrides
 
 MINIMAL: dict[str, Any] = {
@@ -47,6 +48,8 @@ def test_overrides_reach_nested_and_absent_sections(minimal: Path) -> None:
         "--training.max_steps",
         "10",
         "--parallel.ring=2",
+        "--draft.rope_scaling.rope_type",
+        "linear",
         "--draft.rope_scaling.factor",
         "4",
         "--data.store",
@@ -55,7 +58,7 @@ def test_overrides_reach_nested_and_absent_sections(minimal: Path) -> None:
     loaded = load_recipe(minimal, tokens)
     assert (loaded.training.max_steps, loaded.parallel.ring, loaded.data.store) == (10, 2, "elsewhere")
     assert loaded.draft.rope_scaling is not None
-    assert loaded.draft.rope_scaling.factor == 4.0
+    assert (loaded.draft.rope_scaling.rope_type, loaded.draft.rope_scaling.factor) == ("linear", 4.0)
 
 
 def test_values_are_json_unless_the_setting_takes_text() -> None:
@@ -102,6 +105,23 @@ def test_a_saved_recipe_loads_to_the_same_recipe(tmp_path: Path) -> None:
     assert load_recipe(path) == first
 
 
+def test_every_kind_of_rope_scaling_says_which_keys_it_needs_and_which_it_may_have() -> None:
+    assert get_args(RopeScaling.model_fields["rope_type"].annotation) == tuple(ROPE_NEEDS)
+    assert ROPE_OPTIONS.keys() <= ROPE_NEEDS.keys()
+    assert set().union(*map(keys_read_by, ROPE_NEEDS)) == RopeScaling.model_fields.keys()
+
+
+def test_the_scaling_of_a_model_may_have_keys_of_other_kinds_and_unknown_ones_are_refused() -> None:
+    found = RopeScaling.of_model({"rope_type": "linear", "factor": 4, "beta_fast": 16, "low_freq_factor": 1})
+    assert found == RopeScaling(rope_type="linear", factor=4)
+    for keys in ({"rope_type": "linear", "factor": 4, "bogus": 1}, {"rope_type": "linear"}):
+        with pytest.raises(ValueError, match=r"bogus|needs factor"):
+            RopeScaling.of_model(keys)
+    for kind in ("unheard_of", ["linear"]):
+        with pytest.raises(ValueError, match="'default', 'linear', 'llama3' or 'yarn'"):
+            RopeScaling.of_model({"rope_type": kind, "factor": 4})
+
+
 def test_apply_overrides_does_not_change_its_argument() -> None:
     tree = {"training": {"seed": 1}}
     apply_overrides(tree, {"training.seed": 2})
@@ -145,6 +165,18 @@ def test_every_setting_has_a_description() -> None:
         (["--draft.vocab_size", "101"], "draft.vocab_size=101 is above target.vocab_size=100"),
         (["--target.num_layers", "3"], "aux_layer_ids=[1, 0, -1] must lie in 0..2"),
         (["--draft.rope_scaling.rope_type", "llama3"], "rope_type llama3 needs factor, low_freq_factor"),
+        (["--draft.rope_scaling.rope_type", "unheard_of"], "'default', 'linear', 'llama3' or 'yarn'"),
+        (
+            ["--draft.rope_scaling.factor", "4"],
+            "rope_type default does not use factor; remove what is not used, or set rope_type to linear",
+        ),
+        (
+            [
+                *("--draft.rope_scaling.rope_type", "linear", "--draft.rope_scaling.factor", "4"),
+                *("--draft.rope_scaling.beta_fast", "16", "--draft.rope_scaling.truncate", "false"),
+            ],
+            "linear does not use beta_fast, truncate; remove what is not used, or set rope_type to yarn",
+        ),
         (["--training.loss", "mse"], "training.loss = \"mse\": input should be 'kl', 'alpha' or 'lambda'"),
         (["--training.learning_rate", "fast"], 'training.learning_rate = "fast"'),
         (["--training.learning_rate", "NaN"], "finite number"),

@@ -21,7 +21,7 @@ from torch import Tensor
 from eagle_ds.config.sections import RopeScaling
 from eagle_ds.drafts import export
 from eagle_ds.drafts.export import ExportSettings, export_draft, verify_export
-from eagle_ds.drafts.loading import DraftOnDisk, initial_draft, load_draft, load_served_draft
+from eagle_ds.drafts.loading import ARCH_FILE, DraftOnDisk, initial_draft, load_draft, load_served_draft
 from eagle_ds.drafts.serving_format import ServeCommands
 from eagle_ds.target.info import TargetInfo
 from tests.draft_cases import LAYERS, LLAMA3, PLAIN, VARIANTS, random_draft, recipe_for, variant, write_run
@@ -350,6 +350,17 @@ def test_a_published_draft_is_read_with_the_engines_defaults(tmp_path: Path) -> 
     assert start.arch.max_position_embeddings == 4096 and start.layer_outputs is None
 
 
+def test_keys_of_other_kinds_of_rope_scaling_are_ignored_in_files_that_exist(tmp_path: Path) -> None:
+    arch = dataclasses.replace(variant("linear rope"), head_dim=8, max_position_embeddings=2048)
+    extra = {"beta_fast": 16.0, "original_max_position_embeddings": 1024, "low_freq_factor": 1.0}
+    keys = {"rope_type": "linear", "factor": 4.0, **extra}
+    assert load_draft(published(tmp_path / "p", random_draft(arch), rope_scaling=keys)).arch == arch
+    run = write_run(tmp_path, random_draft(arch), recipe_for(arch, tmp_path))
+    tree = json.loads((run / ARCH_FILE).read_text())
+    (run / ARCH_FILE).write_text(json.dumps(tree | {"rope_scaling": tree["rope_scaling"] | extra}))
+    assert load_draft(run).arch == arch
+
+
 class Evil:
     """A pickle of this runs a command when it is loaded."""
 
@@ -364,7 +375,9 @@ class Evil:
         ({"norm_before_residual": True}, "the residual is normed"),
         ({"speculators_model_type": "eagle3"}, "speculators container"),
         ({"hidden_act": "gelu"}, "activation is gelu"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, "rope scaling"),
+        ({"rope_scaling": {"rope_type": "unheard_of", "factor": 4}}, "supported are linear, llama3, yarn"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4, "bogus": 1}}, "rope scaling .*bogus"),
+        ({"rope_scaling": {"rope_type": "yarn", "attn_factor": 1.5}}, "rope scaling .*yarn"),
         (
             {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2}},
             "partial rotary",
