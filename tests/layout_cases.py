@@ -11,7 +11,7 @@ from torch import Tensor
 from eagle_ds.data.batch import TokenLabels
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.model.loss import uniform_decay
+from eagle_ds.model.loss import step_decays
 from eagle_ds.sharding.sequence import Document, SequenceSharding, shard_sequence
 from tests.micro_batch import WholeHead, WholeSequence
 from tests.plain_reference import ReferenceSums, document_sums
@@ -128,7 +128,7 @@ def reference_step(case: Case) -> tuple[Tensor, ReferenceSums, dict[str, Tensor]
     counted = sums.counted.clamp(min=1)
     if case.kind == "lambda":  # w follows from the mean alpha, which no weight of the loss changes
         sums = _all_documents(case, lookup, head, torch.exp(-3.0 * sums.alpha / counted))
-    loss = (uniform_decay(DECAY, case.steps) * sums.loss / counted).sum()
+    loss = (step_decays(DECAY, case.steps) * sums.loss / counted).sum()
     names = list(weights)
     grads = torch.autograd.grad(loss, [weights[n] for n in names], allow_unused=True)
     found = {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(names, grads, strict=True)}

@@ -15,10 +15,12 @@ from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, head_loss
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.parallel.exchange import SequenceExchange
-from eagle_ds.parallel.topology import SOLO, ProcessGroups
+from eagle_ds.parallel.topology import ProcessGroups, Topology, make_groups
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import SequenceSharding
 from eagle_ds.target.head import TargetHead, argmax_and_logsumexp
+
+SOLO = make_groups(Topology(1, 0))  # groups of one, without torch.distributed
 
 
 @dataclass

@@ -28,7 +28,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eagle_ds.config.outputs import check_output_file
-from eagle_ds.estimate.sequences import document_in_exact_turns
 
 SHAPES = (
     (32768, 1.0, 512, 1), (131072, 1.0, 512, 1), (131072, 0.5, 2048, 1),
@@ -69,6 +68,7 @@ def measure(options: argparse.Namespace) -> None:
     import torch
 
     from eagle_ds.bench.attention import Heads, time_attention
+    from eagle_ds.bench.synthetic_data import document_in_exact_turns
 
     for name in ("seq", "documents", "heads", "kv_heads", "head_dim", "repeats"):
         if (value := getattr(options, name)) is not None and value < 1:

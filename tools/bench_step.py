@@ -62,7 +62,6 @@ from eagle_ds.bench.plots import write_results
 from eagle_ds.bench.results import read_results
 from eagle_ds.config.outputs import check_output_file, check_output_folder
 from eagle_ds.config.recipe import Recipe, load_recipe
-from eagle_ds.estimate.sequences import document_in_exact_turns
 
 if TYPE_CHECKING:
     from eagle_ds.bench.step import StepBench
@@ -276,6 +275,7 @@ def run(options: argparse.Namespace, tokens: int, fraction: float) -> list[dict[
     out of memory leaves at once: the others wait for it in a collective, and the launcher ends them.
     """
     from eagle_ds.bench.step import forget_benches
+    from eagle_ds.bench.synthetic_data import document_in_exact_turns
     from eagle_ds.training.sizing import is_out_of_memory
     from eagle_ds.training.stopping import leave_at_once
 

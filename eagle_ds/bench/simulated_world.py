@@ -1,7 +1,7 @@
 """Worlds with more ranks than GPUs, for benchmarks and tests: ranks that share a GPU, or one rank alone.
 
-Training itself uses ``eagle_ds.training.world.join_world``. The process groups behind both simulations, and
-what they leave out, are described in ``process_groups.py``.
+Training itself uses ``eagle_ds.training.world.join_world``. ``process_groups.py`` describes the process
+groups of both simulations, and what they leave out.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import deepspeed
 import torch
@@ -30,7 +31,19 @@ from eagle_ds.training.world import World, explaining_rendezvous, take_device, w
 logger = logging.getLogger(__name__)
 
 
-def join_shared_gpu(parallel: ParallelConfig, local_rank: int) -> World:
+@dataclass(frozen=True)
+class SharedWorld(World):
+    """A world in which ``ranks_per_device`` ranks share each GPU."""
+
+    ranks_per_device: int = 1
+
+    @property
+    def memory_bytes(self) -> int:
+        """This rank's share of its GPU's memory, or of the host's on a CPU."""
+        return super().memory_bytes // (self.ranks_per_device if self.device.type == "cuda" else 1)
+
+
+def join_shared_gpu(parallel: ParallelConfig, local_rank: int) -> SharedWorld:
     """Form the process groups of ``parallel`` among ranks that share the GPUs of this host. Collective.
 
     Like ``join_world``, except that rank i uses GPU i modulo the number of GPUs. On CPU the ranks exchange
@@ -45,9 +58,10 @@ def join_shared_gpu(parallel: ParallelConfig, local_rank: int) -> World:
             dist.init_process_group(STAGED)
             deepspeed.init_distributed(STAGED, auto_mpi_discovery=False, verbose=False)
     devices = torch.cuda.device_count() if device.type == "cuda" else 1
-    world = world_of(parallel, device, ranks_per_device=-(-dist.get_world_size() // devices))
+    ranks_per_device = -(-dist.get_world_size() // devices)
+    world = SharedWorld(**vars(world_of(parallel, device)), ranks_per_device=ranks_per_device)
     if is_new and world.is_first:
-        shared = f"{world.ranks_per_device} ranks share each device and exchange tensors through host memory"
+        shared = f"{ranks_per_device} ranks share each device and exchange tensors through host memory"
         logger.warning("%s: the results are exact, the times mean nothing", shared)
     return world
 

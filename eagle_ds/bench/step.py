@@ -32,7 +32,7 @@ from eagle_ds.estimate.step_time import floor_seconds
 from eagle_ds.kernels.backend import choose_attention
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.model.loss import uniform_decay
+from eagle_ds.model.loss import step_decays
 from eagle_ds.sharding.sequence import Document, SequenceSharding
 from eagle_ds.target.head import TargetHead
 from eagle_ds.training.metrics import step_weights
@@ -156,7 +156,7 @@ class StepBench:
         assert self._batch is not None and self.source is not None
         batch, counted = self._batch
         training = self.recipe.training
-        decay = uniform_decay(training.step_decay, training.ttt_steps)
+        decay = step_decays(training.step_decay, training.ttt_steps)
         # DeepSpeed averages over all ranks, the loss is a sum over them: hence the factor world size.
         weights = self.world.topology.world_size * step_weights(counted, decay, None)
         self._loss, _ = self.runner(batch, weights)

@@ -1,5 +1,5 @@
-"""Data that benchmarks make for themselves: random stores, realistic hidden states, and a store that can be
-learned.
+"""Data that benchmarks make for themselves: documents, random stores, realistic hidden states, and a store
+that can be learned.
 
 1. ``random_store`` makes stores of random states, to time steps that read from disk. Nothing can be learned
    from them. One block of normal random states is repeated along each sample. Chunks of 64 rows are
@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle_ds.config.recipe import Recipe
+from eagle_ds.config.sections import default_aux_ids
 from eagle_ds.estimate.sequences import document_in_turns
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import Document
@@ -51,6 +52,19 @@ BLOCK_ROWS = 1024  # rows of the random block that a random sample repeats
 MAX_WORKERS = 32
 # a random store has at least 4 samples up to this length and 2 beyond it (4 GB each at 128K)
 FEW_TOKENS = 65_536
+
+
+def document_in_exact_turns(num_tokens: int, fraction: float, turn: int) -> Document:
+    """Return ``document_in_turns``, but raise ValueError if the document is too short for one whole period.
+
+    A single turn in a short document would be another fraction than requested.
+    """
+    document = document_in_turns(num_tokens, fraction, turn)
+    if fraction < 1 and turn / fraction > num_tokens:
+        longest = max(int(num_tokens * fraction), 1)
+        too_long = f"a turn of {turn} tokens is more than {fraction:g} of {num_tokens}"
+        raise ValueError(f"{too_long}; give --turn {longest} or less")
+    return document
 
 
 def default_samples(num_tokens: int, per_step: int) -> int:
@@ -179,7 +193,7 @@ def capture_states(folder: Path, width: int) -> States:
     logger.info("running %s over %d passages of %d tokens", folder, passages, PASSAGE_TOKENS)
     with torch.inference_mode():
         states = model(ids, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
-    wide = [_side_by_side(states[layer + 1], width) for layer in aux_layers(layers)]
+    wide = [_side_by_side(states[layer + 1], width) for layer in default_aux_ids(layers)]
     return torch.cat(wide, dim=1), _side_by_side(states[-1], width)
 
 
@@ -198,13 +212,8 @@ def make_sample(states: States, num_tokens: int, turn_tokens: int = 2048) -> Sam
 def info_for(folder: Path, width: int) -> StoreInfo:
     """Return the info of a store of such samples."""
     config = read_config(folder)
-    layers = aux_layers(config["num_hidden_layers"])
+    layers = default_aux_ids(config["num_hidden_layers"])
     return StoreInfo(f"{folder.name}, widened", "bench", "bench", width, layers, config["vocab_size"])
-
-
-def aux_layers(num_layers: int) -> tuple[int, int, int]:
-    """Return the layers that EAGLE-3 drafts read by default."""
-    return (1, num_layers // 2 - 1, num_layers - 4)
 
 
 def _side_by_side(states: Tensor, width: int) -> Tensor:

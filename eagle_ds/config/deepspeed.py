@@ -92,6 +92,11 @@ def bf16_enabled(ds_json: dict[str, Any]) -> bool:
     return bool(ds_json.get("bf16", {}).get("enabled", False))
 
 
+def element_bytes(ds_json: dict[str, Any]) -> int:
+    """Return the bytes of one weight or activation: 2 in bfloat16, 4 in float32."""
+    return 2 if bf16_enabled(ds_json) else 4
+
+
 def offloads_optimizer(ds_json: dict[str, Any]) -> bool:
     """Whether optimizer state is kept in host memory or on NVMe."""
     offload = ds_json.get("zero_optimization", {}).get("offload_optimizer") or {}

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from eagle_ds.config.deepspeed import bf16_enabled
+from eagle_ds.config.deepspeed import element_bytes
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.estimate.devices import GIB, Device
 from eagle_ds.estimate.memory import MemoryModel
@@ -53,7 +52,7 @@ class Setup:
     """
 
     recipe: Recipe
-    ds_json: Mapping[str, Any]
+    ds_json: dict[str, Any]
     world_size: int
     device: Device
 
@@ -63,9 +62,8 @@ class Setup:
 
     def ring_mode(self, num_tokens: int) -> RingMode:
         """Return the ring mode of a sequence of ``num_tokens`` on this device."""
-        element = 2 if bf16_enabled(dict(self.ds_json)) else 4
         memory_bytes = self.device.usable_bytes if self.device.memory_gib < math.inf else CPU_BYTES
-        return choose_ring_mode(self.recipe, num_tokens, element, memory_bytes)
+        return choose_ring_mode(self.recipe, num_tokens, element_bytes(self.ds_json), memory_bytes)
 
     def fits(self, sharding: SequenceSharding) -> bool:
         """Whether the predicted peak fits the device."""

@@ -19,12 +19,12 @@ real step on a CPU, in ``tests/estimate/test_memory.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from eagle_ds.config.deepspeed import bf16_enabled, offloads_optimizer, zero_stage
+from eagle_ds.config.deepspeed import element_bytes, offloads_optimizer, zero_stage
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.estimate.devices import GIB
 from eagle_ds.estimate.tensor_sizes import NOTHING, Saved, TensorSizes
@@ -104,13 +104,13 @@ class MemoryModel:
     """
 
     def __init__(
-        self, recipe: Recipe, ds_json: Mapping[str, Any], world_size: int, sharding: SequenceSharding,
+        self, recipe: Recipe, ds_json: dict[str, Any], world_size: int, sharding: SequenceSharding,
         *, cpu: bool = False, prefetched: int = PREFETCHED,
     ) -> None:
         self.recipe, self.cpu, self.prefetched = recipe, cpu, prefetched
-        self.ds_json, self.world_size = dict(ds_json), world_size
+        self.ds_json, self.world_size = ds_json, world_size
         self.offloads = recipe.training.offload_activations
-        self.sizes = TensorSizes(recipe, sharding, 2 if bf16_enabled(self.ds_json) else 4, cpu=cpu)
+        self.sizes = TensorSizes(recipe, sharding, element_bytes(ds_json), cpu=cpu)
 
     def peak(self) -> Parts:
         """Return the bytes by component at the stage that holds most."""

@@ -39,19 +39,6 @@ def document_in_turns(num_tokens: int, fraction: float, turn: int = 512) -> Docu
     return Document(num_tokens, tuple((max(end - turn, 0), end) for end in ends))
 
 
-def document_in_exact_turns(num_tokens: int, fraction: float, turn: int) -> Document:
-    """Return ``document_in_turns``, but raise ValueError if the document is too short for one whole period.
-
-    Benchmarks use it, because a single turn in a short document would be another fraction than requested.
-    """
-    document = document_in_turns(num_tokens, fraction, turn)
-    if fraction < 1 and turn / fraction > num_tokens:
-        longest = max(int(num_tokens * fraction), 1)
-        too_long = f"a turn of {turn} tokens is more than {fraction:g} of {num_tokens}"
-        raise ValueError(f"{too_long}; give --turn {longest} or less")
-    return document
-
-
 def heaviest_sequence(recipe: Recipe, dp: int) -> tuple[list[Document], str]:
     """Find the most expensive sequence of the first epoch.
 

@@ -282,7 +282,8 @@ class _Pass:
 
     def _labels(self, first: int, stop: int) -> _Labels:
         """Compute the labels made from target rows [first, stop), once for all pairs that read them."""
-        # ``widen=False`` here and for the draft's logits: a CPU rounds both in the same way, a GPU neither.
+        # ``widen=False`` here and for the draft's logits, so both are computed alike: a CPU rounds them to
+        # the dtype of the operands, a GPU keeps them in float32.
         logits = head_logits(self.targets.hidden[first:stop], self.targets.head.draft_rows, widen=False)
         lse_draft, entropy = self.kernels.label_sums(logits)
         lse_full = self.targets.logsumexp[first:stop].to(logits.dtype)
@@ -340,6 +341,6 @@ class _Labels:
     token: Tensor  # int64 [M], argmax over the full vocabulary
 
 
-def uniform_decay(decay: float, ttt_steps: int) -> Tensor:
+def step_decays(decay: float, ttt_steps: int) -> Tensor:
     """Return decay^k for each TTT step, float64 [T]."""
     return torch.tensor([math.pow(decay, k) for k in range(ttt_steps)], dtype=torch.float64)

@@ -89,14 +89,10 @@ class ProcessGroups:
     ring: Group
 
 
-SOLO = ProcessGroups(Group((0,), 0), Group((0,), 0))
-"""Groups of one, for a single process without torch.distributed."""
-
-
 def make_groups(topology: Topology) -> ProcessGroups:
     """Create every group of the grid and return this rank's two.
 
-    Collective; torch.distributed must be initialised if world_size > 1.
+    Collective; torch.distributed must be initialised if world_size > 1. A single process gets groups of one.
     """
     grid = topology.grid
     return ProcessGroups(

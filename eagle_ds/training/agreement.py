@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Long, because ranks wait here while rank 0 downloads a target or counts the tokens of a large store. A rank
-# that dies is noticed without it: its connections close, and gloo raises on the others at once.
+# Long, because ranks wait here while rank 0 downloads a target or counts the tokens of a large store. The
+# death of a rank needs no timeout: its connections close, and gloo raises on the others at once.
 TIMEOUT = timedelta(hours=12)
 
 
@@ -86,12 +86,12 @@ class Agreement:
     def fail(self, error: BaseException | None) -> None:
         """Exchange the error texts and raise. Call it once all ranks know that at least one has an error."""
         if error is not None and not isinstance(error, ValueError | OSError):
-            # Not a mistake of the user's but probably ours: the log gets the traceback.
+            # Probably a bug and not the user's mistake, so log the traceback.
             logger.error("rank %d failed", self.topology.rank, exc_info=error)
         messages = self.gather_objects(None if error is None else _describe(error))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         distinct = list(dict.fromkeys(messages[rank] for rank in failed))
-        # An error that all ranks have says nothing about a rank; otherwise name those that have one.
+        # Name the ranks that have an error, unless all have one.
         where = "" if len(failed) == len(messages) else f"rank {', '.join(map(str, failed))}: "
         raise RankFailure(where + " | ".join(distinct)) from error
 

@@ -8,7 +8,7 @@ import torch
 from eagle_ds.data.dataset import MicroBatch, RankDataset
 from eagle_ds.data.packing import Pack, first_fit
 from eagle_ds.data.sampler import GlobalBatch
-from eagle_ds.model.loss import LossSums, uniform_decay
+from eagle_ds.model.loss import LossSums, step_decays
 from eagle_ds.training.feed import Feed, FeedSettings
 from eagle_ds.training.metrics import Metrics, add, metrics_of, sum_over_ranks
 from eagle_ds.training.step import MicroBatchRunner
@@ -42,7 +42,7 @@ class Evaluator:
         self.runner, self.dataset, self.feed_settings = runner, dataset, feed
         self.world, self.training = runner.world, runner.training
         self.steps = evaluation_steps(dataset, self.world.topology.dp, pack_tokens)
-        self.decay = uniform_decay(self.training.step_decay, self.training.ttt_steps)
+        self.decay = step_decays(self.training.step_decay, self.training.ttt_steps)
 
     @torch.no_grad()
     def run(self) -> Metrics:
@@ -62,9 +62,8 @@ class Evaluator:
                 tokens += self._tokens(item)
         self.runner.engine.train()
         assert sums is not None
-        positions = tokens if self.training.loss_normalization == "positions" else None
         arrived = sum_over_ranks(sums, self.world.topology.world_size)
-        return metrics_of(arrived(), self.decay, positions)
+        return metrics_of(arrived(), self.decay, self.runner.positions(tokens))
 
     def _is_repeat(self, item: MicroBatch) -> bool:
         """Whether an earlier dp rank has this rank's pack too."""

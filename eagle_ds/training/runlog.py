@@ -21,6 +21,7 @@ from torch import Tensor
 
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.config.run_folder import EVAL_LOG, RECIPE_FILE, STEP_LOG
+from eagle_ds.estimate.devices import GIB
 from eagle_ds.training.agreement import Agreement, attempt
 from eagle_ds.training.metrics import metrics_of, sum_over_ranks
 from eagle_ds.training.step import StepOutcome
@@ -28,7 +29,6 @@ from eagle_ds.training.world import World
 
 logger = logging.getLogger(__name__)
 
-GIB = 1 << 30
 Line = dict[str, Any]
 LateLine = Callable[[], Line]  # waits for the device, then returns the line
 
@@ -53,7 +53,7 @@ def gather_line(outcome: StepOutcome, pace: Pace, decay: Tensor, fields: Line, w
     """Collect the fields of a step's log line from all ranks. Collective.
 
     Nothing here waits for the device: the metric sums and the gradient norm are still being computed, and
-    their copies to the host are queued behind the step.
+    their copies to the host are queued after the step.
 
     Args:
         decay: float64 [T], weight of each TTT step in the loss.
@@ -64,8 +64,8 @@ def gather_line(outcome: StepOutcome, pace: Pace, decay: Tensor, fields: Line, w
     """
     sums = sum_over_ranks(outcome.sums, world.topology.world_size)
     stats, elapsed = outcome.stats, (time.perf_counter() - pace.started) / pace.steps
-    # One gather of integers: times travel as microseconds. Of the first three the slowest rank counts, of the
-    # rest the sum.
+    # One gather of integers, so times are sent in microseconds. The line has the maximum over ranks of the
+    # first three numbers, and the sum of the others.
     slowest = (peak_bytes(world.device), int(pace.wait_s * 1e6), int(outcome.read_s * 1e6))
     table = world.agreement.gather((*slowest, stats.bytes_read, stats.bytes_inflated, stats.bytes_used))
     peak, wait, read = table[:, :3].max(0).tolist()

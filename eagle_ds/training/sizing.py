@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from eagle_ds.config.deepspeed import bf16_enabled
+from eagle_ds.config.deepspeed import element_bytes
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.packing import Pack, ShardingSettings, TrainSample
 from eagle_ds.estimate.devices import GIB, Device
@@ -69,7 +69,7 @@ class Sizes:
     @classmethod
     def decide(cls, setup: Setup, samples: Sequence[TrainSample], world: World) -> Sizes:
         """Choose the sharding for sequences made of ``samples``."""
-        element = 2 if bf16_enabled(dict(setup.ds_json)) else 4
+        element = element_bytes(setup.ds_json)
         return cls(world, setup, sharding_settings(setup.recipe, samples, element, world))
 
     def largest(self, samples: Sequence[TrainSample], packs: Sequence[Pack]) -> SequenceSharding:

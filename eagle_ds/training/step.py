@@ -27,7 +27,7 @@ from eagle_ds.data.dataset import MicroBatch
 from eagle_ds.data.sampler import GlobalBatch
 from eagle_ds.kernels.attention import ReferenceAttention
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, head_loss, uniform_decay
+from eagle_ds.model.loss import HeadTargets, LossSettings, LossSums, head_loss, step_decays
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.parallel.copies import to_device, to_host
@@ -99,6 +99,10 @@ class MicroBatchRunner:
 
         return self.engine(batch, prefix, loss_of, training.recompute, self.offload)
 
+    def positions(self, tokens: int) -> int | None:
+        """Return ``tokens`` (B * S) if the loss is normalised by positions, else None."""
+        return tokens if self.training.loss_normalization == "positions" else None
+
     def _targets(self, batch: Batch) -> HeadTargets:
         token, logsumexp = batch.target_token, batch.target_logsumexp
         assert token is not None and logsumexp is not None, "the dataset computes missing token labels"
@@ -131,8 +135,8 @@ class StepOutcome:
     tokens: int  # of all ranks
     positions: int | None  # divisor of the loss if it is normalised by positions
     stats: ReadStats
-    wait_s: float  # the loop waited for data
-    read_s: float  # the data took to read, in the background
+    wait_s: float  # seconds that the loop waited for data
+    read_s: float  # seconds that reading the data took, in the background
 
     @property
     def grad_norm(self) -> float:
@@ -146,7 +150,7 @@ class OptimizerStep:
     def __init__(self, runner: MicroBatchRunner) -> None:
         self.runner, self.engine = runner, runner.engine
         self.world, self.training = runner.world, runner.training
-        self.decay = uniform_decay(self.training.step_decay, self.training.ttt_steps)
+        self.decay = step_decays(self.training.step_decay, self.training.ttt_steps)
         # Plain float32 without ZeRO is the one mode in which DeepSpeed does not check for overflow.
         self._checks_overflow = self.engine.zero_optimization_stage() > 0 or self.engine.bfloat16_enabled()
 
@@ -196,16 +200,12 @@ class OptimizerStep:
         del item, loss
         norm, applied = self._update()
         culprits = () if applied else _not_finite(losses, names)
-        positions = self.positions(tokens)
+        positions = self.runner.positions(tokens)
         return StepOutcome(batch, sums, norm, applied, culprits, tokens, positions, stats, wait_s, read_s)
-
-    def positions(self, tokens: int) -> int | None:
-        """Return ``tokens`` (B * S) if the loss is normalised by positions, else None."""
-        return tokens if self.training.loss_normalization == "positions" else None
 
     def _weights(self, item: MicroBatch, counted: Tensor) -> Tensor:
         scale = self.world.topology.world_size * len(item.global_batch.packs)
-        return scale * step_weights(counted, self.decay, self.positions(item.global_tokens))
+        return scale * step_weights(counted, self.decay, self.runner.positions(item.global_tokens))
 
     def _update(self) -> tuple[Callable[[], Tensor], bool]:
         """Update the weights if the gradient norm is finite. Returns (norm, whether they were updated)."""

@@ -30,7 +30,6 @@ class World:
     groups: ProcessGroups
     agreement: Agreement
     device: torch.device
-    ranks_per_device: int = 1  # more than 1 only in benchmarks and tests that share a GPU
 
     @property
     def is_first(self) -> bool:
@@ -39,9 +38,9 @@ class World:
 
     @property
     def memory_bytes(self) -> int:
-        """This rank's share of the memory: of its GPU, or of the host on a CPU."""
+        """Memory of this rank: its GPU's, or on a CPU an equal share of the host's."""
         if self.device.type == "cuda":
-            return torch.cuda.get_device_properties(self.device).total_memory // self.ranks_per_device
+            return torch.cuda.get_device_properties(self.device).total_memory
         return get_accelerator().total_memory() // self.topology.world_size
 
 
@@ -59,10 +58,10 @@ def join_world(parallel: ParallelConfig, local_rank: int) -> World:
     return world_of(parallel, device)
 
 
-def world_of(parallel: ParallelConfig, device: torch.device, ranks_per_device: int = 1) -> World:
+def world_of(parallel: ParallelConfig, device: torch.device) -> World:
     """Form the groups of the layout within the default process group, which must exist. Collective."""
     topology = Topology(dist.get_world_size(), dist.get_rank(), parallel.ulysses, parallel.ring)
-    return World(topology, make_groups(topology), Agreement(topology), device, ranks_per_device)
+    return World(topology, make_groups(topology), Agreement(topology), device)
 
 
 def take_device(local_rank: int) -> torch.device:

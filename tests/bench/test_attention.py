@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from eagle_ds.bench.attention import intervals
+from eagle_ds.bench.synthetic_data import document_in_exact_turns
+from eagle_ds.estimate.sequences import document_in_turns
 from eagle_ds.kernels.attention import ReferenceAttention
 from eagle_ds.model.ttt import PrefixAttention
 from eagle_ds.parallel.exchange import SequenceExchange
-from eagle_ds.parallel.topology import SOLO
 from eagle_ds.sharding.sequence import Document, shard_sequence
+from tests.micro_batch import SOLO
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/bench_attention.py"
 TIMEOUT_S = 300  # for hangs only: at least ten times what the command takes on an idle machine
@@ -22,11 +24,19 @@ TIMEOUT_S = 300  # for hangs only: at least ten times what the command takes on 
 
 def test_the_timed_rows_see_the_keys_that_they_see_in_training() -> None:
     documents = [Document(40, ((3, 20), (31, 40))), Document(9, ()), Document(25, ((0, 25),))]
-    plan = shard_sequence(documents, ttt_steps=7)
-    prefix = PrefixAttention(SequenceExchange(plan, SOLO, 4, 2), ReferenceAttention(), head_dim=8)
+    sharding = shard_sequence(documents, ttt_steps=7)
+    prefix = PrefixAttention(SequenceExchange(sharding, SOLO, 4, 2), ReferenceAttention(), head_dim=8)
     lo, hi, keys = intervals(documents, 7)
     bounds = prefix.bounds(0, 0)
-    assert np.array_equal(lo, bounds.lo) and np.array_equal(hi, bounds.hi) and keys == plan.num_tokens
+    assert np.array_equal(lo, bounds.lo) and np.array_equal(hi, bounds.hi) and keys == sharding.num_tokens
+
+
+def test_a_turn_longer_than_its_share_is_refused() -> None:
+    told = r"a turn of 512 tokens is more than 0.5 of 256; give --turn 128 or less"
+    with pytest.raises(ValueError, match=told):
+        document_in_exact_turns(256, 0.5, 512)
+    assert document_in_exact_turns(256, 0.5, 128) == document_in_turns(256, 0.5, 128)
+    assert document_in_exact_turns(256, 1, 512) == document_in_turns(256, 1, 512)
 
 
 @pytest.mark.parametrize(

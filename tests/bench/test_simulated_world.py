@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eagle_ds.bench import simulated_world
-from eagle_ds.parallel.topology import SOLO, Topology
+from eagle_ds.parallel.topology import Topology
 from eagle_ds.training import world
 
 
@@ -30,5 +30,6 @@ def test_ranks_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, gpus: int,
 
 def test_a_shared_gpus_memory_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Mock(total_memory=80 << 30))
-    joined = world.World(Topology(4, 0, 4), SOLO, Mock(), torch.device("cuda", 0), ranks_per_device=4)
+    place = (Topology(4, 0, 4), Mock(), Mock(), torch.device("cuda", 0))
+    joined = simulated_world.SharedWorld(*place, ranks_per_device=4)
     assert joined.memory_bytes == 20 << 30

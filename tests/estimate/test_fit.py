@@ -15,7 +15,7 @@ from eagle_ds.config.recipe import Recipe, load_recipe
 from eagle_ds.estimate.devices import DEVICES, GIB, Device
 from eagle_ds.estimate.fit import Setup, choose_ring_mode
 from eagle_ds.estimate.memory import MemoryModel
-from eagle_ds.estimate.sequences import document_in_exact_turns, document_in_turns, sharding_for
+from eagle_ds.estimate.sequences import document_in_turns, sharding_for
 from eagle_ds.estimate.step_time import floor_seconds
 from eagle_ds.estimate.tensor_sizes import draft_parameters
 from eagle_ds.sharding import ranges as rg
@@ -69,16 +69,6 @@ def test_turns_have_the_fraction_that_was_asked_for() -> None:
 def test_an_impossible_fraction_or_turn_is_refused(fraction: float, turn: int, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         document_in_turns(1024, fraction, turn)
-
-
-def test_a_turn_longer_than_its_share_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"a turn of 512 tokens is more than 0.5 of 256; give --turn 128 or less"
-    ):
-        document_in_exact_turns(256, 0.5, 512)
-    assert document_in_exact_turns(256, 0.5, 128) == document_in_turns(
-        256, 0.5, 128
-    ) and document_in_exact_turns(256, 1, 512) == document_in_turns(256, 1, 512)
 
 
 def test_sharded_memory_falls_as_one_over_the_ranks() -> None:

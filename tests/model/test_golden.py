@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eagle_ds.data.batch import Batch
-from eagle_ds.model.loss import uniform_decay
+from eagle_ds.model.loss import step_decays
 from eagle_ds.sharding.sequence import shard_sequence
 from tests.golden_cases import SERVED_NAMES, GoldenCase, case_names
 from tests.micro_batch import (
@@ -50,7 +50,7 @@ def test_losses_counts_and_every_gradient_equal_the_golden_ones(
     case: GoldenCase, trained_rows_only: bool
 ) -> None:
     size, model = case.config["seq_len"], case.draft(torch.float32)
-    decay = uniform_decay(case.config["step_decay"], case.config["ttt_length"])
+    decay = step_decays(case.config["step_decay"], case.config["ttt_length"])
     batch = rank_zero(case, trained_rows_only=trained_rows_only)
     loss, sums = run_step(model, batch, whole_head(case), decay / size)
 

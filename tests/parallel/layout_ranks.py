@@ -7,8 +7,8 @@ from torch import Tensor
 
 from eagle_ds.kernels.attention import wide
 from eagle_ds.kernels.backend import choose_attention
-from eagle_ds.model.loss import LossSums, uniform_decay
-from eagle_ds.parallel.topology import SOLO, Topology, make_groups
+from eagle_ds.model.loss import LossSums, step_decays
+from eagle_ds.parallel.topology import Topology, make_groups
 from tests.layout_cases import DECAY, Case
 from tests.micro_batch import WholeHead, gradients, make_targets, rank_batch, run_step
 
@@ -16,7 +16,7 @@ from tests.micro_batch import WholeHead, gradients, make_targets, rank_batch, ru
 def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, LossSums, dict[str, Tensor]]:
     """Return loss, sums and gradients of the global batch, all-reduced: the same on every rank."""
     topology = Topology(world, rank, case.ulysses, case.ring)
-    groups = make_groups(topology) if world > 1 else SOLO
+    groups = make_groups(topology)
     device = torch.device("cpu")
     if case.device == "cuda":
         device = torch.device("cuda", rank % torch.cuda.device_count())
@@ -25,7 +25,7 @@ def layout_step(rank: int, world: int, case: Case) -> tuple[Tensor, LossSums, di
         case.sharding(topology.dp_rank), topology.sp_rank, case.whole(topology.dp_rank), case.alignment
     ).to(device)
     counted = _summed(make_targets(batch, head).counted.sum(0).double(), world)
-    weights = uniform_decay(DECAY, case.steps).to(device) / counted.clamp(min=1)
+    weights = step_decays(DECAY, case.steps).to(device) / counted.clamp(min=1)
     kernel = choose_attention(device, case.torch_dtype, case.arch.head_dim)
 
     def alpha_mean(alpha: Tensor, rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.vocab import load_or_build
 from eagle_ds.model.arch import DraftArch
-from eagle_ds.model.loss import uniform_decay
+from eagle_ds.model.loss import step_decays
 from eagle_ds.store.store import Store
 from eagle_ds.target.files import load_target_weights
 from tests.plain_reference import ReferenceSums, document_sums
@@ -49,7 +49,7 @@ def dense_step(recipe: Recipe, weights: dict[str, Tensor], root: str | None = No
         mix = training.kl_scale * torch.exp(-training.kl_decay * (sums.alpha / counted).detach())
         sums, tokens = _sums(recipe, arch, store, lookup, target["lm_head"], vocab.t2d, mix)
     divisor = torch.full_like(counted, tokens) if training.loss_normalization == "positions" else counted
-    loss = (uniform_decay(training.step_decay, training.ttt_steps) * sums.loss / divisor).sum()
+    loss = (step_decays(training.step_decay, training.ttt_steps) * sums.loss / divisor).sum()
     gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     return Dense(float(loss.detach()), gradients, sums, tokens)
 
