@@ -31,6 +31,9 @@ SETTING = re.compile(r"\b(?:target|draft|data|parallel|training)\.[a-z_]+\b")
 # Messages in troubleshooting.md that other programs print.
 FOREIGN = {
     "Setting accelerator to CPU",
+    "Connection reset by peer",
+    "exits with return code = -9",
+    "exits with return code = -6",
     "Target model's context_length (...) is greater than the derived context_length (...)",
 }
 
