@@ -1,7 +1,7 @@
 r"""Partition the rows of a sequence into groups, each with its fastest kernels. Integers, on the host only.
 
-cuDNN has the fastest kernels, but only for full rectangles (every row sees every key) and causal squares. And
-it builds an execution plan for each new shape, in 90 ms for forward and backward. So this partition uses few
+cuDNN has the fastest kernels, but only for full rectangles (every row sees every key) and causal squares. It
+builds an execution plan for each new shape, in 90 ms for forward and backward. So this partition uses few
 shapes, whatever the lengths of documents and turns are. There are two kinds of groups:
 
     causal run                              staircase (trained turns, any other rows of a document)
@@ -127,7 +127,8 @@ class Partition:
     def _run(self, start: int, stop: int, lo: int, own: int) -> Iterator[RowGroup]:
         """Yield the rows [start, stop) in pieces of max_run; the first row's last key is ``own``.
 
-        The last piece may be half as long again: a short one would not pay for its shapes.
+        The last piece may have up to 1.5 * max_run rows. A separate short piece would have new shapes, and
+        cuDNN's plans for those cost more time than it saves.
         """
         while start < stop:
             end = stop if stop - start <= self.max_run * 3 // 2 else start + self.max_run

@@ -47,7 +47,7 @@ class Slabs:
 
     def __init__(self, slab_bytes: int, *, pin: bool) -> None:
         self.slab_bytes, self.pin = slab_bytes, pin
-        self.made = 0
+        self.made = 0  # slabs allocated so far
         self._free: list[Tensor] = []
 
     def take(self, num_bytes: int) -> list[Tensor]:
@@ -187,9 +187,9 @@ class ActivationOffload:
         self._let_go(IN_FLIGHT)
         return stored
 
-    def _let_go(self, still: int) -> None:
-        """Drop references to storages being copied, the oldest first, until ``still`` of them remain."""
-        while len(self._leaving) > still:
+    def _let_go(self, keep: int) -> None:
+        """Drop references to storages being copied, the oldest first, until ``keep`` of them remain."""
+        while len(self._leaving) > keep:
             data, event = self._leaving.popleft()
             self._copies.wait(event)  # what the main stream writes to this memory next comes after the copy
             del data

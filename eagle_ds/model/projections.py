@@ -142,7 +142,7 @@ class _Begin(torch.autograd.Function):
     ) -> Tensor:
         # The parameters are inputs only to receive gradients; their values come from ``steps.weights``.
         weight, bias, norm, _ = steps.weights
-        first = weight[:, : len(norm)]
+        first = weight[:, : len(norm)]  # W_e
         steps.table = weight.new_empty(len(tokens if rows is None else rows), len(weight))
         for tile in _tiles(len(steps.table)):
             torch.mm(steps.norm_tokens(tokens, rows, tile), first.t(), out=steps.table[tile])
@@ -214,9 +214,9 @@ class _Step(torch.autograd.Function):
             steps.rotate(steps.split(d), [g[tile] for g in gradients], ctx.step, tile, back=True)
             steps.operations.add_rows(d_table, index[tile], d)
             # Recompute norm(g); it is freed as soon as it has been used.
-            own = steps.operations
-            own.add_product(d_second[:columns], d.t(), own.rms_norm(x, norm, steps.eps))
-            d_norm += steps.operations.rms_norm_gradients(d @ second, x, norm, steps.eps, dx=d_state[tile])
+            operations = steps.operations
+            operations.add_product(d_second[:columns], d.t(), operations.rms_norm(x, norm, steps.eps))
+            d_norm += operations.rms_norm_gradients(d @ second, x, norm, steps.eps, dx=d_state[tile])
         return None, None, d_state.new_zeros(()), d_state
 
 

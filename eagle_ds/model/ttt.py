@@ -229,8 +229,8 @@ class _JointAttention(torch.autograd.Function):
         prefix: PrefixAttention = ctx.prefix
         dout = dout.contiguous()
         q_heads = prefix.exchange.queries_to_heads(q) if q_heads is None else q_heads
-        # This exchanges tensors within ring and Ulysses group. dK_0/dV_0 are added to the buffer, so only dq
-        # and the gradients of the diagonals are returned.
+        # The ranks exchange tensors here. dK_0/dV_0 are added to the buffer, so only dq and the gradients of
+        # the diagonals are returned.
         dq = prefix.backward(dout, q_heads, out, lse, ctx.step)
         dq, gradients = prefix.kernel.diagonal_backward(dout, q, out, lse, diagonals, prefix.scale, dq)
         return None, None, dq.new_zeros(()), dq, *gradients

@@ -1,5 +1,4 @@
-"""Copies that cost no more than they must: strided ones in 8-byte words, and small ones the host does not
-wait for.
+"""Copy strided tensors in 8-byte words, and small tensors without making the host wait for the GPU.
 
 PyTorch copies a tensor that is not dense one number at a time. With 2 bytes each that reaches 1 TB/s on an
 H200; in words of 8 bytes it reaches 2 TB/s (docs/benchmarks/h200.md).
@@ -44,7 +43,7 @@ def copy_rows(to: Tensor, rows: Tensor) -> None:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy host ``values`` to ``device`` in stream order. The host goes on at once.
+    """Copy host ``values`` to ``device`` in stream order. The host does not wait.
 
     Only pinned memory is copied asynchronously, so the values are copied into pinned memory first.
     """

@@ -52,7 +52,7 @@ class SequenceExchange:
         return self.ulysses.to_rows(rows, self.query_counts)
 
     def share_keys(self, kv: Tensor) -> Tensor:
-        """Send K_0/V_0 [own context rows, Hkv, 2d] to all who need them.
+        """Send K_0/V_0 [own context rows, Hkv, 2d] to all ranks that need them.
 
         Returns [S, slots, 2d], this rank's slots. With rotation the rows are those of the ring rank's block.
         """
@@ -62,7 +62,7 @@ class SequenceExchange:
     def return_gradients(self, dkv: Tensor) -> Tensor:
         """Sum dK_0/dV_0 over all ranks, and return those of the own rows: the transpose of ``share_keys``.
 
-        With rotation the sum over the ring has been made on the way.
+        With rotation the ring has summed them already, one hop after another.
         """
         dkv = dkv if self.rotates else self.ring.scatter_sum(dkv)
         return self.ulysses.slots_to_kv(dkv, self.context_counts)

@@ -61,10 +61,10 @@ class RingExchange:
         self.counts = [rg.count(block) for block in blocks]
 
     def rotate(self, block: Tensor, arriving_rows: int) -> Transfer:
-        """Start to send ``block`` to the next rank, and to receive ``arriving_rows`` rows from the previous
-        one.
+        """Start to send ``block`` to the next rank, and to receive the previous rank's block. Collective.
 
-        Collective.
+        Args:
+            arriving_rows: rows of the block that arrives.
         """
         ranks, rank = self.group.ranks, self.group.rank
         block = block.contiguous()

@@ -37,7 +37,8 @@ from eagle_ds.sharding.ranges import Range, Ranges
 # Rows of one HDF5 chunk. Context shares end at multiples of it, so that two ranks need not decompress the
 # same chunk. (Packing shifts documents against this grid, so then some chunks are read twice.)
 CHUNK_ROWS = 64
-# Rows of a rank. Smaller shares may end anywhere, because there an even split matters more.
+# Rows of a rank from which on shares are aligned. Smaller shares may end anywhere, because for them an even
+# split matters more.
 MIN_ALIGNED_SHARE = 8 * CHUNK_ROWS
 MAX_IMBALANCE = 1.02  # attention work of the busiest ring rank / mean; above it query pieces are made smaller
 MAX_PIECES_PER_RANK = 32  # but no more pieces than this for each ring rank

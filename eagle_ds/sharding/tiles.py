@@ -9,7 +9,7 @@ TILE_ROWS = 8192  # rows of one recomputed tile: enough to fill a GPU; 0.9 GB of
 TILES = 8  # at most this many tiles; more would add sums of weight gradients and save no memory
 # Memory of one chunk of the loss: matmuls on a GPU need many rows, a CPU's caches hold few.
 LOSS_CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 1 << 28}
-LOSS_CHUNK_LEAST = 16  # rows, whatever they take
+LOSS_CHUNK_LEAST = 16  # rows that a chunk has at least, even if they exceed its budget
 MATMUL_TILE = 256  # rows; a whole number of tiles leaves no matrix unit idle
 
 

@@ -30,8 +30,8 @@ def head_logits(hidden: Tensor, head: Tensor, *, widen: bool = True) -> Tensor:
     """Compute hidden [M, H] @ head [V, H].T in float32 (in float64 for float64 states).
 
     On a GPU the matrix units multiply 16-bit operands and accumulate in float32, so nothing is rounded.
-    Elsewhere ``widen`` converts both operands first; without it the product is made, and rounded, in the
-    states' own type, as the training loss does with its draft logits.
+    Elsewhere ``widen`` converts both operands to float32 first. Without it the product is rounded to the
+    states' own dtype; the training loss computes its draft logits in this way.
     """
     if is_half_on_gpu(hidden) and hidden.dtype == head.dtype:
         return torch.mm(hidden, head.t(), out_dtype=torch.float32)
