@@ -7,10 +7,15 @@ from pathlib import Path
 import torch
 
 from eagle_ds.store.format import SMALL_DTYPES, TORCH_DTYPES, WIDE_NAMES, raw_view
-from eagle_ds.store.reader import SampleReader
+from eagle_ds.store.reader import ReadStats, SampleReader
 from eagle_ds.store.store import Sample, Store, StoreInfo, StoreWriter
 
 VOCAB = 1000
+
+
+def inflated_per_used(stats: ReadStats) -> float:
+    """Inflated / requested bytes: 1.0 means that nothing was inflated in vain."""
+    return stats.bytes_inflated / max(1, stats.bytes_used)
 
 
 def make_info(

@@ -42,11 +42,6 @@ class ReadStats:
     def __add__(self, other: ReadStats) -> ReadStats:
         return ReadStats(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
-    @property
-    def amplification(self) -> float:
-        """Inflated / requested bytes: 1.0 means that nothing was inflated in vain."""
-        return self.bytes_inflated / max(1, self.bytes_used)
-
 
 @dataclass(frozen=True)
 class OpenFile:

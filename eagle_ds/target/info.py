@@ -31,7 +31,6 @@ class TargetInfo:
     rope_theta: float
     rope_scaling: dict[str, Any] | None
     max_position_embeddings: int
-    tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
@@ -58,7 +57,6 @@ class TargetInfo:
             intermediate_size=config.get("intermediate_size") or 4 * config["hidden_size"],
             rms_norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
             max_position_embeddings=config.get("max_position_embeddings", 0),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             bos_token_id=config.get("bos_token_id"), eos_token_ids=_as_ids(config.get("eos_token_id")),
         )
 
