@@ -303,8 +303,8 @@ def measure_during_training(
     dtype = "float32" if device.type == "cpu" else recipe.target.dtype
     files = TargetFiles.open(recipe.target.model, recipe.target.revision)
     settings = DecodeSettings(max_new_tokens, recipe.training.ttt_steps, files.stop_ids)
-    room = min(recipe.data.max_length, files.info.max_position_embeddings) - max_new_tokens
-    found = load_prompts(conversations, files.encoder, recipe.training.acceptance_prompts, room)
+    max_tokens = min(recipe.data.max_length, files.info.max_position_embeddings) - max_new_tokens
+    found = load_prompts(conversations, files.encoder, recipe.training.acceptance_prompts, max_tokens)
     target = LoadedTarget.load(files, recipe.target.aux_ids, dtype, str(device))
     measured = measure(target.cached, {"draft": target.cache(draft)}, found.prompts, settings, plain=False)
     rounds = rounds_of(measured.drafts["draft"])

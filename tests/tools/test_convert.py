@@ -540,9 +540,9 @@ from eagle_ds.convert.run import convert
 from eagle_ds.convert.options import ConvertOptions
 import torch
 torch.set_num_threads(1)
-root, facts = Path(sys.argv[1]), {"target_name": "t", "aux_layer_ids": (1, 2, 3), "vocab_size": 280}
+root, known = Path(sys.argv[1]), {"target_name": "t", "aux_layer_ids": (1, 2, 3), "vocab_size": 280}
 def run(name):
-    convert(ConvertOptions(root / name, root / f"{name}.out", workers=1, **facts))
+    convert(ConvertOptions(root / name, root / f"{name}.out", workers=1, **known))
 run("small")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run("large")
