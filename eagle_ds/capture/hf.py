@@ -23,7 +23,7 @@ from torch import nn
 from eagle_ds.target.head import argmax_and_logsumexp, head_logits
 from eagle_ds.target.info import check_aux_ids
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LOGIT_BYTES = 256 << 20  # float32 logits that exist at once
 
@@ -204,5 +204,5 @@ def load_model(folder: Path, dtype: str, device: str = "auto", attention: str = 
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"the target {folder} cannot be loaded by transformers: {first_line}") from error
-    log.info("target %s loaded on %s in %s, %s attention", folder, device, dtype, attention)
+    logger.info("target %s loaded on %s in %s, %s attention", folder, device, dtype, attention)
     return model

@@ -29,7 +29,7 @@ from eagle_ds.data.conversations import ConversationFile
 from eagle_ds.target.files import resolve_target
 from eagle_ds.target.info import stop_token_ids
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LOOP_WORDS = 8  # an answer that repeats sequences of this many words is caught in a loop
 ATTEMPTS = 4  # of one request to an endpoint
@@ -160,14 +160,15 @@ class EndpointGenerator:
             except urllib.error.HTTPError as error:
                 reason: object = f"{error.code} {error.reason}"
                 if error.code in (400, 413, 422):
-                    log.warning("%s refused a prompt: %s", self.url, error.read(300).decode(errors="replace"))
+                    reason = error.read(300).decode(errors="replace")
+                    logger.warning("%s refused a prompt: %s", self.url, reason)
                     return None
                 if error.code not in (408, 429) and error.code < 500:
                     advice = "check the address, model name and key"
                     raise ValueError(f"{self.url} answered {reason}; {advice}") from error
             except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
                 reason = getattr(error, "reason", error)
-            log.info("%s: %s, attempt %d of %d", self.url, reason, attempt + 1, ATTEMPTS)
+            logger.info("%s: %s, attempt %d of %d", self.url, reason, attempt + 1, ATTEMPTS)
             time.sleep(2.0**attempt if attempt + 1 < ATTEMPTS else 0.0)
         advice = "start the server, or check --endpoint; what is written so far is kept"
         raise ValueError(f"{self.url} cannot be reached ({reason}); {advice}")
@@ -329,7 +330,7 @@ def finished_ids(output: Path) -> set[str]:
     data = output.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
-        log.info("%s: removing an unfinished last line", output)
+        logger.info("%s: removing an unfinished last line", output)
         os.truncate(output, len(whole))
     try:
         return {record_id(json.loads(line)) for line in whole.splitlines()}

@@ -12,7 +12,7 @@ from typing import Any
 
 from eagle_ds.data.chat import ChatEncoder, EncodedSample, EncodeStats, record_id
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,4 +84,4 @@ def require_samples(path: str | Path, stats: EncodeStats) -> None:
     if stats.samples == 0:
         fix = "; raise max_length" if stats.untrained or stats.overlong else ""
         raise ValueError(f"{path} has nothing to train on: {stats}{fix}")
-    log.info("%s: %s", path, stats)
+    logger.info("%s: %s", path, stats)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 if TYPE_CHECKING:
     from eagle_ds.store.store import Store
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def build_vocab_map(counts: torch.Tensor, draft_vocab_size: int) -> VocabMap:
     total = int(counts.sum())
     covered = int(counts[chosen].sum()) / total if total else 0.0
     found = f"cover {100 * covered:.2f}% of {total} trained tokens"
-    log.info("draft vocabulary: %d of %d tokens %s", draft_vocab_size, vocab_size, found)
+    logger.info("draft vocabulary: %d of %d tokens %s", draft_vocab_size, vocab_size, found)
     return VocabMap.from_target_ids(chosen, vocab_size)
 
 
@@ -130,7 +130,7 @@ def load_or_build(store: Store, draft_vocab_size: int) -> VocabMap:
         with safe_open(path, framework="pt") as archive:
             if (archive.metadata() or {}).get("manifest_hash") == store.manifest_hash:
                 return VocabMap.load(path)
-        log.info("%s was made when the store had other samples; counting tokens again", path)
+        logger.info("%s was made when the store had other samples; counting tokens again", path)
     vocab = build_vocab_map(count_trained_tokens(store, store.info.vocab_size), draft_vocab_size)
     vocab.save(path, {"manifest_hash": store.manifest_hash})
     return vocab

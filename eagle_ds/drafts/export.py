@@ -29,7 +29,7 @@ from eagle_ds.drafts.loading import DraftOnDisk, load_served_draft
 from eagle_ds.drafts.serving_format import EMBEDDING, ServeCommands, served_config, served_name
 from eagle_ds.target.info import TargetInfo
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WRITER = {"format": "pt", "writer": "eagle_ds"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -78,7 +78,7 @@ def export_draft(draft: DraftOnDisk, out: str | Path, settings: ExportSettings) 
         raise
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-    log.info("wrote %s and verified it: its logits differ by %.1e (relative)", out, error)
+    logger.info("wrote %s and verified it: its logits differ by %.1e (relative)", out, error)
     return out
 
 

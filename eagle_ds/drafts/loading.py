@@ -32,7 +32,7 @@ from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
 from eagle_ds.target.info import TargetInfo
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ARCH_FILE, STATE_FILE, VOCAB_FILE = "arch.json", "draft_state.safetensors", "vocab.safetensors"
 ROPE_FIELDS = ("rope_theta", "rope_scaling")
@@ -150,7 +150,8 @@ def load_served_draft(folder: Path, target: TargetInfo | None = None) -> DraftOn
     maps = {name: tensors.pop(name) for name in served.VOCABULARY if name in tensors}
     vocab = _vocabulary(maps, arch, folder)
     if not arch.trains_embedding and tensors.pop(served.EMBEDDING, None) is not None:
-        log.info("%s has a copy of the target's embedding; the target's own is used, as engines do", folder)
+        text = "%s has a copy of the target's embedding; the target's own is used, as engines do"
+        logger.info(text, folder)
     state = {name: tensor.float() for name, tensor in tensors.items()}
     _check_tensors(state, arch, folder)
     return DraftOnDisk(state, arch, vocab, folder, _served_layers(config, target))
@@ -267,11 +268,11 @@ def initial_draft(recipe: Recipe, target: TargetInfo | None = None) -> DraftOnDi
     for name, value in own.items():
         if value != (unused := getattr(wanted, name)):
             text = "draft.%s is %s, from %s; the recipe's %s is not used"
-            log.info(text, name, _show(value), recipe.draft.init_from, _show(unused))
+            logger.info(text, name, _show(value), recipe.draft.init_from, _show(unused))
     if from_recipe:
         ropes = [f"theta {a.rope_theta:g}, scaling {_show(a.rope_scaling)}" for a in (wanted, found.arch)]
         text = "rope is the recipe's (%s) in place of the draft's own (%s), because override_rope is set"
-        log.info(text, *ropes)
+        logger.info(text, *ropes)
     arch = replace(wanted, **own)
     _check_sizes(arch, found, recipe)
     return replace(found, arch=arch)

@@ -24,7 +24,7 @@ from eagle_ds.config.settings import read_json
 from eagle_ds.drafts.serving_format import ServeCommands
 from eagle_ds.reporting.figures import acceptance_figure, learning_figure, smooth, speed_figure
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WORTH_DRAFTING = 0.2
 """A draft position is worth its pass of the draft if its token is accepted in at least this share of the
@@ -114,7 +114,7 @@ def write_report(folder: str | Path) -> Path:
     temp = out.with_name(f".{REPORT}")
     temp.write_text(render(run), encoding="utf-8")
     temp.replace(out)
-    log.info("wrote %s", out)
+    logger.info("wrote %s", out)
     return out
 
 
