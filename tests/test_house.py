@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
 # The folders of eagle_ds in dependency order: a module imports from its own folder and earlier ones only.
-# launch.py comes last. bench is for tools/bench_*.py and tests: nothing else in the package may import it.
+# launch.py comes last. bench is for benchmarks, the demo's target and tests: no other folder may import it.
 FOLDERS = (
     *("config", "sharding", "parallel", "kernels", "target", "store", "data", "convert", "estimate"),
     *("capture", "model", "drafts", "training", "evaluation", "reporting", "bench"),
