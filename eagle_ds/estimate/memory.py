@@ -107,7 +107,8 @@ class MemoryModel:
         self, recipe: Recipe, ds_json: dict[str, Any], world_size: int, sharding: SequenceSharding,
         *, cpu: bool = False, prefetched: int = PREFETCHED,
     ) -> None:
-        self.recipe, self.cpu, self.prefetched = recipe, cpu, prefetched
+        self.recipe = recipe
+        self.cpu, self.prefetched = cpu, prefetched
         self.ds_json, self.world_size = ds_json, world_size
         self.offloads = recipe.training.offload_activations
         self.sizes = TensorSizes(recipe, sharding, element_bytes(ds_json), cpu=cpu)
@@ -129,7 +130,8 @@ class MemoryModel:
         """
         if not self.offloads:
             return 0
-        sizes, kept, steps = self.sizes, self.sizes.kept, self.sizes.steps
+        sizes = self.sizes
+        kept, steps = sizes.kept, sizes.steps
         # g_0 is counted by first_states, so T - 1 states follow it.
         of_steps = (steps - 1) * kept.states + steps * (kept.attention + kept.mlp)
         return sizes.context_rows() + sizes.first_states() + sizes.rows.query * of_steps
@@ -176,7 +178,8 @@ class MemoryModel:
         those of one step, and the tensors that the next operation reads, which are fetched early. Diagonals
         and their gradients stay on the device.
         """
-        sizes, t, early = self.sizes, self.sizes.steps, max(self.sizes.steps - 2, 0)
+        sizes, t = self.sizes, self.sizes.steps
+        early = max(t - 2, 0)
         # The next operation's tensors are fetched while the current operation runs. A recomputed MLP reads
         # attention's output and log-sum-exp; if the MLP was kept, they are fetched after its backward.
         tiled = int(sizes.recompute != "none")
@@ -229,7 +232,8 @@ class MemoryModel:
         those that autograd makes in a backward. Autograd's outlive their micro-batch only with gradient
         accumulation.
         """
-        recipe, sizes, element = self.recipe, self.sizes, self.sizes.element
+        recipe, sizes = self.recipe, self.sizes
+        element = sizes.element
         count, stage = sum(sizes.parameters.values()), zero_stage(self.ds_json)
         # ZeRO stage 1 spreads the optimizer's state, stage 2 gradients too, stage 3 weights too.
         state_ranks, gradient_ranks, weight_ranks = (self.world_size if stage >= s else 1 for s in (1, 2, 3))

@@ -47,7 +47,8 @@ def heaviest_sequence(recipe: Recipe, dp: int) -> tuple[list[Document], str]:
     Returns:
         The sequence's documents, and a text that says where they come from.
     """
-    root, data, training = Path(recipe.data.store), recipe.data, recipe.training
+    data, training = recipe.data, recipe.training
+    root = Path(data.store)
     entries = read_manifest(root)[0] if (root / STORE_JSON).is_file() else []
     if not entries:
         origin = f"{root} holds no samples yet, so it is assumed to be one sample of max_length, all trained"

@@ -97,7 +97,8 @@ class TensorSizes:
         self, recipe: Recipe, sharding: SequenceSharding, element: int, *, cpu: bool = False
     ) -> None:
         draft = recipe.draft
-        self.recipe, self.sharding, self.cpu = recipe, sharding, cpu
+        self.recipe, self.sharding = recipe, sharding
+        self.cpu = cpu
         self.rows = Rows.of(sharding)
         self.element = element  # bytes of a weight or activation
         self.wide = max(element, 4)  # bytes of a number in sums, which are float32 at least
@@ -191,7 +192,8 @@ class TensorSizes:
 
         A chunk holds logits and their gradients of all T TTT steps.
         """
-        vocab, steps, wide = self.recipe.draft.vocab_size, self.steps, self.wide
+        vocab, steps = self.recipe.draft.vocab_size, self.steps
+        wide = self.wide
         # C: as many rows as the budget allows, a multiple of 256 if there are that many rows.
         budget = LOSS_CHUNK_BYTES["cpu" if self.cpu else "cuda"]
         chunk = min(self.rows.query, loss_chunk_rows(vocab, steps, self.element, budget))

@@ -96,8 +96,10 @@ class DraftAttention(nn.Module):
 
     def __init__(self, arch: DraftArch) -> None:
         super().__init__()
-        width, d, bias = 2 * arch.hidden_size, arch.head_dim, arch.attention_bias
-        self.heads, self.kv_heads, self.head_dim = arch.num_attention_heads, arch.num_key_value_heads, d
+        width = 2 * arch.hidden_size
+        d, bias = arch.head_dim, arch.attention_bias
+        self.heads, self.kv_heads = arch.num_attention_heads, arch.num_key_value_heads
+        self.head_dim = d
         self.q_proj = CopyableLinear(width, arch.num_attention_heads * d, bias=bias)
         self.k_proj = CopyableLinear(width, arch.num_key_value_heads * d, bias=bias)
         self.v_proj = CopyableLinear(width, arch.num_key_value_heads * d, bias=bias)
@@ -307,7 +309,8 @@ class Eagle3Draft(nn.Module):
         projection_token = project.begin(*self._tokens(batch.token_ids), weights)
         # From here on there are query rows only. Step k maps g_k to g_{k+1}, and its keys join the diagonals
         # of later steps.
-        state, states, diagonals = _select(fused, batch.query_index), [], []
+        state = _select(fused, batch.query_index)
+        states, diagonals = [], []
         for step in range(batch.sharding.ttt_steps):
             q, *kv = project(projection_token, step, state)
             diagonals += kv

@@ -54,8 +54,10 @@ class StepProjections:
         self, token_index: Tensor, positions: Tensor, rotation: Callable[[Tensor], tuple[Tensor, Tensor]],
         *, query_heads: int, kv_heads: int, head_dim: int, eps: float,
     ) -> None:  # fmt: skip
-        self.token_index, self.positions, self.rotation = token_index, positions, rotation
-        self.query_heads, self.kv_heads, self.head_dim, self.eps = query_heads, kv_heads, head_dim, eps
+        self.token_index = token_index
+        self.positions, self.rotation = positions, rotation
+        self.query_heads, self.kv_heads = query_heads, kv_heads
+        self.head_dim, self.eps = head_dim, eps
         self.table: Tensor | None = None  # W_e norm(e), freed by the last step
         self._weights: ProjectionWeights | None = None  # freed by the last backward
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None

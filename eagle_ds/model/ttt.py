@@ -176,7 +176,8 @@ class PrefixAttention:
 
         A block's gradient follows the block one hop later. Its last hop brings it to the block's owner.
         """
-        ring, kv, following = self.exchange.ring, self.kv, None
+        ring, kv = self.exchange.ring, self.kv
+        following = None
         size = ring.group.size
         dq = torch.zeros(q.shape, dtype=wide(q.dtype), device=q.device)
         for i in range(size):

@@ -85,7 +85,8 @@ class HeadLabeler:
     """
 
     def __init__(self, target: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self.target, self.device, self.dtype = target, device, dtype
+        self.target, self.device = target, device
+        self.dtype = dtype
         self._head: Tensor | None = None
         self._lock = threading.Lock()  # training and evaluation read in different threads
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -99,7 +99,8 @@ class Checkpoints:
 
     def __init__(self, recipe: Recipe, engine: DeepSpeedEngine, inputs: Inputs, world: World) -> None:
         self.run_dir, self.keep = recipe.run_dir, recipe.training.keep_checkpoints
-        self.engine, self.inputs, self.world = engine, inputs, world
+        self.engine, self.inputs = engine, inputs
+        self.world = world
 
     def save(self, state: RunState) -> None:
         """Write the checkpoint of ``state.step``, completely or not at all, then delete the oldest ones.
@@ -234,7 +235,8 @@ def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> 
     """Compare two recipe trees. Returns {dotted name: "name = old (now new)"} of what differs."""
     changed: dict[str, str] = {}
     for name in sorted(then.keys() | now.keys()):
-        old, new, dotted = then.get(name), now.get(name), prefix + name
+        old, new = then.get(name), now.get(name)
+        dotted = prefix + name
         if isinstance(old, dict) and isinstance(new, dict):
             changed |= differences(old, new, f"{dotted}.")
         elif old != new:

@@ -39,7 +39,8 @@ class Evaluator:
     def __init__(
         self, runner: MicroBatchRunner, dataset: RankDataset, pack_tokens: int | None, feed: FeedSettings
     ) -> None:
-        self.runner, self.dataset, self.feed_settings = runner, dataset, feed
+        self.runner, self.dataset = runner, dataset
+        self.feed_settings = feed
         self.world, self.training = runner.world, runner.training
         self.steps = evaluation_steps(dataset, self.world.topology.dp, pack_tokens)
         self.decay = step_decays(self.training.step_decay, self.training.ttt_steps)

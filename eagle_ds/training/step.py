@@ -65,7 +65,8 @@ class MicroBatchRunner:
         self, engine: DeepSpeedEngine, arch: DraftArch, head: TargetHead, kernel: ReferenceAttention,
         training: TrainingConfig, world: World,
     ) -> None:  # fmt: skip
-        self.engine, self.arch, self.head, self.kernel = engine, arch, head, kernel
+        self.engine, self.arch = engine, arch
+        self.head, self.kernel = head, kernel
         self.training, self.world = training, world
         self.sharding: SequenceSharding | None = None  # of the last micro-batch, for an out-of-memory message
         self.offload = ActivationOffload(world.device) if training.offload_activations else None
@@ -171,7 +172,8 @@ class OptimizerStep:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        sums, losses, names, stats = None, [], [], ReadStats()
+        losses, names = [], []
+        sums, stats = None, ReadStats()
         wait_s = read_s = 0.0
         weights = torch.zeros(0)
         while True:

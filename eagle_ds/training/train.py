@@ -118,10 +118,11 @@ class Trainer:
     """A run in progress."""
 
     def __init__(self, setup: RunSetup, trainable: Trainable, measure: MeasureAcceptance) -> None:
-        recipe, world, inputs = setup.recipe, setup.world, setup.inputs
-        training = recipe.training
-        self.setup, self.trainable, self.measure = setup, trainable, measure
-        self.recipe, self.training, self.world = recipe, training, world
+        recipe, training = setup.recipe, setup.recipe.training
+        world, inputs = setup.world, setup.inputs
+        self.setup, self.world = setup, world
+        self.trainable, self.measure = trainable, measure
+        self.recipe, self.training = recipe, training
         self.sampler = setup.sampler
         self.total_steps = self.sampler.count_steps(training.epochs, training.max_steps)
 
