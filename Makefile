@@ -51,3 +51,4 @@ demo: $(STAMP)  ## SmolLM2 on two CPU processes: capture, train, export, measure
 	tools/export_draft.py runs/smollm2_cpu
 	tools/eval_acceptance.py --recipe $(DEMO).json --baseline untrained --num-prompts 12 --max-new-tokens 48 --processes 2
 	tools/make_report.py runs/smollm2_cpu
+	@echo 'done: open runs/smollm2_cpu/report.html'

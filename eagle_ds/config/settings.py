@@ -50,6 +50,12 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
 
+def choices_of(field: FieldInfo) -> list[str]:
+    """Return the values of a setting that takes one of a few words; empty for other settings."""
+    literals = (kind for kind in _alternatives(field.annotation) if typing.get_origin(kind) is typing.Literal)
+    return [value for kind in literals for value in typing.get_args(kind)]
+
+
 def parse_overrides(model: type[BaseModel], tokens: Sequence[str]) -> dict[str, Any]:
     """Parse ``--a.b 3 --c=x`` into {"a.b": 3, "c": "x"}. Values are read as JSON if possible, else as text.
 
