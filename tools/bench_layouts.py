@@ -143,8 +143,9 @@ def compare_layouts(options: argparse.Namespace) -> int:
         train(recipe, layout.processes, accelerator, share_gpu=options.share_gpu)
     runs = [str(place.root / layout.name) for layout in layouts]
     limit = ["--max-relative", str(options.max_relative)] if options.max_relative is not None else []
-    command = [sys.executable, str(ROOT / "tools/compare_runs.py"), *runs, "--out", str(place.root), *limit]
-    return subprocess.call(command)
+    labels = ["--labels", *(layout.name.replace("_", " ") for layout in layouts)]
+    command = [sys.executable, str(ROOT / "tools/compare_runs.py"), *runs, "--out", str(place.root)]
+    return subprocess.call([*command, *labels, *limit])
 
 
 @dataclass(frozen=True)

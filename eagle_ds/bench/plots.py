@@ -11,8 +11,16 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eagle_ds.bench.results import PEER, PEER_MODEL, Result, markdown, memory_markdown, short
-from eagle_ds.reporting.figures import GRID, INK, SERIES, canvas, png
+from eagle_ds.bench.results import (
+    PEER,
+    PEER_MODEL,
+    Result,
+    layout_label,
+    markdown,
+    memory_markdown,
+    short,
+)
+from eagle_ds.reporting.figures import GRID, INK, SERIES, canvas, legend_below, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +52,7 @@ def length_figure(results: Sequence[Result]) -> bytes | None:
     """
     unpacked = [result for result in results if result.documents == 1]
     def key(r: Result) -> tuple[str, ...]:
-        return _gpus(r.gpus), r.layout, r.rows, r.settings, r.source
+        return _gpus(r.gpus), layout_label(r.layout), r.rows, r.settings, r.source
 
     series = _series(unpacked, key, lambda r: r.tokens)
     if not series:
@@ -75,7 +83,7 @@ def fraction_figure(results: Sequence[Result]) -> bytes | None:
     _curves(time, memory, series, lambda r: 100 * r.fraction)
     peers = {result.peer for curve in series.values() for result in curve if result.peer}
     for peer in sorted(peers, key=lambda step: step.step_ms):
-        label = f"the peer, {short(peer.tokens)}, {peer.layout}"
+        label = f"SpecForge, {short(peer.tokens)}, {layout_label(peer.layout)}"
         time.axhline(peer.step_ms / 1e3, color=PEER_COLOUR, linestyle=":", label=label)
         memory.axhline(peer.peak_gib, color=PEER_COLOUR, linestyle=":", label=label)
     for axes in (time, memory):
@@ -111,7 +119,7 @@ def scaling_figure(results: Sequence[Result]) -> bytes | None:
         memory.plot(gpus, [r.peak_gib for r in curve], "o-", color=colour, label=label)
         lowest = min(lowest, *shares)
         for result, share in zip(curve[1:], shares[1:], strict=True):
-            marks.append((result.gpus, share, f"{share:.0f}% {result.layout}"))
+            marks.append((result.gpus, share, f"{share:.0f}% {layout_label(result.layout)}"))
     _write_apart(efficiency, marks)
     counts = sorted({result.gpus for curve in series.values() for result in curve})
     for axes in (time, efficiency, memory):
@@ -124,7 +132,7 @@ def scaling_figure(results: Sequence[Result]) -> bytes | None:
     memory.set(title="peak memory of the fullest GPU, GiB", ylim=(0, None))
     efficiency.axhline(100, color=INK, linewidth=0.8, linestyle=":")
     efficiency.set(title="efficiency, % of ideal", ylim=(min(50, lowest - 5), 110))
-    _legend_below(time)
+    legend_below(time)
     return png(figure)
 
 
@@ -146,7 +154,7 @@ def _all_but_fraction(result: Result) -> tuple[str, ...]:
     length = short(result.tokens // result.documents)
     if result.documents > 1:
         length = f"{result.documents} x {length}"
-    how = result.layout, f"turns of {result.turn}", result.settings, result.source
+    how = layout_label(result.layout), f"turns of {result.turn}", result.settings, result.source
     return length, _gpus(result.gpus), *how
 
 
@@ -193,7 +201,8 @@ def _peer_marks(time: Axes, memory: Axes, gpus: set[int], lengths: Sequence[int]
             continue
         style = {"marker": mark, "linestyle": "", "color": PEER_COLOUR}
         style |= {"markersize": 9, "markeredgewidth": 1.8}
-        at, label = [step.tokens for step in steps], f"the peer, {_gpus(count)}, {layout}"
+        at = [step.tokens for step in steps]
+        label = f"SpecForge, {_gpus(count)}, {layout_label(layout)}"
         time.plot(at, [step.step_ms / 1e3 for step in steps], label=label, **style)
         memory.plot(at, [step.peak_gib for step in steps], label=label, **style)
 
@@ -204,13 +213,7 @@ def _finish(time: Axes, memory: Axes) -> None:
     memory.set_ylim(bottom=0)
     if time.get_yscale() != "log":
         time.set_ylim(bottom=0)
-    _legend_below(memory)
-
-
-def _legend_below(axes: Axes) -> None:
-    """Place the legend of all panels below them; inside, it would cover curves."""
-    handles = axes.get_legend_handles_labels()
-    axes.figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    legend_below(memory)
 
 
 def _timed(results: Iterable[Result]) -> list[Result]:

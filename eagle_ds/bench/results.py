@@ -1,7 +1,7 @@
 """Results of tools/bench_step.py: read its JSON lines, and make tables of time and of memory.
 
-The tables compare each step with that of SpecForge ("the peer"): commit of August 2026, on H200s,
-Llama-3.1-8B draft, T = 7. The peer's step is forward and backward without the optimizer, and its cost does
+The tables compare each step with that of SpecForge (``PEER``): commit of August 2026, on H200s,
+Llama-3.1-8B draft, T = 7. SpecForge's step is forward and backward without the optimizer, and its cost does
 not depend on how many rows are trained.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PeerStep:
-    """One measured step of the peer."""
+    """One measured step of SpecForge."""
 
     tokens: int
     gpus: int
@@ -34,11 +34,11 @@ PEER = (
     PeerStep(131_072, 4, "U2 R2", 6180, 81.3),
     PeerStep(131_072, 4, "U1 R4", 6817, 81.4),
 )
-OUT_OF_MEMORY_FROM = 52_000  # tokens beyond which the peer runs out of memory on one GPU
+OUT_OF_MEMORY_FROM = 52_000  # tokens beyond which SpecForge runs out of memory on one GPU
 
 
 def peer_for(tokens: int, gpus: int, layout: str) -> PeerStep | None:
-    """Return the peer's step of this length on this many GPUs, in the same layout if measured, or its
+    """Return SpecForge's step of this length on this many GPUs, in the same layout if measured, or its
     fastest.
     """
     found = [step for step in PEER if (step.tokens, step.gpus) == (tokens, gpus)]
@@ -46,9 +46,20 @@ def peer_for(tokens: int, gpus: int, layout: str) -> PeerStep | None:
     return (same or sorted(found, key=lambda step: step.step_ms) or [None])[0]
 
 
+def layout_label(layout: str) -> str:
+    """Write the layout of a result line as the pages do: "U4 R1" as U4, "U1 R4 p2p" as R4 p2p, and "U2 R2
+    gather" as U2R2 gather. A degree of 1 is left out, except in U1R1.
+    """
+    found = re.match(r"(U\d+) (R\d+)", layout)
+    if found is None:
+        return layout
+    degrees = [degree for degree in found.groups() if degree not in ("U1", "R1")]
+    return "".join(degrees or found.groups()) + layout[found.end():]
+
+
 HEADINGS = (
     *("shape", "GPUs", "layout", "recompute", "step", "forward / backward / optimizer"),
-    *("tokens/s/GPU", "peak memory", "floor", "ratio", "MFU", "the peer"),
+    *("tokens/s/GPU", "peak memory", "floor", "ratio", "MFU", "SpecForge"),
 )
 
 
@@ -144,7 +155,7 @@ class Result:
 
     @property
     def peer(self) -> PeerStep | None:
-        """The peer's step of the same length on the same number of GPUs, if there is one."""
+        """SpecForge's step of the same length on the same number of GPUs, if there is one."""
         ours = self.model, self.ttt_steps, self.documents, self.data_parallel
         if self.alone or ours != (PEER_MODEL, PEER_TTT_STEPS, 1, 1):
             return None
@@ -178,7 +189,8 @@ def markdown(results: Sequence[Result]) -> str:
 def _row(result: Result) -> Sequence[str]:
     waits = f" (from store, waits {milliseconds(result.data_wait_ms)})" if result.source == "store" else ""
     start = [
-        result.shape + waits, str(result.gpus), result.layout, result.settings.removeprefix("recompute ")
+        result.shape + waits, str(result.gpus), layout_label(result.layout),
+        result.settings.removeprefix("recompute "),
     ]
     if result.step_ms is None:
         return [*start, "out of memory", "", "", "", "", "", "", _peer(result)]
@@ -199,7 +211,8 @@ def _row(result: Result) -> Sequence[str]:
 
 def _peer(result: Result) -> str:
     if result.peer:
-        return f"{milliseconds(result.peer.step_ms)}, {result.peer.peak_gib:g} GiB ({result.peer.layout})"
+        peer = result.peer
+        return f"{milliseconds(peer.step_ms)}, {peer.peak_gib:g} GiB ({layout_label(peer.layout)})"
     alone = (result.model, result.gpus, result.documents) == (PEER_MODEL, 1, 1)
     return "out of memory" if alone and result.tokens > OUT_OF_MEMORY_FROM else ""
 
@@ -260,7 +273,8 @@ def _memory_rows(group: Sequence[Result]) -> list[Sequence[str]]:
 def _memory_row(result: Result, ideal: float) -> Sequence[str]:
     rest = result.peak_gib - result.resident_gib - result.kept_gib
     sizes = (result.peak_gib, result.resident_gib, result.kept_gib, ideal)
-    start = (result.shape, result.settings.removeprefix("recompute "), str(result.gpus), result.layout)
+    settings, layout = result.settings.removeprefix("recompute "), layout_label(result.layout)
+    start = (result.shape, settings, str(result.gpus), layout)
     return (*start, *(f"{size:.2f}" for size in sizes), f"{result.kept_gib / ideal:.2f}", f"{rest:.2f}")
 
 

@@ -82,7 +82,7 @@ class Format(ABC):
 
 
 class GzipTorch(Format):
-    """The peer's compressed files: ``torch.save`` through gzip. Any read decompresses the whole file."""
+    """SpecForge's compressed files: ``torch.save`` through gzip. Any read decompresses the whole file."""
 
     name, title = "gzip_torch", "torch file, gzip -6, read whole"
 
@@ -101,7 +101,7 @@ class GzipTorch(Format):
 
 
 class MappedTorch(Format):
-    """The peer's plain files: ``torch.save``, read through a memory map."""
+    """SpecForge's plain files: ``torch.save``, read through a memory map."""
 
     name, title = "mmap_torch", "torch file, uncompressed, memory map"
 

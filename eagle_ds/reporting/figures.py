@@ -16,7 +16,11 @@ Line = Mapping[str, Any]
 """A line of log.jsonl or eval.jsonl, or the entry of a draft in acceptance.json."""
 
 COLOURS = ("#9aa5b1", "#2f6fb2", "#d9822b", "#3c9d6b")  # of drafts; the first one is the baseline
-SERIES = ("#2f6fb2", "#d9822b", "#3c9d6b", "#8a5cb8", "#c0504d", "#3aa6b9", "#7a6a53", "#5c6b7a")
+SERIES = (
+    *("#2f6fb2", "#d9822b", "#3c9d6b", "#8a5cb8", "#c0504d"),
+    *("#3aa6b9", "#7a5230", "#d46ea8", "#a3a02c", "#1f2933"),
+)
+LINE_STYLES = ("-", "--", ":")  # the second one is used once all colours of SERIES are, and so on
 TRAIN, HELD_OUT, REAL = "#2f6fb2", "#d9822b", "#3c9d6b"
 INK, GRID = "#333d47", "#e4e8ec"
 
@@ -151,23 +155,28 @@ def comparison_figure(
         steps: optimizer steps, the same for all runs.
         runs: (label, losses, relative differences), one value per step.
     """
-    figure, (losses, differences) = canvas(1, 2, (11, 4.2))
+    figure, (losses, differences) = canvas(1, 2, (11, 4.6))
     for i, (label, values, relative) in enumerate(runs):
-        colour = SERIES[i % len(SERIES)]
+        style = _series_style(i)
         # Later lines are thinner, so that equal curves all stay visible.
-        losses.plot(steps, values, color=colour, linewidth=2.4 - 1.6 * i / max(len(runs) - 1, 1), label=label)
+        losses.plot(steps, values, linewidth=2.4 - 1.6 * i / max(len(runs) - 1, 1), label=label, **style)
         if i and any(relative):
             shown = [value or float("nan") for value in relative]  # a log scale has no zero
-            differences.plot(steps, shown, ".-", color=colour, linewidth=1, markersize=3, label=label)
+            differences.plot(steps, shown, marker=".", linewidth=1, markersize=3, label=label, **style)
     losses.set(title="loss", xlabel="step")
-    losses.legend()
     same = [label for label, _, relative in runs[1:] if not any(relative)]
     note = f"\nno difference at any step: {', '.join(same)}" if same else ""
     differences.set(title=f"difference from {runs[0][0]}, relative{note}", xlabel="step")
     if len(same) < len(runs) - 1:
         differences.set_yscale("log")
-        differences.legend()
+    legend_below(losses, columns=5)
     return png(figure)
+
+
+def _series_style(index: int) -> dict[str, str]:
+    """Return colour and line style of a series. No two of the first 30 are equal."""
+    lap, colour = divmod(index, len(SERIES))
+    return {"color": SERIES[colour], "linestyle": LINE_STYLES[lap % len(LINE_STYLES)]}
 
 
 def _by_ttt_step(axes: Axes, train: Sequence[Line], held_out: Sequence[Line], name: str) -> None:
@@ -225,6 +234,12 @@ def canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
         one.spines[["left", "bottom"]].set_color("#b8c0c8")
         one.tick_params(labelsize=8, colors=INK)
     return figure, axes
+
+
+def legend_below(axes: Axes, columns: int = 4) -> None:
+    """Place the legend of ``axes``, valid for all panels, below them; inside, it would cover curves."""
+    handles = axes.get_legend_handles_labels()
+    axes.figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def png(figure: Figure) -> bytes:

@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from eagle_ds.bench import plots
 from eagle_ds.bench.plots import fraction_figure, length_figure, scaling_figure, write_results
 from eagle_ds.bench.results import (
     Result,
+    layout_label,
     markdown,
     memory_markdown,
     milliseconds,
@@ -20,6 +22,9 @@ from eagle_ds.bench.results import (
     read_results,
     short,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG"
@@ -86,17 +91,17 @@ def test_tables_and_pictures_are_written(tmp_path: Path) -> None:
     assert [path.name for path in written] == ["steps.md", "length.png", "fraction.png", "scaling.png"]
 
 
-def test_the_table_shows_measurements_next_to_the_peers() -> None:
+def test_the_table_shows_measurements_next_to_those_of_specforge() -> None:
     store = line(source="store", data_wait_ms=3.0, offload_activations=True)
     packed = line(documents=32, fraction=0.25, gpus=1, layout="U1 R1")
     rows = markdown(results(line(), store, packed, OUT_OF_MEMORY)).splitlines()[2:]
     assert rows[0] == (
-        "| 128K, all rows | 4 | U4 R1 | full | 2.40 s | 960 ms / 1.42 s / 24.0 ms | 13,653 | 18.5 GiB "
-        "| 2.16 s | 1.11 | 50.0% | 4.76 s, 81.6 GiB (U4 R1) |"
+        "| 128K, all rows | 4 | U4 | full | 2.40 s | 960 ms / 1.42 s / 24.0 ms | 13,653 | 18.5 GiB "
+        "| 2.16 s | 1.11 | 50.0% | 4.76 s, 81.6 GiB (U4) |"
     )
-    assert "| 128K, all rows (from store, waits 3.0 ms) | 4 | U4 R1 | full, offload |" in rows[1]
+    assert "| 128K, all rows (from store, waits 3.0 ms) | 4 | U4 | full, offload |" in rows[1]
     assert rows[2].startswith("| 32 x 4K packed, 25% in turns of 512 | 1 |") and rows[2].endswith("|  |")
-    assert "| out of memory |" in rows[3] and rows[3].endswith("| out of memory |")  # ours, and the peer's
+    assert "| out of memory |" in rows[3] and rows[3].endswith("| out of memory |")  # ours, and SpecForge's
 
 
 def test_ranks_that_shared_a_gpu_show_their_memory_but_no_times() -> None:
@@ -106,7 +111,7 @@ def test_ranks_that_shared_a_gpu_show_their_memory_but_no_times() -> None:
     ).startswith(PNG)
     assert length_figure(results(*LENGTHS[:1], *(one | {"shared_gpu": True} for one in LENGTHS[1:]))) is None
     row = markdown(results(line(shared_gpu=True))).splitlines()[2]
-    assert row == "| 128K, all rows | 4 | U4 R1 | full | ranks share a GPU |  |  | 18.5 GiB |  |  |  |  |"
+    assert row == "| 128K, all rows | 4 | U4 | full | ranks share a GPU |  |  | 18.5 GiB |  |  |  |  |"
 
 
 def test_one_rank_alone_is_labelled_and_left_out_of_scaling() -> None:
@@ -116,8 +121,8 @@ def test_one_rank_alone_is_labelled_and_left_out_of_scaling() -> None:
         results(*(one | {"alone_of": 4, "alone_rank": 0} for one in LENGTHS))
     ).startswith(PNG)
     table = markdown(results(alone[3]))
-    assert "| 4 | U4 R1, one rank alone | full | 2.40 s |" in table and "without communication" in table
-    assert "4.76 s" not in table  # the peer's step
+    assert "| 4 | U4, one rank alone | full | 2.40 s |" in table and "without communication" in table
+    assert "4.76 s" not in table  # SpecForge's step
     assert "without communication" not in markdown(results(line()))
 
 
@@ -136,14 +141,14 @@ def test_the_memory_of_a_rank_is_compared_with_its_share() -> None:
     # None of these has a row: two sequences at once; no result on one GPU; no memory figures; no memory.
     rows = memory_markdown(results(*lines, *others)).splitlines()[2:5]
     assert rows == [
-        "| 128K, all rows | full | 1 | U1 R1 | 17.00 | 7.00 | 8.00 | 8.00 | 1.00 | 2.00 |",
-        "| 128K, all rows | full | 2 | U2 R1 | 13.40 | 7.00 | 4.40 | 4.00 | 1.10 | 2.00 |",
-        "| 128K, all rows | full | 4 | U4 R1 | 11.10 | 7.00 | 2.10 | 2.00 | 1.05 | 2.00 |",
+        "| 128K, all rows | full | 1 | U1R1 | 17.00 | 7.00 | 8.00 | 8.00 | 1.00 | 2.00 |",
+        "| 128K, all rows | full | 2 | U2 | 13.40 | 7.00 | 4.40 | 4.00 | 1.10 | 2.00 |",
+        "| 128K, all rows | full | 4 | U4 | 11.10 | 7.00 | 2.10 | 2.00 | 1.05 | 2.00 |",
     ]
     assert memory_markdown(results(*others)) is None and memory_markdown(results(*SCALING)) is None
 
 
-def test_the_peers_step_has_the_same_layout_or_is_its_fastest() -> None:
+def test_the_step_of_specforge_has_the_same_layout_or_is_its_fastest() -> None:
     assert peer_for(131_072, 4, "U1 R4 p2p").step_ms == 6817
     assert peer_for(131_072, 4, "U8 R1").step_ms == 4760
     assert peer_for(131_072, 2, "U2 R1") is None
@@ -151,6 +156,29 @@ def test_the_peers_step_has_the_same_layout_or_is_its_fastest() -> None:
 
 def test_the_layout_gives_the_number_of_sequences_at_once() -> None:
     assert [result.data_parallel for result in results(*SCALING)] == [1, 1, 1, 1, 2]
+
+
+def test_layouts_are_written_as_on_the_pages() -> None:
+    lines = ("U4 R1", "U1 R4 gather", "U1 R2 p2p", "U2 R2 gather", "U16 R1, one rank alone", "U1 R1", "")
+    assert [layout_label(text) for text in lines] == [
+        "U4", "R4 gather", "R2 p2p", "U2R2 gather", "U16, one rank alone", "U1R1", ""
+    ]
+
+
+def test_legends_name_specforge_and_layouts_as_the_pages_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "png", drawn.append)
+    one_gpu = [line(gpus=1, layout="U1 R1", fraction=f, step_ms=9500 * f) for f in (0.1, 1.0)]
+    length_figure(results(*LENGTHS))
+    fraction_figure(results(*FRACTIONS, *one_gpu))
+    scaling_figure(results(*SCALING))
+    legends = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in drawn]
+    assert legends[0] == [
+        "4 GPUs, U4", "SpecForge, 4 GPUs, U4", "SpecForge, 4 GPUs, U2R2", "SpecForge, 4 GPUs, R4"
+    ]
+    assert legends[1] == ["4 GPUs, U4", "1 GPU, U1R1", "SpecForge, 128K, U4"]
+    marks = [text.get_text() for text in drawn[2].axes[1].texts]
+    assert marks == ["99% R2 gather", "99% U4"]
 
 
 def test_numbers_are_formatted_briefly() -> None:

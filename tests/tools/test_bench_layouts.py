@@ -69,12 +69,12 @@ def test_the_tokens_follow_the_targets_choice(tmp_path: Path) -> None:
 
 def test_runs_learn_and_are_compared(tmp_path: Path) -> None:
     small = ["--device", "cpu", "--steps", "6", "--tokens", "48", "--hidden", "32", "--max-relative", "1e-4"]
-    done = run("--out", str(tmp_path), *small, "--layouts", "1", "U2")
+    done = run("--out", str(tmp_path), *small, "--layouts", "1", "R2:p2p")
     assert done.returncode == 0, done.stderr
     compared = json.loads((tmp_path / "compare.json").read_text())
     assert compared["steps"] == [1, 2, 3, 4, 5, 6] and [
         found["label"] for found in compared["runs"]
-    ] == ["1", "U2"]
+    ] == ["1", "R2 p2p"]
     assert all(found["last_loss"] < found["first_loss"] for found in compared["runs"])
 
 
