@@ -11,8 +11,8 @@ Every rank computes the same sharding from document lengths and trained spans, s
 Sequence-parallel rank ``ring_rank * ulysses + ulysses_rank`` owns a slice of its ring rank's rows.
 
 The split over ring ranks balances causal attention, where later rows attend to more keys. A ring rank owns
-two pieces of the context, one from each end of the sequence (zigzag), so that in every hop of a rotation all
-ring ranks have equal work. Example, ring = 2:
+two pieces of the context, one from each end of the sequence (zigzag). Where all rows are query rows, this
+gives all ring ranks equal work in every hop of a rotation. Example, ring = 2:
 
     rows of the sequence   0 ......................... S
     pieces                 |  0  |  1  |  2  |  3  |
