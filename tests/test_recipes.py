@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,6 +110,33 @@ def test_help_under_bash_gives_reasons_and_lists_every_setting() -> None:
     assert re.search(r"--draft\.fc_norm +false ", shown.stdout) and re.search(
         r"--training\.max_steps +null ", shown.stdout
     )
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """Copy a recipe under the name mine; return its script."""
+    for ending in (".sh", ".json"):
+        shutil.copy(ROOT / f"recipes/llama3_128k{ending}", tmp_path / f"mine{ending}")
+    script = tmp_path / "mine.sh"
+    there = "str(Path(__file__).resolve().parent.parent)"  # where the original finds eagle_ds
+    script.write_text(script.read_text().replace(there, repr(str(ROOT))))
+    return script
+
+
+def test_a_copied_recipe_has_a_run_folder_of_its_own(copied: Path) -> None:
+    shown = run(sys.executable, str(copied), "--plan")
+    assert shown.returncode == 0, shown.stderr
+    assert "runs/mine/log.jsonl" in shown.stdout and "runs/llama3_128k" not in shown.stdout
+
+
+def test_help_of_a_copied_recipe_marks_the_originals_header_as_not_its_own(copied: Path) -> None:
+    shown = run(sys.executable, str(copied), "--help").stdout
+    note, _, header = shown.partition("\n\n")
+    assert note.startswith("mine: mine.sh has no header of its own yet.") and "llama3_128k" in note
+    about = header.partition("\n\nTrain: ")[0]
+    assert "llama3_128k" in about and all(line.startswith("|") for line in about.splitlines())
+    copied.write_text(copied.read_text().replace("# llama3_128k: trains", "# mine: trains"))
+    assert run(sys.executable, str(copied), "--help").stdout.startswith("mine: trains an EAGLE-3 draft")
 
 
 def test_plan_under_bash_from_another_folder_starts_nothing(tmp_path: Path) -> None:

@@ -97,14 +97,14 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> None:
     from eagle_ds.config.outputs import check_output_folder
-    from eagle_ds.config.recipe import load_recipe
+    from eagle_ds.config.recipe import load_own_recipe
     from eagle_ds.drafts.loading import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
 
     enter_repository(args)
     if args.out:
         check_output_folder(args.out, "--out")
-    recipe = load_recipe(args.recipe) if args.recipe else None
+    recipe = load_own_recipe(args.recipe) if args.recipe else None
     if args.draft is None and recipe is None:
         raise ValueError("no draft given; give --draft FOLDER, or --recipe to use its run's best checkpoint")
     draft = load_draft(args.draft or recipe.run_dir)

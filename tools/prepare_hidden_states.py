@@ -126,9 +126,9 @@ def read_recipe(args: argparse.Namespace, overrides: list[str]) -> Recipe | None
             raise ValueError(f"unknown arguments {' '.join(overrides)}; dotted overrides need --recipe")
         return None
     from eagle_ds.capture.job import check_recipe_target
-    from eagle_ds.config.recipe import load_recipe
+    from eagle_ds.config.recipe import load_own_recipe
 
-    recipe = load_recipe(args.recipe, overrides)
+    recipe = load_own_recipe(args.recipe, overrides)
     check_recipe_target(recipe)
     return recipe
 
