@@ -179,6 +179,7 @@ def test_the_deepspeed_launcher_runs_a_recipe_and_one_rank_plans() -> None:
         (["--num_gpus", "3", "--plan"], "3 ranks are no multiple of ulysses 1 * ring 2 = 2"),
         (["--num_gpus", "0", "--plan"], "--num_gpus 0 is out of range; give 1 or more, or leave it out"),
         (["--deepspeed", "ds_configs/absent.json", "--plan"], "cannot read ds_configs/absent.json"),
+        (["--deepspeed", "zero3.json", "--plan"], "use ds_configs/llama3_70b_zero2.json, ds_configs/"),
         (
             ["--data.store", "absent"],
             "python tools/prepare_hidden_states.py --recipe recipes/smollm2_cpu.json",
