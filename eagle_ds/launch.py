@@ -50,7 +50,8 @@ options:
   --plan            print what a run would do, and start nothing
   --num_gpus N      with bash: start N processes; with --plan: plan for N
                     (default: all GPUs that form whole groups of ulysses * ring)
-  --gpu NAME        with --plan: plan for h200, h100, a100, b200 or cpu (default: the GPU here, else h200)
+  --gpu NAME        with --plan: plan for h200, h100, a100, b200, cpu, or a memory size such as 48GiB
+                    (default: the GPU here, else h200)
   --fresh           rename an existing run folder and start from step 0; nothing is deleted
   --local_rank I    set by the DeepSpeed launcher
   --SECTION.NAME V  override any setting below; V is JSON or text; relative paths start at the repository

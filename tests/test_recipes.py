@@ -185,6 +185,8 @@ def test_the_deepspeed_launcher_runs_a_recipe_and_one_rank_plans() -> None:
             "python tools/prepare_hidden_states.py --recipe recipes/smollm2_cpu.json",
         ),
         (["--gpu", "tpu", "--plan"], "--gpu tpu is not a device that --plan knows; use h200"),
+        (["--gpu", "48", "--plan"], "--gpu 48 is not a device that --plan knows; use h200, h100, a100"),
+        (["--gpu", "0GiB", "--plan"], "--gpu 0GiB has no memory; give that of your GPU, such as 48GiB"),
         (["--training.schedule", "cosin"], 'training.schedule = "cosin": '),
     ],
 )
