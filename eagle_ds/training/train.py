@@ -22,12 +22,13 @@ import torch
 from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.config.run_folder import lock_run
+from eagle_ds.config.run_state import Best, RunState, latest
 from eagle_ds.data.dataset import RankDataset
 from eagle_ds.data.sampler import Sampler
 from eagle_ds.drafts.loading import DraftOnDisk
 from eagle_ds.kernels.backend import choose_attention
 from eagle_ds.training.build import Trainable, build
-from eagle_ds.training.checkpoint import Best, Checkpoints, RunState, find_resumable, full_state, latest
+from eagle_ds.training.checkpoint import Checkpoints, find_resumable, full_state
 from eagle_ds.training.evaluate import Evaluator
 from eagle_ds.training.feed import Feed, FeedSettings, read_pool
 from eagle_ds.training.inputs import Inputs, OpenStore, open_inputs

@@ -161,6 +161,11 @@ def test_other_stores_and_worlds_are_refused(finished: Tiny) -> None:
     recipe, state = finished.recipe("done", **settings(1, finished)), latest(finished.root / "runs" / "done")
     with pytest.raises(ValueError, match="has changed since"):
         find_resumable(recipe, "another", 1)
+    moved = finished.recipe("done", **settings(1, finished), data__store="stores/new")
+    with pytest.raises(ValueError, match="which holds other samples") as error:
+        find_resumable(moved, "another", 1)
+    new_data = f"--output_dir OTHER_FOLDER --draft.init_from {recipe.run_dir}"
+    assert all(part in str(error.value) for part in (recipe.data.store, "stores/new", new_data))
     with pytest.raises(ValueError, match="trained by 1 processes, now there are 2"):
         find_resumable(recipe, state.manifest_hash, 2)
     spread = finished.recipe("done", **settings(1, finished), parallel__ring=2)
