@@ -282,7 +282,7 @@ def show_rejected(console: Console, summary: Summary) -> None:
     console.print(table)
     counts = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.most_common())
     console.print(
-        f"{len(summary.rejected)} rejected: {counts}; the store's {REJECTED_NAME} lists all of them"
+        f"{len(summary.rejected)} rejected: {counts}; DST/{REJECTED_NAME} lists all of them"
     )
 
 
