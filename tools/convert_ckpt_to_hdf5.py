@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Convert other projects' hidden-state files into a store. Its gzip-filtered HDF5 files take a third less
 space, and each rank of a training run reads only its own rows from them.
 

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Draw the sharding of a recipe: which rank owns which rows of its heaviest sequence.
 
     python tools/plot_plan.py recipes/llama3_128k.json plan.png
