@@ -218,9 +218,9 @@ def _serving_section(run: Run) -> str:
     why = f"{tokens}: each was accepted in at least {100 * WORTH_DRAFTING:.0f}% of the passes measured here."
     if not run.acceptance:
         why = f"{tokens}, until acceptance is measured."
-    export = f"tools/export_draft.py {run.folder}"
+    export = escaped(f"tools/export_draft.py {run.folder}")
     lines = [
-        f"<p class=note>{escaped(why)}</p><h3>Export</h3><pre>{escaped(export)}\n{escaped(export)} --vllm</pre>",
+        f"<p class=note>{escaped(why)}</p><h3>Export</h3><pre>{export}\n{export} --vllm</pre>",
         f"<h3>SGLang</h3><pre>{escaped(sglang)}</pre><h3>vLLM</h3><pre>{escaped(vllm)}</pre>",
     ]
     return section("Serve it", "".join(lines))
