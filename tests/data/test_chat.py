@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eagle_ds.data.chat import ChatEncoder, common_prefix, common_suffix, messages_of, record_id
+from eagle_ds.data.chat import ChatEncoder
+from eagle_ds.data.shapes import messages_of, record_id
+from eagle_ds.data.template import common_prefix, common_suffix
 from tests.tiny_targets import byte_tokenizer
 
 CHAT = [
