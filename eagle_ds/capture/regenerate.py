@@ -306,9 +306,9 @@ def pending_batches(
 
 
 def regenerate(
-    source: Path, output: Path, generator: Generator, batch_size: int = 8, concurrency: int = 1,
-    min_distinct: float = 0.0, progress: Callable[[int, int], None] = lambda conversations, tokens: None,
-    intake: Intake | None = None,
+    source: Path | ConversationFile, output: Path, generator: Generator, batch_size: int = 8,
+    concurrency: int = 1, min_distinct: float = 0.0,
+    progress: Callable[[int, int], None] = lambda conversations, tokens: None, intake: Intake | None = None,
 ) -> int:
     """Answer every conversation of ``source`` and append it to ``output`` as soon as it is done.
 
@@ -316,7 +316,7 @@ def regenerate(
     in ``output`` + ".skipped" and is not tried again.
 
     Args:
-        source: JSONL of conversations or prompts.
+        source: conversations or prompts.
         output: JSONL of {"id", "messages", "finish"}.
         generator: answers the prompts.
         batch_size: conversations generated together.
@@ -333,7 +333,8 @@ def regenerate(
     if skipped.exists():
         done |= set(skipped.read_text(encoding="utf-8").split("\n"))
     written = 0
-    file, intake = ConversationFile(source), intake or Intake()
+    file = source if isinstance(source, ConversationFile) else ConversationFile(source)
+    intake = intake or Intake()
     with (
         ThreadPoolExecutor(concurrency) as pool, output.open("a", encoding="utf-8") as answered_file,
         skipped.open("a", encoding="utf-8") as skipped_file,

@@ -43,6 +43,18 @@ def read_json(path: str | Path, usual_folder: str | Path | None = None) -> dict[
     return tree
 
 
+def json_object(text: str | None, setting: str) -> dict[str, Any]:
+    """Return the JSON object that the option ``setting`` gives, none if it is absent. Raises ValueError."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        value = f"no JSON ({error})"
+    if not isinstance(value, dict):
+        example = """'{"enable_thinking": false}'"""
+        raise ValueError(f"{setting} {text}: expected a JSON object such as {example}, found {value}")
+    return value
+
+
 def dotted_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yield every setting of ``model`` as (dotted name, field). A section comes before the settings in it."""
     for name, field in model.model_fields.items():

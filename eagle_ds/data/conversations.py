@@ -112,6 +112,11 @@ class ConversationFile:
                 del line  # it may be long
                 yield start, record
 
+    def count(self) -> int:
+        """Count the lines that are not blank."""
+        with open(self.lines, "rb") as stream:
+            return sum(bool(line.strip()) for line in stream)
+
     def read(self, offset: int) -> dict[str, Any]:
         """Return the record at a byte offset that `records` gave."""
         with open(self.lines, "rb") as stream:

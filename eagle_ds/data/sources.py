@@ -16,8 +16,9 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from eagle_ds.data.shapes import FIELDS
 
@@ -44,13 +45,13 @@ def as_jsonl(source: Path) -> tuple[Path, str]:
     with _damage_as_one_sentence(source):
         if start == PARQUET:
             return _spool(_parquet_rows(source)), "record"
-        with _decompressed(source, start) as stream:
-            is_array = ARRAY.match(stream.read(4096)) is not None
-        if not is_array and not start.startswith((GZIP, ZSTD)):
-            return source, "line"
-        with _decompressed(source, start) as stream:
-            blocks = iter(lambda: stream.read(BLOCK_BYTES), b"")
-            return _spool(array_elements(blocks) if is_array else blocks), "record" if is_array else "line"
+        blocks = _decompressed(source, start)
+        first = next(blocks, b"")
+        if ARRAY.match(first):
+            return _spool(array_elements(chain([first], blocks))), "record"
+        if start.startswith((GZIP, ZSTD)):
+            return _spool(chain([first], blocks)), "line"
+    return source, "line"
 
 
 @contextlib.contextmanager
@@ -65,15 +66,24 @@ def _damage_as_one_sentence(source: Path) -> Iterator[None]:
         raise
 
 
-def _decompressed(path: Path, start: bytes) -> BinaryIO:
-    """Open a file whose first bytes are ``start``."""
-    if start.startswith(GZIP):
-        return gzip.open(path, "rb")
-    if start == ZSTD:
-        zstandard = _optional("zstandard", path)
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader
-        return reader(path.open("rb"), read_across_frames=True)
-    return path.open("rb")
+def _decompressed(path: Path, start: bytes) -> Iterator[bytes]:
+    """Yield blocks of a file whose first bytes are ``start``. Raises one of DAMAGE, or an error of zstd."""
+    with gzip.open(path, "rb") if start.startswith(GZIP) else path.open("rb") as stream:
+        blocks = iter(lambda: stream.read(BLOCK_BYTES), b"")
+        if start != ZSTD:
+            yield from blocks
+            return
+        new = _optional("zstandard", path).ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        frame = new()
+        for block in blocks:
+            while block:
+                if frame.eof:
+                    frame = new()
+                if text := frame.decompress(block):
+                    yield text
+                block = frame.unused_data
+        if not frame.eof:
+            raise EOFError("the last zstd frame has no end")
 
 
 def _spool(blocks: Iterator[bytes]) -> Path:

@@ -15,12 +15,15 @@ channel names and tool calls, which the target generates, are part of it, and th
 from __future__ import annotations
 
 import datetime
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eagle_ds.data.shapes import THOUGHTS, BadRecord, Conversation, Message
+
+log = logging.getLogger(__name__)
 
 Span = tuple[int, int]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -70,6 +73,7 @@ class Marker:
 class Leaf:
     """A text of a message that can be replaced by a mark: its content, its thinking or one of its calls."""
 
+    mark: str
     message: int
     role: str
     field: str
@@ -92,9 +96,12 @@ class ChatTemplate:
         if own := [name for name in OWN_VARIABLES if name in template_kwargs]:
             found = f"template_kwargs has {', '.join(own)}"
             raise ValueError(f"{found}, which each record sets itself; remove it")
-        today = datetime.date.fromisoformat(date)
         self.tokenizer = tokenizer
-        self._kwargs = {"strftime_now": today.strftime, **template_kwargs}
+        if unread := [name for name in template_kwargs if name not in self._words()]:
+            log.warning("the chat template does not read %s of template_kwargs", ", ".join(unread))
+        today = datetime.date.fromisoformat(date)
+        self.kwargs = dict(template_kwargs)
+        self._variables = {"strftime_now": today.strftime, **template_kwargs}
         self._headers: dict[Any, str] = {}  # by template
         self._unread: set[str] = set()  # ignored fields of messages that the template's source does not name
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -118,7 +125,7 @@ class ChatTemplate:
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tools=tools and list(tools), tokenize=False,
-                add_generation_prompt=generation_prompt, **self._kwargs)
+                add_generation_prompt=generation_prompt, **self._variables)
         # A template runs Python's operations, which raise any of these for a value that it does not expect.
         except (TemplateError, TypeError, LookupError, AttributeError, ValueError) as error:
             message = f"the chat template refuses this conversation: {error}"
@@ -134,9 +141,7 @@ class ChatTemplate:
         spans = self._by_words(text, other, marker, masked, leaves, tools)
         if spans is None:
             spans = self._by_difference(text, marker, messages, tools)
-        found = {int(number) for number in marker.split(other)[1::2]}
-        absent = [leaf for number, leaf in enumerate(leaves) if number not in found]
-        return Rendered(text, spans, list(self._ignored(text, conversation, absent)))
+        return Rendered(text, spans, list(self._ignored(text, conversation, leaves, other)))
 
     def _by_words(
         self, text: str, other: str, marker: Marker, masked: list[Message], leaves: list[Leaf], tools: Tools
@@ -167,7 +172,7 @@ class ChatTemplate:
                     start = position - (marked - header_end)
                 spans[leaf.message] = (start, end)
             position += length + len(after)
-            marked += len(marker.mark(number)) + len(after)
+            marked += len(leaf.mark) + len(after)
         return list(spans.values()) if position == len(text) else None
 
     def _by_difference(self, text: str, marker: Marker, messages: list[Message], tools: Tools) -> list[Span]:
@@ -239,24 +244,40 @@ class ChatTemplate:
             last = found.end() if found else last
         return last if found else end
 
-    def _ignored(self, text: str, conversation: Conversation, absent: Sequence[Leaf]) -> Iterator[str]:
+    def _ignored(
+        self, text: str, conversation: Conversation, leaves: list[Leaf], other: str
+    ) -> Iterator[str]:
         """Yield the fields without which the template gives the same ``text``.
 
-        Texts are tested if their mark is ``absent``, and every other field if the record has it. A field that
-        was once ignored, and that the template's source does not name, is not tested again.
+        Texts are tested if their mark is not in ``other``, and every other field if the record has it. A
+        field that was once ignored, and that the template's source does not name, is not tested again.
         """
         messages, tools = conversation.messages, conversation.tools
-        if tools and self.render(messages) == text:
+        if tools and self._gives(text, messages, None):
             yield "tools"
+        absent = [leaf for leaf in leaves if leaf.mark not in other]
         for kind in dict.fromkeys(leaf.kind for leaf in absent):
             fields = {(leaf.message, leaf.field) for leaf in absent if leaf.kind == kind}
-            if self.render(_without(messages, fields), tools=tools) == text:
-                yield kind
+            if self._gives(text, _without(messages, fields), tools):
+                yield kind if len(fields) == sum(leaf.kind == kind for leaf in leaves) else f"some {kind}"
         for name in dict.fromkeys(name for message in messages for name in message if name not in TESTED):
             fields = {(i, name) for i in range(len(messages))}
-            if name in self._unread or self.render(_without(messages, fields), tools=tools) == text:
-                self._unread |= {name} - set(re.findall(r"\w+", str(self.tokenizer.chat_template)))
-                yield name
+            if name in self._unread or self._gives(text, _without(messages, fields), tools):
+                self._unread |= {name} - self._words()
+                yield f"{name} of messages"
+        # Templates cut thinking out of a content.
+        answers = (leaf for leaf in leaves if leaf.role == "assistant" and leaf.field == "content")
+        if any(leaf.value.strip() not in text for leaf in answers if leaf.mark in other):
+            yield "parts of the content of assistant messages"
+
+    def _gives(self, text: str, messages: list[Message], tools: Tools) -> bool:
+        try:
+            return self.render(messages, tools=tools) == text
+        except BadRecord:  # the template needs what was left out
+            return False
+
+    def _words(self) -> set[str]:
+        return set(re.findall(r"\w+", str(self.tokenizer.chat_template)))
 
 
 def _mask(
@@ -267,8 +288,8 @@ def _mask(
     leaves: list[Leaf] = []
 
     def mark(field: str, value: str | None) -> str:
-        leaves.append(Leaf(len(masked), message["role"], field, value))
-        return marker.mark(len(leaves) - 1)
+        leaves.append(Leaf(marker.mark(len(leaves)), len(masked), message["role"], field, value))
+        return leaves[-1].mark
 
     for i, message in enumerate(messages):
         changed = dict(message)
