@@ -12,6 +12,7 @@ from eagle_ds.config.run_folder import find_draft
 from eagle_ds.config.run_state import check_resumable, latest
 from eagle_ds.config.sections import RopeScaling
 from eagle_ds.config.settings import read_json
+from eagle_ds.data.sources import DATASET_ID, FILE_ENDINGS
 from eagle_ds.store.manifest import STORE_JSON, manifest_hash, read_manifest
 from eagle_ds.target.info import rope_of
 
@@ -65,9 +66,15 @@ def _data_rows(recipe: Recipe, capture_command: str) -> Iterable[Row]:
             continue
         purposes = [] if captured or store is None else [f"to capture {store}"]
         purposes += ["to measure acceptance while training"] if decoded else []
-        state = "exists" if Path(conversations).exists() else "MISSING"
         needed = f"needed {' and '.join(purposes)}" if purposes else "not needed: the store is captured"
-        yield "reads", conversations, f"{state}; {needed}"
+        yield "reads", conversations, f"{_state_of(conversations)}; {needed}"
+
+
+def _state_of(conversations: str) -> str:
+    if Path(conversations).is_file():
+        return "exists"
+    is_id = DATASET_ID.fullmatch(conversations) and not conversations.endswith(FILE_ENDINGS)
+    return "data set on the Hugging Face hub" if is_id and not Path(conversations).is_dir() else "MISSING"
 
 
 def _written_rows(recipe: Recipe) -> Iterable[Row]:

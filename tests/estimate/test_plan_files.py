@@ -65,6 +65,12 @@ def test_missing_conversations_are_marked_with_what_they_are_needed_for() -> Non
     assert "exists" in line(text, "there.jsonl")
 
 
+def test_a_data_set_of_the_hub_is_not_marked_as_missing() -> None:
+    Path("folder/x").mkdir(parents=True)
+    for given, state in (("owner/chats:train", "data set on the Hugging Face hub"), ("folder/x", "MISSING")):
+        assert state in line(files_text(recipe("--data.conversations", given), 2, CAPTURE), given)
+
+
 def test_a_missing_draft_to_start_from_is_marked() -> None:
     text = files_text(recipe("--draft.init_from", "absent"), 2, CAPTURE)
     assert line(text, "absent").endswith("MISSING: no exported draft, checkpoint or run there")
