@@ -22,6 +22,7 @@ TIMEOUT_S = 60  # for hangs only: a hundred times what an idle machine takes
         ["convert_ckpt_to_hdf5.py", "source", "destination"],
         ["bench_io.py"],
         ["regenerate.py", "a.jsonl", "b.jsonl", "--target", "any"],
+        ["preview_chats.py", "a.jsonl", "--target", "any"],
         ["prepare_hidden_states.py", "--recipe", "recipes/smollm2_cpu.json"],
         ["export_draft.py", "runs/any"],
         ["eval_acceptance.py", "--draft", "runs/any"],
