@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 TOKENIZER_NAMES = (
     "tokenizer", "tokenization", "vocab", "merges", "spiece", "sentencepiece", "tekken", "tiktoken")
 # A tokenizer needs 100 times the memory of its text, so a longer text is tokenized in parts of this size.
-PART_CHARACTERS = 1 << 18
+PART_CHARACTERS = 1 << 16
 # Tokenizers that split texts into words split here: before a space or a punctuation mark that follows a word.
 WORD_END = re.compile(r"(?<=[^\W_])(?=[^\w\s'’]| [^\W_])")
 AROUND = 64  # characters on each side of a border of parts that are tokenized once more, to check the border
@@ -180,8 +180,7 @@ class ChatEncoder:
         whole text is tokenized at once, with offsets.
         """
         borders = [0, *(border for span in spans for border in span), len(text)]
-        pieces = [text[start:end] for start, end in zip(borders[:-1], borders[1:], strict=True)]
-        if (tokens := self._tokenize_pieces(pieces)) is not None:
+        if (tokens := self._tokenize_pieces(text, borders)) is not None:
             trained = [np.full(len(ids), number % 2, np.uint8) for number, ids in enumerate(tokens)]
             return np.concatenate(tokens), np.concatenate(trained)
         if not self.tokenizer.is_fast:
@@ -196,46 +195,53 @@ class ChatEncoder:
                 "mask not exact", "the loss mask does not decode back to the answers of this conversation")
         return ids, mask
 
-    def _tokenize_pieces(self, pieces: Sequence[str]) -> list[np.ndarray] | None:
-        """Tokenize each piece, int32; None if the tokens of all pieces do not decode to the whole text."""
-        if sum(map(len, pieces)) <= PART_CHARACTERS:
-            batch = self.tokenizer(list(pieces), add_special_tokens=False)["input_ids"]
+    def _tokenize_pieces(self, text: str, borders: Sequence[int]) -> list[np.ndarray] | None:
+        """Tokenize each piece of text between two borders, int32.
+
+        Returns None if the tokens of all pieces do not decode to the text.
+        """
+        pairs = list(zip(borders[:-1], borders[1:], strict=True))
+        if len(text) <= PART_CHARACTERS:
+            pieces = [text[start:end] for start, end in pairs]
+            batch = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
             tokens = [np.asarray(ids, np.int32) for ids in batch]
-            return tokens if self._decode(np.concatenate(tokens)) == "".join(pieces) else None
+            return tokens if self._decode(np.concatenate(tokens)) == text else None
         # Decoding a long text takes as much memory as tokenizing it, so each part is compared alone. That is
-        # enough if nothing comes between the texts of two pieces.
+        # enough if nothing comes between the texts of two parts.
         if self._decode(np.concatenate([self._tokenize("a"), self._tokenize("b")])) != "ab":
             return None
         tokens = []
-        for piece in pieces:
-            parts = [(part, self._tokenize(part)) for part in self._parts(piece)]
-            if any(self._decode(ids) != part for part, ids in parts):
-                return None
-            tokens.append(np.concatenate([np.zeros(0, np.int32), *(ids for _, ids in parts)]))
+        for start, end in pairs:
+            piece = [np.zeros(0, np.int32)]
+            for part in self._parts(text, start, end):
+                piece.append(self._tokenize(part))
+                if self._decode(piece[-1]) != part:
+                    return None
+            tokens.append(np.concatenate(piece))
         return tokens
 
-    def _parts(self, text: str) -> Iterator[str]:
-        """Split a long text where its tokens are those of the parts.
+    def _parts(self, text: str, start: int, stop: int) -> Iterator[str]:
+        """Split text[start:stop] where its tokens are those of the parts.
 
         The borders are ends of words, where tokenizers split a text first. At each one, the characters around
         it are tokenized with and without the border.
         """
-        start, search_from = 0, PART_CHARACTERS
-        while found := WORD_END.search(text, search_from):
+        search_from = start + PART_CHARACTERS
+        while found := WORD_END.search(text, search_from, stop):
             border, search_from = found.start(), found.start() + 1
-            left, right = text[max(start, border - AROUND) : border], text[border : border + AROUND]
-            if np.array_equal(
-                self._tokenize(left + right), np.concatenate([self._tokenize(left), self._tokenize(right)])
-            ):
+            left = text[max(start, border - AROUND) : border]
+            right = text[border : min(border + AROUND, stop)]
+            apart = np.concatenate([self._tokenize(left), self._tokenize(right)])
+            if np.array_equal(self._tokenize(left + right), apart):
                 yield text[start:border]
                 start, search_from = border, border + PART_CHARACTERS
-        yield text[start:]
+        yield text[start:stop]
 
     def _tokenize_text(self, text: str) -> np.ndarray:
         """Tokenize plain text with the special tokens that the tokenizer adds, such as BOS."""
         if len(text) <= PART_CHARACTERS:
             return np.asarray(self.tokenizer(text)["input_ids"], np.int32)
-        tokens = self._tokenize_pieces([text])
+        tokens = self._tokenize_pieces(text, (0, len(text)))
         if tokens is None:
             return np.asarray(self.tokenizer(text)["input_ids"], np.int32)
         added, plain = self.tokenizer("a")["input_ids"], self._tokenize("a").tolist()

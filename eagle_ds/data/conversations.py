@@ -6,7 +6,6 @@ for a file. Under ``strict``, the first one is an error.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import logging
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eagle_ds.data.chat import ChatEncoder, EncodedSample, EncodeStats
-from eagle_ds.data.shapes import BadRecord, canonical, record_id
+from eagle_ds.data.shapes import BadRecord, content_hash, record_id
 from eagle_ds.data.sources import as_jsonl
 
 log = logging.getLogger(__name__)
@@ -129,13 +128,11 @@ class ConversationFile:
         A record that repeats an earlier one is skipped and counted. One that has only its id is rejected or
         gets a suffix, as ``intake`` says.
         """
-        seen: dict[str, bytes] = {}  # the digest of each id's content
+        seen: dict[str, str] = {}  # the hash of each id's content
         for offset, record in self.records(intake):
             number = self.line_numbers[offset]
             try:
-                content = canonical(record)
-                name, digest = record_id(record, content), hashlib.sha256(content).digest()
-                del content  # it may be long
+                name, digest = record_id(record), content_hash(record)
             except (UnicodeEncodeError, RecursionError) as error:
                 intake.reject(self, number, None, BadRecord("not Unicode", f"expected Unicode text: {error}"))
                 continue

@@ -81,19 +81,17 @@ def messages_of(record: Mapping[str, Any]) -> list[Message]:
     return conversation.messages
 
 
-def canonical(record: Mapping[str, Any]) -> bytes:
-    """Return the record as bytes that do not depend on the order of its keys."""
-    return json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
+def content_hash(record: Mapping[str, Any]) -> str:
+    """Hash the record, independent of the order of its keys. Never holds it as one text: it may be long."""
+    digest = hashlib.sha256()
+    for part in json.JSONEncoder(sort_keys=True, ensure_ascii=False).iterencode(record):
+        digest.update(part.encode())
+    return digest.hexdigest()
 
 
-def record_id(record: Mapping[str, Any], content: bytes | None = None) -> str:
-    """Return the record's id. Without one, hash the content, so the id does not depend on the line number.
-
-    ``content``: the record as `canonical` returns it, if it is there already.
-    """
-    if record.get("id") is not None:
-        return str(record["id"])
-    return hashlib.sha256(content or canonical(record)).hexdigest()[:20]
+def record_id(record: Mapping[str, Any]) -> str:
+    """Return the record's id. Without one, hash the content, so the id does not depend on the line number."""
+    return str(record["id"]) if record.get("id") is not None else content_hash(record)[:20]
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Message]:

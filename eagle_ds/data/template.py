@@ -163,7 +163,8 @@ class ChatTemplate:
             if length is None:
                 return None
             if leaf.role == "assistant":
-                end = self._through_end_of_turn(text, position + length, False)
+                has_content = bool(masked[leaf.message].get("content"))
+                end = self._through_end_of_turn(text, position + length, not has_content)
                 if leaf.message in spans:
                     start = spans[leaf.message][0]
                 else:
@@ -193,7 +194,8 @@ class ChatTemplate:
             end = len(text) - common_suffix(text[begin:], other[other.rindex(marker.last) :])
             floor = spans[-1][1] if spans else 0
             start = self._after_generation_prompt(text, messages[:i], tools, floor, begin)
-            spans.append((start, self._through_end_of_turn(text, end, "tool_calls" in message)))
+            more = "tool_calls" in message or not message.get("content")
+            spans.append((start, self._through_end_of_turn(text, end, more)))
         return spans
 
     def _after_generation_prompt(
@@ -229,14 +231,15 @@ class ChatTemplate:
                 self._headers[template] = ""
         return self._headers[template]
 
-    def _through_end_of_turn(self, text: str, content_end: int, tool_calls: bool) -> int:
+    def _through_end_of_turn(self, text: str, content_end: int, more: bool) -> int:
         """Return the end of the end-of-turn token: the first special token after the content.
 
-        Only white space, or tool calls, may come between; otherwise the template has no such token. If more
+        Only white space may come between, and with ``more`` what closes tool calls or thinking. If anything
+        else does, the template has no such token. If more
         special tokens follow at once (they close tool calls), the turn ends with the EOS among them.
         """
         found = self._special_token.search(text, content_end)
-        if found is None or (text[content_end : found.start()].strip() and not tool_calls):
+        if found is None or (text[content_end : found.start()].strip() and not more):
             return content_end
         end = last = found.end()
         while found and found.group() != self.tokenizer.eos_token:
