@@ -113,8 +113,11 @@ def sample_path(sample_id: str) -> str:
 def write_store_info(root: Path, info: StoreInfo) -> None:
     """Write store.json atomically, so a store has either a complete one or none."""
     temporary = root / f"{STORE_JSON}.tmp"
+    record = asdict(info)
+    if not info.template_kwargs:  # versions before this key read the store, too
+        del record["template_kwargs"]
     with temporary.open("w") as file:
-        json.dump(_with_crc32(asdict(info)), file, indent=2)
+        json.dump(_with_crc32(record), file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
