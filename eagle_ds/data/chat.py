@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,8 +182,8 @@ class ChatEncoder:
         """
         borders = [0, *(border for span in spans for border in span), len(text)]
         if (tokens := self._tokenize_pieces(text, borders)) is not None:
-            trained = [np.full(len(ids), number % 2, np.uint8) for number, ids in enumerate(tokens)]
-            return np.concatenate(tokens), np.concatenate(trained)
+            ids, counts = tokens
+            return ids, np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts)
         if not self.tokenizer.is_fast:
             raise BadRecord(
                 "text not reproduced",
@@ -195,30 +196,32 @@ class ChatEncoder:
                 "mask not exact", "the loss mask does not decode back to the answers of this conversation")
         return ids, mask
 
-    def _tokenize_pieces(self, text: str, borders: Sequence[int]) -> list[np.ndarray] | None:
-        """Tokenize each piece of text between two borders, int32.
+    def _tokenize_pieces(self, text: str, borders: Sequence[int]) -> tuple[np.ndarray, list[int]] | None:
+        """Tokenize each piece of text between two borders.
 
-        Returns None if the tokens of all pieces do not decode to the text.
+        Returns:
+            The token ids of all pieces, int32, and their number in each piece; None if they do not decode to
+            the text.
         """
         pairs = list(zip(borders[:-1], borders[1:], strict=True))
         if len(text) <= PART_CHARACTERS:
             pieces = [text[start:end] for start, end in pairs]
             batch = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
-            tokens = [np.asarray(ids, np.int32) for ids in batch]
-            return tokens if self._decode(np.concatenate(tokens)) == text else None
+            ids = np.asarray([token for piece in batch for token in piece], np.int32)
+            return (ids, list(map(len, batch))) if self._decode(ids) == text else None
         # Decoding a long text takes as much memory as tokenizing it, so each part is compared alone. That is
         # enough if nothing comes between the texts of two parts.
         if self._decode(np.concatenate([self._tokenize("a"), self._tokenize("b")])) != "ab":
             return None
-        tokens = []
+        tokens, ends = array("i"), [0]
         for start, end in pairs:
-            piece = [np.zeros(0, np.int32)]
             for part in self._parts(text, start, end):
-                piece.append(self._tokenize(part))
-                if self._decode(piece[-1]) != part:
+                ids = self._tokenize(part)
+                if self._decode(ids) != part:
                     return None
-            tokens.append(np.concatenate(piece))
-        return tokens
+                tokens.frombytes(ids.tobytes())
+            ends.append(len(tokens))
+        return np.frombuffer(tokens, np.int32), np.diff(ends).tolist()
 
     def _parts(self, text: str, start: int, stop: int) -> Iterator[str]:
         """Split text[start:stop] where its tokens are those of the parts.
@@ -247,7 +250,7 @@ class ChatEncoder:
         added, plain = self.tokenizer("a")["input_ids"], self._tokenize("a").tolist()
         start = next(i for i in range(len(added)) if added[i : i + len(plain)] == plain)
         ends = (np.asarray(ids, np.int32) for ids in (added[:start], added[start + len(plain) :]))
-        return np.concatenate([next(ends), *tokens, next(ends)])
+        return np.concatenate([next(ends), tokens[0], next(ends)])
 
     def _tokenize(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)

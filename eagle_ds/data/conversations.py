@@ -96,10 +96,10 @@ class ConversationFile:
 
     def records(self, intake: Intake | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (byte offset, record) for every line that is not blank. Without ``intake``, it is strict."""
-        intake, offset = intake or Intake(), 0
+        intake, offset, number = intake or Intake(), 0, 0
         with open(self.lines, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                start, offset = offset, offset + len(line)
+            for line in stream:  # enumerate would keep a reference to the line
+                number, start, offset = number + 1, offset, offset + len(line)
                 if not line.strip():
                     continue
                 self.line_numbers[start] = number

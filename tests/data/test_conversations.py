@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from eagle_ds.data.chat import ChatEncoder, EncodedSample
 from eagle_ds.data.conversations import ConversationFile, Intake, require_samples
 from tests.tiny_targets import byte_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 
 
@@ -68,6 +72,45 @@ def test_errors_name_the_line(tmp_path, lines, complaint):
 def test_a_missing_file_is_a_one_line_error(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         ConversationFile(tmp_path / "none.jsonl")
+
+
+MEASURE = """
+import sys
+from eagle_ds.data.chat import ChatEncoder
+from eagle_ds.data.conversations import ConversationFile, Intake
+from eagle_ds.data.shapes import conversation_of
+from tests.tiny_targets import byte_tokenizer
+
+def peak() -> int:
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+encoder = ChatEncoder(byte_tokenizer("chatml"), 1 << 30)
+encoder.encode({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+before = peak()
+for _, _, record in ConversationFile(sys.argv[1]).unique_records(Intake()):
+    found = encoder.template.locate(conversation_of(record))
+longest = max(map(len, encoder._parts(found.text, 0, len(found.text))))
+print(peak() - before, longest)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("chats.jsonl", "the fox ran over 13 hills, and it slept. "),
+        ("chats.json", "狐狸跑过了山，然后睡了。"),
+    ],
+)
+def test_a_long_line_takes_at_most_ten_times_its_size_in_memory(tmp_path, name, text):
+    """Measured without tokens; texts are tokenized in parts, and no part is long."""
+    chat = [{"role": "user", "content": text * (30_000_000 // len(text.encode()))}, CHAT["messages"][1]]
+    record = json.dumps({"messages": chat}, ensure_ascii=False)
+    (tmp_path / name).write_text(f"[{record}]" if name == "chats.json" else record, encoding="utf-8")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / name)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    grown, longest = map(int, ran.stdout.split())
+    assert grown <= 10 * (tmp_path / name).stat().st_size
+    assert longest < 70_000
 
 
 BAD = [
