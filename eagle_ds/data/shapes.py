@@ -132,11 +132,11 @@ def _message(given: Any, where: str) -> Message:
         if ours not in given and theirs in message:
             message[ours] = message.pop(theirs)
     speaker = message.get("role")
+    if speaker is None or not {"content", "value", "tool_calls", "function_call", *THOUGHTS} & given.keys():
+        found = f"a message has the keys {sorted(map(str, given))}"
+        raise BadRecord("no role or content", f'{found}; expected "role" and "content" in {where}')
     if not isinstance(speaker, str) or not speaker:
-        expected = "a role such as user or assistant"
-        raise BadRecord.at(f"{where}.role", _kind(speaker, given), expected, "no role")
-    if not {"content", "value", "tool_calls", "function_call", *THOUGHTS} & given.keys():
-        raise BadRecord.at(where, f"the keys {sorted(map(str, given))}", '"role" and "content"', "no content")
+        raise BadRecord.at(f"{where}.role", _kind(speaker), "a role such as user or assistant")
     message["role"] = ROLES.get(speaker.lower(), speaker)
     message["content"] = _text(message.get("content", ""), f"{where}.content")
     calls = message.pop("tool_calls", None) or []
@@ -219,12 +219,14 @@ def _list(value: Any, where: str) -> Sequence[Any]:
     return value
 
 
-def _kind(value: Any, keys: Mapping[str, Any] | None = None) -> str:
-    """Describe a value in a few words; an absent one by the ``keys`` that are there."""
+def _kind(value: Any) -> str:
+    """Describe a value in a few words."""
     if value is None:
-        return f"the keys {sorted(map(str, keys))}" if keys else "null"
+        return "null"
     if isinstance(value, str):
         return repr(value[:40])
     names = {list: "list", dict: "object", bool: "boolean", int: "number", float: "number"}
-    empty = "an empty " if isinstance(value, (list, dict)) and not value else "a "
-    return empty + names.get(type(value), type(value).__name__)
+    name = names.get(type(value), type(value).__name__)
+    if isinstance(value, (list, dict)) and not value:
+        return f"an empty {name}"
+    return f"an {name}" if name == "object" else f"a {name}"
