@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eagle_ds.config.recipe import Recipe, load_recipe
+from eagle_ds.config.recipe import Recipe, load_own_recipe
 from eagle_ds.config.run_folder import lock_run
 from eagle_ds.config.settings import choices_of, dotted_fields, join_or, section_of
 from eagle_ds.training.preflight import check_files, check_layout
@@ -49,7 +50,8 @@ options:
   --plan            print what a run would do, and start nothing
   --num_gpus N      with bash: start N processes; with --plan: plan for N
                     (default: all GPUs that form whole groups of ulysses * ring)
-  --gpu NAME        with --plan: plan for h200, h100, a100, b200 or cpu (default: the GPU here, else h200)
+  --gpu NAME        with --plan: plan for h200, h100, a100, b200, cpu, or a memory size such as 48GiB
+                    (default: the GPU here, else h200)
   --fresh           rename an existing run folder and start from step 0; nothing is deleted
   --local_rank I    set by the DeepSpeed launcher
   --SECTION.NAME V  override any setting below; V is JSON or text; relative paths start at the repository
@@ -94,7 +96,7 @@ def main(script: str, accelerator: str | None = None) -> None:
     try:
         if (wanted := options.num_gpus) is not None and wanted < 1:
             raise ValueError(f"--num_gpus {wanted} is out of range; give 1 or more, or leave it out")
-        recipe = load_recipe(call.recipe_json, overrides)
+        recipe = load_own_recipe(call.recipe_json, overrides)
         if options.help or options.plan:
             if rank <= 0:
                 sys.stdout.write(help_text(call, recipe) if options.help else _plan_text(call, recipe))
@@ -156,9 +158,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def help_text(call: Invocation, recipe: Recipe) -> str:
     """Return the recipe's header comments, the ways to call it, and every setting with its value."""
-    comments = [line for line in call.script.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    # Without the first comment, the shebang, and the last one, the end of the bash part.
-    about = "\n".join(line.removeprefix("#").removeprefix(" ") for line in comments[1:-1])
+    about = _header(call.script)
     script = call.script.relative_to(Path.cwd()) if call.script.is_relative_to(Path.cwd()) else call.script
     values = recipe.model_dump()
     rows = []
@@ -172,6 +172,23 @@ def help_text(call: Invocation, recipe: Recipe) -> str:
         text = field.description if is_section else f"{shown}  {field.description}{choices}"
         rows.append(f"  --{name:<34} {text}")
     return f"{about}\n\n{USAGE.format(script=script, world=recipe.parallel.size)}" + "\n".join(rows) + "\n"
+
+
+def _header(script: Path) -> str:
+    """Return a recipe's header comments; those of a copy that still describe the original are marked as such.
+    """
+    comments = [line for line in script.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    # Without the first comment, the shebang, and the last one, the end of the bash part.
+    lines = [line.removeprefix("#").removeprefix(" ") for line in comments[1:-1]]
+    described = re.match(r"[\w.-]+(?=: )", lines[0]) if lines else None
+    if described is None or described[0] == script.stem:
+        return "\n".join(lines)
+    note = (
+        f"{script.stem}: {script.name} has no header of its own yet. The lines marked with | describe "
+        f"{described[0]};\nits commands, reasons and measurements need not hold here. Rewrite them in "
+        f"{script.name}, beginning with\n# {script.stem}: ...\n\n"
+    )
+    return note + "\n".join(f"| {line}".rstrip() for line in lines)
 
 
 def _plan_text(call: Invocation, recipe: Recipe) -> str:

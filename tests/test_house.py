@@ -98,7 +98,7 @@ def test_the_library_logs_and_never_prints(path: Path) -> None:
 @pytest.mark.parametrize("path", TOOLS, ids=identify)
 def test_a_tool_runs_from_anywhere(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
-    assert source.startswith("#!/usr/bin/env python")
+    assert source.startswith("#!/usr/bin/env python3\n"), "machines without an environment have no `python`"
     assert os.access(path, os.X_OK)
     assert "sys.path.insert" in source, "a tool must find eagle_ds in its own checkout, installed or not"
 

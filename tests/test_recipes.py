@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,6 +112,33 @@ def test_help_under_bash_gives_reasons_and_lists_every_setting() -> None:
     )
 
 
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """Copy a recipe under the name mine; return its script."""
+    for ending in (".sh", ".json"):
+        shutil.copy(ROOT / f"recipes/llama3_128k{ending}", tmp_path / f"mine{ending}")
+    script = tmp_path / "mine.sh"
+    there = "str(Path(__file__).resolve().parent.parent)"  # where the original finds eagle_ds
+    script.write_text(script.read_text().replace(there, repr(str(ROOT))))
+    return script
+
+
+def test_a_copied_recipe_has_a_run_folder_of_its_own(copied: Path) -> None:
+    shown = run(sys.executable, str(copied), "--plan")
+    assert shown.returncode == 0, shown.stderr
+    assert "runs/mine/log.jsonl" in shown.stdout and "runs/llama3_128k" not in shown.stdout
+
+
+def test_help_of_a_copied_recipe_marks_the_originals_header_as_not_its_own(copied: Path) -> None:
+    shown = run(sys.executable, str(copied), "--help").stdout
+    note, _, header = shown.partition("\n\n")
+    assert note.startswith("mine: mine.sh has no header of its own yet.") and "llama3_128k" in note
+    about = header.partition("\n\nTrain: ")[0]
+    assert "llama3_128k" in about and all(line.startswith("|") for line in about.splitlines())
+    copied.write_text(copied.read_text().replace("# llama3_128k: trains", "# mine: trains"))
+    assert run(sys.executable, str(copied), "--help").stdout.startswith("mine: trains an EAGLE-3 draft")
+
+
 def test_plan_under_bash_from_another_folder_starts_nothing(tmp_path: Path) -> None:
     changed = ("--data.max_length", "999", "--data.store", "stores/never_captured")
     shown = run("bash", str(ROOT / "recipes/smollm2_cpu.sh"), "--plan", *changed, cwd=tmp_path)
@@ -151,11 +179,14 @@ def test_the_deepspeed_launcher_runs_a_recipe_and_one_rank_plans() -> None:
         (["--num_gpus", "3", "--plan"], "3 ranks are no multiple of ulysses 1 * ring 2 = 2"),
         (["--num_gpus", "0", "--plan"], "--num_gpus 0 is out of range; give 1 or more, or leave it out"),
         (["--deepspeed", "ds_configs/absent.json", "--plan"], "cannot read ds_configs/absent.json"),
+        (["--deepspeed", "zero3.json", "--plan"], "use ds_configs/llama3_70b_zero2.json, ds_configs/"),
         (
             ["--data.store", "absent"],
             "python tools/prepare_hidden_states.py --recipe recipes/smollm2_cpu.json",
         ),
         (["--gpu", "tpu", "--plan"], "--gpu tpu is not a device that --plan knows; use h200"),
+        (["--gpu", "48", "--plan"], "--gpu 48 is not a device that --plan knows; use h200, h100, a100"),
+        (["--gpu", "0GiB", "--plan"], "--gpu 0GiB has no memory; give that of your GPU, such as 48GiB"),
         (["--training.schedule", "cosin"], 'training.schedule = "cosin": '),
     ],
 )

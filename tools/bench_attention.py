@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Time the prefix attention of one TTT step by itself, forward and backward, on one GPU.
 
     tools/bench_attention.py                                                  shapes of a Llama-3.1-8B draft

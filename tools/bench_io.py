@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Compare the hidden-state store with torch files (gzipped and plain) and with h5py's own gzip, in one run.
 
     tools/bench_io.py                          128K and 4K tokens, H = 4096: 12 minutes, 10 GB of disk

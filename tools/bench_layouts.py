@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Train the same draft from the same start on the same data under several layouts, and compare the losses.
 
     tools/bench_layouts.py --out DIR                                   all GPUs: every layout that fits them

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Time a training step on random hidden states, through the code that trains: forward, backward, optimizer.
 
     deepspeed --num_gpus 4 tools/bench_step.py --seq 131072 --ulysses 4

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Compare the loss curves of runs that should be equal: another layout, precision, kernel or machine.
 
     tools/compare_runs.py runs/one_gpu runs/ulysses4 runs/ring4 --out docs/benchmarks/layouts

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Convert other projects' hidden-state files into a store. Its gzip-filtered HDF5 files take a third less
 space, and each rank of a training run reads only its own rows from them.
 
@@ -282,7 +282,7 @@ def show_rejected(console: Console, summary: Summary) -> None:
     console.print(table)
     counts = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.most_common())
     console.print(
-        f"{len(summary.rejected)} rejected: {counts}; the store's {REJECTED_NAME} lists all of them"
+        f"{len(summary.rejected)} rejected: {counts}; DST/{REJECTED_NAME} lists all of them"
     )
 
 

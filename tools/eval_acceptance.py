@@ -55,12 +55,18 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--prompts", type=Path,
-        help="JSONL of held-out conversations (default: the recipe's eval_conversations)"
+        help="file of held-out conversations, or the id of a data set on the hub (default: the recipe's "
+        "eval_conversations)"
     )
     add(
         "--num-prompts", type=int, default=16,
         help="number of prompts, from the top of the file (default: %(default)s)"
     )
+    add(
+        "--template-kwargs", metavar="JSON", help="variables of the chat template, such as "
+        "'{\"enable_thinking\": false}' (default: the recipe's target.template_kwargs)"
+    )
+    add("--strict", action="store_true", help="stop at the first conversation that cannot be used")
     add("--max-prompt-tokens", type=int, help="skip longer prompts (default: the target's context)")
     add(
         "--turn", choices=["first", "last"], default="last",
@@ -97,14 +103,14 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> None:
     from eagle_ds.config.outputs import check_output_folder
-    from eagle_ds.config.recipe import load_recipe
+    from eagle_ds.config.recipe import load_own_recipe
     from eagle_ds.drafts.loading import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
 
     enter_repository(args)
     if args.out:
         check_output_folder(args.out, "--out")
-    recipe = load_recipe(args.recipe) if args.recipe else None
+    recipe = load_own_recipe(args.recipe) if args.recipe else None
     if args.draft is None and recipe is None:
         raise ValueError("no draft given; give --draft FOLDER, or --recipe to use its run's best checkpoint")
     draft = load_draft(args.draft or recipe.run_dir)
@@ -125,6 +131,7 @@ def describe_job(
     """Return target, drafts and settings of this run. Reads only the target's small files."""
     import torch
 
+    from eagle_ds.config.settings import json_object
     from eagle_ds.evaluation.acceptance import TargetFiles
     from eagle_ds.evaluation.decoding import DecodeSettings
     from eagle_ds.evaluation.decoding_pool import DecodingJob
@@ -143,7 +150,10 @@ def describe_job(
         found = f"--processes {args.processes} shares the cores of a CPU"
         raise ValueError(f"{found}; leave it out on a GPU, or add --device cpu")
     dtype = args.dtype or ("float32" if on_cpu else recipe.target.dtype if recipe else "bfloat16")
-    files = TargetFiles.open(model, recipe.target.revision if recipe and not args.target else None)
+    template_kwargs = recipe.target.template_kwargs if recipe and not args.template_kwargs else {}
+    template_kwargs = template_kwargs or json_object(args.template_kwargs, "--template-kwargs")
+    revision = recipe.target.revision if recipe and not args.target else None
+    files = TargetFiles.open(model, revision, template_kwargs)
     check_aux_ids(layers, files.info.num_layers)
     untrained = args.baseline == "untrained"
     baseline = starting_point(draft, recipe) if untrained else baseline
@@ -161,6 +171,7 @@ def measure_drafts(
     import torch
     from tqdm import tqdm
 
+    from eagle_ds.data.conversations import Intake
     from eagle_ds.evaluation.acceptance import load_prompts
     from eagle_ds.evaluation.decoding_pool import measure_job
 
@@ -169,7 +180,8 @@ def measure_drafts(
         raise ValueError("no prompts given; give --prompts, or a recipe with data.eval_conversations")
     limit = job.target.info.max_position_embeddings - args.max_new_tokens
     longest = min(args.max_prompt_tokens or limit, limit)
-    found = load_prompts(path, job.target.encoder, args.num_prompts, longest, args.turn)
+    intake = Intake(args.strict)
+    found = load_prompts(path, job.target.encoder, args.num_prompts, longest, args.turn, intake)
     total = len(found.prompts) * args.max_new_tokens * (1 + len(job.drafts))
     with tqdm(total=total, unit="token", smoothing=0.05, desc="decoding") as bar:
         measured = measure_job(job, found.prompts, args.processes, bar.update)
@@ -180,7 +192,9 @@ def measure_drafts(
         "device": device,
         "processes": args.processes,
         "prompts_file": str(path),
-        "passed_over": {"too_long": found.too_long, "unusable": found.unusable},
+        "passed_over": {
+            "too_long": found.too_long, "unusable": found.unusable, "rejected": dict(intake.reasons)},
+        "template_kwargs": job.target.encoder.template.kwargs,
         "measured_at": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     return measured, info

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Draw the sharding of a recipe: which rank owns which rows of its heaviest sequence.
 
     python tools/plot_plan.py recipes/llama3_128k.json plan.png
@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eagle_ds.config.outputs import PICTURES, check_output_file
-from eagle_ds.config.recipe import load_recipe
+from eagle_ds.config.recipe import load_own_recipe
 from eagle_ds.estimate.fit import choose_ring_mode
 from eagle_ds.estimate.sequences import document_in_turns, heaviest_sequence, sharding_for
 from eagle_ds.launch import enter_repository
@@ -45,7 +45,7 @@ def main() -> None:
     try:
         enter_repository(options)
         check_output_file(options.png, "picture", PICTURES)
-        recipe = load_recipe(options.recipe, overrides)
+        recipe = load_own_recipe(options.recipe, overrides)
         if options.fraction is None:
             documents = heaviest_sequence(recipe, dp=1)[0]
         else:

@@ -15,13 +15,19 @@ examples
   tools/prepare_hidden_states.py --target Qwen/Qwen3-8B --conversations chats.jsonl --store stores/qwen3 \\
       --max-length 32768
 
-Conversations are JSONL: {"id", "conversations": [{"role", "content"}, ...]}, {"messages": [...]} or
-{"text": ...}. They are rendered with the tokenizer's own chat template. The loss mask selects the tokens that
-the target generates, end-of-turn tokens included.
+Conversations are a file (JSONL, a JSON array, either of them in gzip or zstd, or Parquet), or the id of a
+data set on the Hugging Face hub (owner/name or owner/name:split). Records are {"id", "messages": [{"role",
+"content"}, ...], "tools": [...]}, ShareGPT's {"conversations": [{"from", "value"}, ...]}, {"instruction",
+"input", "output"}, {"prompt", "completion"} or {"text"}; docs/quickstart.md lists every shape. They are
+rendered with the tokenizer's own chat template. The loss mask selects the tokens that the target generates,
+end-of-turn tokens included. What the template ignores is counted and logged once.
 
-You can stop the command at any moment; run it again to capture what is missing. A store of another target or
-of other layers is refused. Options such as --data.max_length 16384 --target.dtype float32 after --recipe
-override the recipe's settings.
+A record that cannot be used is rejected: rejected.jsonl in the store lists line, id and reason. With
+--strict, the first one ends the command.
+
+You can stop the command at any moment; run it again to capture what is missing. A store of another target, of
+other layers or of other template variables is refused. Options such as --data.max_length 16384
+--target.dtype float32 after --recipe override the recipe's settings.
 """
 
 from __future__ import annotations
@@ -49,11 +55,17 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         help="which of the recipe's stores to fill (default: %(default)s)")
     add = parser.add_argument_group("what to capture, without a recipe").add_argument
     add("--target", help="Hugging Face id or local folder of the target")
-    add("--conversations", type=Path, help="JSONL file of conversations")
+    add("--conversations", type=Path, help="file of conversations, or the id of a data set on the hub")
     add("--store", type=Path, help="folder of the store: a new one, or one to continue")
     add("--max-length", type=int, help="longest sample in tokens")
     add("--overlong", choices=["truncate", "skip"], default="truncate",
         help="what to do with a longer conversation (default: %(default)s)")
+    add("--template-kwargs", metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'; with a recipe: "
+        "--target.template_kwargs")
+    add("--duplicates", choices=["reject", "suffix"], default="reject",
+        help="what to do with a record whose id an earlier, other one has: reject it, or append a suffix to "
+        "its id (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16",
         help="dtype that the target computes in (default: %(default)s)")
     add("--aux-layer-ids", type=int, nargs="+",
@@ -70,6 +82,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         help="tokens of a long sample that one pass computes (default: 8192 on a GPU, 2048 on a CPU)")
     add("--limit", type=int, help="capture only this many samples of each file")
     add("--limit-eval", type=int, help="the same for the evaluation file (default: --limit)")
+    add("--strict", action="store_true", help="stop at the first record that cannot be used")
     add("--dry-run", action="store_true", help="print samples, bytes and hours, write nothing")
     return parser.parse_known_args(argv)
 
@@ -107,7 +120,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     for prepared in captures:
         counts = f"{prepared.num_stored} samples stored already, {len(prepared.pending)} to do"
         paths = f"{prepared.job.conversations} -> {prepared.job.store}"
-        print(f"{paths}: {prepared.stats}; {counts}", flush=True)
+        told = "; ".join(filter(None, (str(prepared.stats), str(prepared.intake), counts)))
+        print(f"{paths}: {told}", flush=True)
         if not args.dry_run:
             require_space(prepared)
     for prepared in captures:
@@ -126,9 +140,9 @@ def read_recipe(args: argparse.Namespace, overrides: list[str]) -> Recipe | None
             raise ValueError(f"unknown arguments {' '.join(overrides)}; dotted overrides need --recipe")
         return None
     from eagle_ds.capture.job import check_recipe_target
-    from eagle_ds.config.recipe import load_recipe
+    from eagle_ds.config.recipe import load_own_recipe
 
-    recipe = load_recipe(args.recipe, overrides)
+    recipe = load_own_recipe(args.recipe, overrides)
     check_recipe_target(recipe)
     return recipe
 
@@ -158,15 +172,20 @@ def make_jobs(args: argparse.Namespace, recipe: Recipe | None) -> list[CaptureJo
 
     from eagle_ds.capture.hf import ForwardLimits
     from eagle_ds.capture.job import CaptureJob
+    from eagle_ds.config.settings import json_object
 
     on_gpu = torch.cuda.is_available() and not args.device.startswith("cpu")
     default = ForwardLimits.for_device(torch.device("cuda" if on_gpu else "cpu"))
     batch_tokens = args.batch_tokens or default.batch_tokens
     limits = ForwardLimits(batch_tokens, args.chunk_tokens or default.chunk_tokens)
     how = {"device": parse_devices(args.device)[0], "attention": args.attention, "limits": limits}
+    how["strict"] = args.strict
     limit_eval = args.limit if args.limit_eval is None else args.limit_eval
     limits_of = {"train": args.limit, "eval": limit_eval}
     if recipe:
+        if args.template_kwargs:
+            given = f"--template-kwargs {args.template_kwargs}"
+            raise ValueError(f"{given} needs a capture without a recipe; give --target.template_kwargs")
         both = ["train", "eval"] if recipe.data.eval_store else ["train"]
         splits = both if args.split == "both" else [args.split]
         return [CaptureJob.from_recipe(recipe, one, limit_samples=limits_of[one], **how) for one in splits]
@@ -174,7 +193,8 @@ def make_jobs(args: argparse.Namespace, recipe: Recipe | None) -> list[CaptureJo
     if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
         raise ValueError(f"give --recipe, or {', '.join(missing)} as well")
     layers = tuple(args.aux_layer_ids) if args.aux_layer_ids else None
-    flags = {name: getattr(args, name) for name in (*needed, "overlong", "dtype")}
+    flags = {name: getattr(args, name) for name in (*needed, "overlong", "duplicates", "dtype")}
+    flags["template_kwargs"] = json_object(args.template_kwargs, "--template-kwargs")
     return [CaptureJob(**flags, aux_layer_ids=layers, limit_samples=args.limit, **how)]
 
 

@@ -11,7 +11,9 @@ examples
   tools/regenerate.py prompts.jsonl chats.jsonl --target meta-llama/Llama-3.1-8B-Instruct \\
       --endpoint http://localhost:30000/v1 --concurrency 64
 
-The input is JSONL of {"id", "messages": [{"role", "content"}, ...]}. Assistant messages in it are dropped.
+The input is a file of conversations in any shape and format that tools/prepare_hidden_states.py reads.
+Assistant messages in it are dropped, except tool calls. Tools of a record are passed on. Records that cannot
+be used are listed in OUTPUT.rejected; with --strict, the first one ends the command.
 Each user turn is answered in the context of the target's own earlier answers. The default is greedy decoding,
 because greedy serving accepts a draft's token only if it is the target's most likely one. You can stop the
 command at any moment; run it again to continue.
@@ -35,7 +37,7 @@ def parse() -> argparse.Namespace:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     add = parser.add_argument
-    add("input", type=Path, help="JSONL file of prompts or conversations")
+    add("input", type=Path, help="file of prompts or conversations, or the id of a data set on the hub")
     add("output", type=Path, help="JSONL file to write, or to continue")
     add("--target", required=True,
         help="Hugging Face id or folder; with --endpoint the model name that is sent to the server")
@@ -56,6 +58,12 @@ def parse() -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="nucleus sampling, if not greedy (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of sampling (default: %(default)s)")
+    add("--template-kwargs", metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'; with --endpoint they "
+        "are sent as chat_template_kwargs")
+    add("--duplicates", choices=["reject", "suffix"], default="reject",
+        help="what to do with a record whose id an earlier, other one has (default: %(default)s)")
+    add("--strict", action="store_true", help="stop at the first record that cannot be used")
     add("--min-distinct", type=float, default=0.0,
         help="drop a turn if the share of distinct 8-word sequences in its answer is below this value; small "
         "targets often repeat themselves (default: keep all)")
@@ -82,18 +90,22 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from eagle_ds.capture import regenerate as answers
-    from eagle_ds.data.conversations import ConversationFile
+    from eagle_ds.config.settings import json_object
+    from eagle_ds.data.conversations import ConversationFile, Intake
 
-    total = sum(1 for _ in ConversationFile(args.input).records())
+    template_kwargs = json_object(args.template_kwargs, "--template-kwargs")
+    intake = Intake(args.strict, args.duplicates)
+    file = ConversationFile(args.input)
+    total = file.count()
     done = len(answers.finished_ids(args.output))
     sampling = answers.Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     if args.endpoint:
         api_key = os.environ.get(args.api_key_variable)
-        generator = answers.EndpointGenerator(args.endpoint, args.target, sampling, api_key)
+        generator = answers.EndpointGenerator(
+            args.endpoint, args.target, sampling, api_key, template_kwargs=template_kwargs)
     else:
         generator = answers.TransformersGenerator(
-            args.target, sampling, args.dtype, args.device, args.max_length
-        )
+            args.target, sampling, args.dtype, args.device, args.max_length, template_kwargs)
     # A server batches requests itself, so each is one conversation; transformers gets one batch at a time.
     batch_size, concurrency = (1, args.concurrency) if args.endpoint else (args.batch_size, 1)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -107,10 +119,10 @@ def run(args: argparse.Namespace) -> None:
             bar.set_postfix_str(f"{generated / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
 
         written = answers.regenerate(
-            args.input, args.output, generator, batch_size, concurrency, args.min_distinct, show
-        )
-    skipped = total - done - written
-    print(f"{args.output}: {written} conversations written, {done} were there already, {skipped} skipped")
+            file, args.output, generator, batch_size, concurrency, args.min_distinct, show, intake)
+    skipped = total - done - written - len(intake.rejected) - intake.repeated
+    told = f"{args.output}: {written} conversations written, {done} were there already, {skipped} skipped"
+    print("; ".join(filter(None, (told, str(intake)))))
 
 
 if __name__ == "__main__":

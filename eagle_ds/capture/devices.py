@@ -17,6 +17,7 @@ import torch
 
 from eagle_ds.capture.job import PreparedCapture, require_space
 from eagle_ds.capture.run import compute_samples, disk_full_as_one_sentence, load_extractor
+from eagle_ds.data.conversations import REJECTED_NAME
 from eagle_ds.store.processes import WorkerProcess, receive_all
 from eagle_ds.store.store import StoreWriter
 from eagle_ds.store.writer import SampleFiles
@@ -39,6 +40,7 @@ def capture_on_devices(
     require_space(prepared)
     store = prepared.job.store
     with disk_full_as_one_sentence(store), StoreWriter(store, prepared.info) as writer:
+        prepared.intake.write(store / REJECTED_NAME)
         # CUDA does not survive a fork, so these processes start from a fresh interpreter.
         context = multiprocessing.get_context("spawn")
         threads = max(1, torch.get_num_threads() // len(devices))

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from eagle_ds.capture.hf import ForwardLimits
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.chat import ChatEncoder, EncodeStats, load_tokenizer
-from eagle_ds.data.conversations import ConversationFile, require_samples
+from eagle_ds.data.conversations import ConversationFile, Intake, require_samples
 from eagle_ds.store.manifest import STORE_JSON, SampleEntry, StoreInfo, whole_entries
 from eagle_ds.store.store import Store, StoreWriter
 from eagle_ds.target.files import resolve_target
@@ -35,6 +36,9 @@ class CaptureJob:
     store: Path
     max_length: int
     overlong: Literal["truncate", "skip"] = "truncate"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    duplicates: Literal["reject", "suffix"] = "reject"
+    strict: bool = False
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     aux_layer_ids: tuple[int, ...] | None = None
@@ -60,7 +64,8 @@ class CaptureJob:
         return cls(
             target=recipe.target.model, revision=recipe.target.revision, dtype=recipe.target.dtype,
             aux_layer_ids=recipe.target.aux_ids, conversations=Path(conversations), store=Path(store),
-            max_length=recipe.data.max_length, overlong=recipe.data.overlong, **settings)
+            template_kwargs=recipe.target.template_kwargs, max_length=recipe.data.max_length,
+            overlong=recipe.data.overlong, duplicates=recipe.data.duplicates, **settings)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class PreparedCapture:
     stats: EncodeStats
     pending: list[PendingSample]  # longest first
     num_stored: int
+    intake: Intake = field(default_factory=Intake)  # the records that cannot be used
 
     @property
     def tokens(self) -> int:
@@ -114,24 +120,28 @@ class PreparedCapture:
 def prepare_capture(job: CaptureJob) -> PreparedCapture:
     """Find the target, encode every conversation, and list the samples that the store lacks. Writes nothing.
 
+    A record that cannot be used is rejected, or raises ValueError if the job is strict.
+
     Raises: ValueError if target, tokenizer, conversations or an existing store do not fit the job.
     """
     folder = resolve_target(job.target, job.revision)
-    info = StoreInfo.of_target(folder, job.target, job.store_dtype, job.aux_layer_ids)
+    info = StoreInfo.of_target(folder, job.target, job.store_dtype, job.aux_layer_ids, job.template_kwargs)
     stored = stored_entries(job.store, info)
-    encoder = ChatEncoder(load_tokenizer(folder), job.max_length, job.overlong)
-    file = ConversationFile(job.conversations)
+    tokenizer = load_tokenizer(folder)
+    encoder = ChatEncoder(tokenizer, job.max_length, job.overlong, template_kwargs=job.template_kwargs)
+    file, intake = ConversationFile(job.conversations), Intake(job.strict, job.duplicates)
     samples = []
-    for offset, encoded in file.encode(encoder):
+    for offset, encoded in file.encode(encoder, intake):
         samples.append(PendingSample(offset, encoded.id, len(encoded.input_ids), encoded.trained_spans))
         if len(samples) == job.limit_samples:
             break
-    require_samples(job.conversations, encoder.stats)
+    require_samples(job.conversations, encoder.stats, intake)
     pending = [sample for sample in samples if not is_stored(sample, stored, job.store)]
     # Longest first: a lack of memory shows at once, and the remaining time is not underestimated.
     pending.sort(key=lambda sample: (-sample.num_tokens, sample.id))
     num_stored = len(samples) - len(pending)
-    return PreparedCapture(job, folder, info, file, encoder, replace(encoder.stats), pending, num_stored)
+    stats = deepcopy(encoder.stats)  # capturing encodes every record once more
+    return PreparedCapture(job, folder, info, file, encoder, stats, pending, num_stored, intake)
 
 
 def check_recipe_target(recipe: Recipe) -> None:

@@ -24,8 +24,10 @@ from typing import Any, Protocol
 import torch
 
 from eagle_ds.capture.hf import load_model
-from eagle_ds.data.chat import ChatEncoder, Message, load_tokenizer, messages_of, record_id
-from eagle_ds.data.conversations import ConversationFile
+from eagle_ds.data.chat import ChatEncoder, load_tokenizer
+from eagle_ds.data.conversations import ConversationFile, Intake
+from eagle_ds.data.shapes import THOUGHTS, BadRecord, Message, conversation_of, record_id
+from eagle_ds.data.template import Tools
 from eagle_ds.target.files import resolve_target
 from eagle_ds.target.info import stop_token_ids
 
@@ -52,13 +54,19 @@ class Answer:
     text: str
     tokens: int
     finish: str  # stop: the target ended its turn; length: the answer was cut off at max_new_tokens
+    more: Mapping[str, Any] = field(default_factory=dict)  # tool calls and thinking, if a server parsed them
 
 
 class Generator(Protocol):
     """Answers several prompts at once."""
 
-    def generate(self, prompts: Sequence[list[Message]]) -> list[Answer | None]:
-        """Return one answer for each prompt, None for a prompt too long to be answered."""
+    def generate(
+        self, prompts: Sequence[list[Message]], tools: Sequence[Tools] | None = None
+    ) -> list[Answer | None]:
+        """Return one answer for each prompt, None for a prompt that cannot be answered, such as a long one.
+
+        ``tools``: those of each prompt; None if no prompt has any.
+        """
         ...
 
 
@@ -67,7 +75,7 @@ class TransformersGenerator:
 
     def __init__(
         self, model: str, sampling: Sampling, dtype: str = "auto", device: str = "auto",
-        max_length: int | None = None,
+        max_length: int | None = None, template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         folder = resolve_target(model)
         tokenizer = load_tokenizer(folder)
@@ -76,19 +84,28 @@ class TransformersGenerator:
         self.sampling = sampling
         self.stop_ids = set(stop_token_ids(folder)) or {tokenizer.eos_token_id}
         self.max_length = max_length or self.model.config.max_position_embeddings
-        self.encoder = ChatEncoder(tokenizer, self.max_length)
+        self.encoder = ChatEncoder(tokenizer, self.max_length, template_kwargs=template_kwargs)
         torch.manual_seed(sampling.seed)
 
-    def generate(self, prompts: Sequence[list[Message]]) -> list[Answer | None]:
-        """Answer those prompts that leave space for max_new_tokens within max_length."""
-        ids = [self.encoder.prompt_ids(prompt) for prompt in prompts]
+    def generate(
+        self, prompts: Sequence[list[Message]], tools: Sequence[Tools] | None = None
+    ) -> list[Answer | None]:
+        """Answer those prompts that the template takes and that leave space within max_length."""
+        ids = [self._ids(*prompt) for prompt in zip(prompts, tools or [None] * len(prompts), strict=True)]
         longest = self.max_length - self.sampling.max_new_tokens
-        fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= longest]
+        fitting = [i for i, prompt in enumerate(ids) if 0 < len(prompt) <= longest]
         answers: list[Answer | None] = [None] * len(prompts)
         if fitting:
             for i, answer in zip(fitting, self._generate([ids[i] for i in fitting]), strict=True):
                 answers[i] = answer
         return answers
+
+    def _ids(self, messages: list[Message], tools: Tools) -> list[int]:
+        try:
+            return self.encoder.prompt_ids(messages, tools)
+        except BadRecord as error:
+            logger.warning("a conversation is skipped: %s", error)
+            return []
 
     @torch.inference_mode()
     def _generate(self, ids: list[list[int]]) -> list[Answer]:
@@ -122,21 +139,29 @@ class EndpointGenerator:
     sampling: Sampling
     api_key: str | None = None
     timeout_s: float = 600.0
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
         """Where requests are sent."""
         return self.base_url.rstrip("/") + "/chat/completions"
 
-    def generate(self, prompts: Sequence[list[Message]]) -> list[Answer | None]:
+    def generate(
+        self, prompts: Sequence[list[Message]], tools: Sequence[Tools] | None = None
+    ) -> list[Answer | None]:
         """Send the prompts one after another. Raises ValueError if the server cannot be used."""
-        return [self._answer(prompt) for prompt in prompts]
+        pairs = zip(prompts, tools or [None] * len(prompts), strict=True)
+        return [self._answer(prompt, given) for prompt, given in pairs]
 
-    def _answer(self, messages: list[Message]) -> Answer | None:
+    def _answer(self, messages: list[Message], tools: Tools) -> Answer | None:
         how = self.sampling
         body = {
             "model": self.model, "messages": messages, "max_tokens": how.max_new_tokens,
             "temperature": how.temperature, "top_p": how.top_p, "seed": how.seed}
+        if tools:
+            body["tools"] = list(tools)
+        if self.template_kwargs:
+            body["chat_template_kwargs"] = dict(self.template_kwargs)
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -145,7 +170,9 @@ class EndpointGenerator:
             return None
         choice = reply["choices"][0]
         tokens = reply.get("usage", {}).get("completion_tokens", 0)
-        return Answer(choice["message"]["content"] or "", tokens, choice["finish_reason"])
+        message = choice["message"]
+        more = {name: message[name] for name in ("tool_calls", *THOUGHTS) if message.get(name)}
+        return Answer(message.get("content") or "", tokens, choice["finish_reason"], more)
 
     def _post(self, request: urllib.request.Request) -> dict[str, Any] | None:
         """Return the reply, or None if the server refuses this prompt (400: too long).
@@ -181,13 +208,20 @@ class Regenerated:
     id: str
     messages: list[Message]  # answered so far
     waiting: list[Message] = field(repr=False)  # messages that follow, still to be answered
+    tools: Tools = None
     finish: list[str] = field(default_factory=list)  # of each answer
 
     @classmethod
-    def start(cls, record: Mapping[str, Any]) -> Regenerated:
-        """Drop the record's assistant messages, except tool calls: the tools' results refer to them."""
-        kept = [m for m in messages_of(record) if m["role"] != "assistant" or m.get("tool_calls")]
-        return cls(record_id(record), [], kept)
+    def start(cls, record: Mapping[str, Any], name: str | None = None) -> Regenerated:
+        """Drop the record's assistant messages, except tool calls: the tools' results refer to them.
+
+        Raises BadRecord for a record that is no conversation.
+        """
+        conversation = conversation_of(record)
+        if conversation.text is not None:
+            raise BadRecord.at("record", "plain text", "a conversation", "unknown shape")
+        kept = [m for m in conversation.messages if m["role"] != "assistant" or m.get("tool_calls")]
+        return cls(record_id(record) if name is None else name, [], kept, conversation.tools)
 
     def next_prompt(self) -> bool:
         """Move the waiting messages, through the next user or tool message, to ``messages``.
@@ -200,7 +234,7 @@ class Regenerated:
             count += 1
         self.messages += self.waiting[:count]
         self.waiting = self.waiting[count:]
-        return count > 0 and self.messages[-1]["role"] not in ("system", "assistant")
+        return count > 0 and self.messages[-1]["role"] not in ("system", "developer", "assistant")
 
     def _ends_turn(self, i: int) -> bool:
         return self.waiting[i]["role"] in ("user", "tool")
@@ -211,18 +245,22 @@ class Regenerated:
         The conversation ends here if it has no answer yet, or if the answer is None: later prompts are even
         longer.
         """
-        if answer is None or not answer.text.strip() or distinct_ratio(answer.text) < min_distinct:
+        said = answer is not None and (answer.text.strip() or answer.more.get("tool_calls"))
+        if not said or distinct_ratio(answer.text) < min_distinct:
             while self.messages and self.messages[-1]["role"] != "assistant":
                 self.messages.pop()
             if answer is None or not self.messages:
                 self.waiting = []
             return
-        self.messages.append({"role": "assistant", "content": answer.text})
+        self.messages.append({"role": "assistant", "content": answer.text, **answer.more})
         self.finish.append(answer.finish)
+        if answer.more.get("tool_calls"):  # nobody can give the results of new calls
+            self.waiting = []
 
     def line(self) -> str:
         """Format the conversation as a line of JSONL."""
         record = {"id": self.id, "messages": self.messages, "finish": self.finish}
+        record |= {"tools": self.tools} if self.tools else {}
         return json.dumps(record, ensure_ascii=False) + "\n"
 
 
@@ -240,7 +278,8 @@ def answer_batch(
     tokens = 0
     active = [conversation for conversation in batch if conversation.next_prompt()]
     while active:
-        answers = generator.generate([conversation.messages for conversation in active])
+        prompts, tools = ([getattr(one, name) for one in active] for name in ("messages", "tools"))
+        answers = generator.generate(prompts, tools) if any(tools) else generator.generate(prompts)
         for conversation, answer in zip(active, answers, strict=True):
             conversation.add_answer(answer, min_distinct)
             tokens += answer.tokens if answer else 0
@@ -248,22 +287,29 @@ def answer_batch(
     return batch, tokens
 
 
-def pending_batches(source: Path, done: set[str], batch_size: int) -> Iterator[list[Regenerated]]:
+def pending_batches(
+    file: ConversationFile, done: set[str], batch_size: int, intake: Intake
+) -> Iterator[list[Regenerated]]:
     """Yield batches of the conversations not in ``done``, shortest first: a batch then needs little padding.
     """
-    file = ConversationFile(source)
-    sizes: list[tuple[int, int]] = []
-    for offset, record in file.records():
-        if record_id(record) not in done:
-            sizes.append((len(json.dumps(record)), offset))
-    offsets = iter([offset for _, offset in sorted(sizes)])
-    while chunk := list(islice(offsets, batch_size)):
-        yield [Regenerated.start(file.read(offset)) for offset in chunk]
+    sizes: list[tuple[int, int, str]] = []
+    for offset, name, record in file.unique_records(intake):
+        try:
+            Regenerated.start(record)
+        except BadRecord as error:
+            intake.reject(file, file.line_numbers[offset], name, error)
+            continue
+        if name not in done:
+            sizes.append((len(json.dumps(record)), offset, name))
+    pending = iter(sorted(sizes))
+    while chunk := list(islice(pending, batch_size)):
+        yield [Regenerated.start(file.read(offset), name) for _, offset, name in chunk]
 
 
 def regenerate(
-    source: Path, output: Path, generator: Generator, batch_size: int = 8, concurrency: int = 1,
-    min_distinct: float = 0.0, progress: Callable[[int, int], None] = lambda conversations, tokens: None,
+    source: Path | ConversationFile, output: Path, generator: Generator, batch_size: int = 8,
+    concurrency: int = 1, min_distinct: float = 0.0,
+    progress: Callable[[int, int], None] = lambda conversations, tokens: None, intake: Intake | None = None,
 ) -> int:
     """Answer every conversation of ``source`` and append it to ``output`` as soon as it is done.
 
@@ -271,13 +317,15 @@ def regenerate(
     in ``output`` + ".skipped" and is not tried again.
 
     Args:
-        source: JSONL of conversations or prompts.
+        source: conversations or prompts.
         output: JSONL of {"id", "messages", "finish"}.
         generator: answers the prompts.
         batch_size: conversations generated together.
         concurrency: batches generated at the same time, by threads.
         min_distinct: answers with a smaller `distinct_ratio` are unusable.
         progress: called with the conversations and tokens of each batch.
+        intake: what to do with records that cannot be used; None: the first one raises ValueError. Rejected
+            ones are listed in ``output`` + ".rejected".
 
     Returns: the number of conversations written.
     """
@@ -286,11 +334,13 @@ def regenerate(
     if skipped.exists():
         done |= set(skipped.read_text(encoding="utf-8").split("\n"))
     written = 0
+    file = source if isinstance(source, ConversationFile) else ConversationFile(source)
+    intake = intake or Intake()
     with (
         ThreadPoolExecutor(concurrency) as pool, output.open("a", encoding="utf-8") as answered_file,
         skipped.open("a", encoding="utf-8") as skipped_file,
     ):
-        batches = pending_batches(source, done, batch_size)
+        batches = pending_batches(file, done, batch_size, intake)
         jobs = (pool.submit(answer_batch, batch, generator, min_distinct) for batch in batches)
         for job in _completed(jobs, 2 * concurrency):
             batch, tokens = job.result()
@@ -300,10 +350,11 @@ def regenerate(
                     written += 1
                 else:
                     skipped_file.write(conversation.id + "\n")
-            for file in (answered_file, skipped_file):
-                file.flush()
-                os.fsync(file.fileno())
+            for stream in (answered_file, skipped_file):
+                stream.flush()
+                os.fsync(stream.fileno())
             progress(len(batch), tokens)
+    intake.write(output.with_name(output.name + ".rejected"))
     return written
 
 

@@ -18,6 +18,7 @@ import torch
 
 from eagle_ds.capture.hf import ForwardLimits, StateExtractor, load_model
 from eagle_ds.capture.job import PendingSample, PreparedCapture, require_space
+from eagle_ds.data.conversations import REJECTED_NAME
 from eagle_ds.store.processes import in_order
 from eagle_ds.store.store import Sample, StoreWriter
 
@@ -41,6 +42,7 @@ def capture(prepared: PreparedCapture, progress: Callable[[int], None] = lambda 
     require_space(prepared)
     store = prepared.job.store
     with disk_full_as_one_sentence(store), StoreWriter(store, prepared.info) as writer:
+        prepared.intake.write(store / REJECTED_NAME)
         if not prepared.pending:
             return 0
         extractor = load_extractor(prepared)
@@ -79,8 +81,8 @@ def load_extractor(prepared: PreparedCapture) -> StateExtractor:
 def compute_samples(prepared: PreparedCapture, extractor: StateExtractor) -> Iterator[Sample]:
     """Yield the pending samples with their hidden states, longest first."""
     for batch in make_batches(prepared.pending, extractor.limits):
-        records = (prepared.file.read(sample.offset) for sample in batch)
-        encoded = [prepared.encoder.encode(record) for record in records]
+        read, encode = prepared.file.read, prepared.encoder.encode
+        encoded = [encode(read(sample.offset), sample.id) for sample in batch]
         ids = [torch.from_numpy(one.input_ids) for one in encoded if one is not None]
         for one, input_ids, states in zip(encoded, ids, extractor(ids), strict=True):
             yield Sample(

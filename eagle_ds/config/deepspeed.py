@@ -16,6 +16,8 @@ from typing import Any
 from eagle_ds.config.recipe import Recipe, data_parallel_size
 from eagle_ds.config.settings import join_or, nearest, read_json
 
+DS_CONFIGS = "ds_configs"  # folder of the DeepSpeed JSONs, relative to the repository
+
 KNOWN_KEYS = {
     "activation_checkpointing", "aio", "bf16", "checkpoint", "comet", "comms_logger",
     "communication_data_type", "compile", "csv_monitor", "data_types", "disable_allgather",
@@ -32,7 +34,7 @@ def read_ds_json(path: str | Path) -> dict[str, Any]:
 
     Raises ValueError for a key that DeepSpeed would ignore or that cannot work here.
     """
-    tree = read_json(path)
+    tree = read_json(path, usual_folder=DS_CONFIGS)
     for key in tree:
         if key not in KNOWN_KEYS:
             like = nearest(key, sorted(KNOWN_KEYS))

@@ -18,6 +18,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from pydantic_core import ValidationError
 
+from eagle_ds.config.run_folder import RECIPE_FILE
 from eagle_ds.config.sections import (
     DataConfig,
     DraftConfig,
@@ -36,7 +37,8 @@ class Recipe(Section):
     """One training run, readable as data."""
 
     name: Name
-    """Name of the run and its folder: letters, digits, dot, dash and underscore."""
+    """Name of the run and its folder: letters, digits, dot, dash and underscore. Leave it out of the JSON: it
+    is then the file's name."""
     target: TargetConfig
     """The model that is served."""
     draft: DraftConfig
@@ -103,17 +105,35 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Load the recipe in the JSON file ``path`` and apply dotted ``overrides`` such as ``--training.max_steps
     10``.
 
+    Without a ``name``, the recipe takes the name of its file.
+
     Raises:
         ValueError: one sentence, for a file that cannot be read, an unknown key (with the nearest valid
             name), a wrong value, or values that contradict each other.
     """
     values = parse_overrides(Recipe, overrides)
-    tree = apply_overrides(read_json(path), values)
+    tree = {"name": Path(path).stem} | apply_overrides(read_json(path), values)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         source = f"{path}{' with overrides' if values else ''}"
         raise ValueError(f"{source}: {explain(error, Recipe)}") from None
+
+
+def load_own_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe that a user runs, as `load_recipe` does, and refuse one that has another recipe's name.
+
+    A copied JSON that kept its ``name`` would write into the run folder of the original. ``--name`` among the
+    overrides is accepted, and so is the recipe.json of a run folder.
+    """
+    recipe, path = load_recipe(path, overrides), Path(path)
+    chosen = "name" in parse_overrides(Recipe, overrides) or path.name == RECIPE_FILE
+    if recipe.name != path.stem and not chosen:
+        raise ValueError(
+            f"{path} has name = {recipe.name}, which is not the file's name, so it would use the run folder "
+            f"{recipe.run_dir}; delete that line (the name is then {path.stem}), or give --name"
+        )
+    return recipe
 
 
 def capture_command(recipe_json: Path, overrides: Sequence[str] = ()) -> str:

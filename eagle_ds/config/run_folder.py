@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 RECIPE_FILE, STEP_LOG, EVAL_LOG = "recipe.json", "log.jsonl", "eval.jsonl"
 CHECKPOINTS, BEST, EXPORTED = "checkpoints", "best", "draft"
+ARCH_FILE, SERVED_CONFIG = "arch.json", "config.json"  # describe the draft of a checkpoint, an exported one
 ACCEPTANCE, REPORT = "acceptance.json", "report.html"
 LATEST, LOCK = "latest", ".lock"
 STEP_PREFIX = "step_"
@@ -50,6 +51,17 @@ def checkpoints_newest_first(run_dir: Path) -> list[Path]:
 def draft_candidates(folder: Path) -> list[Path]:
     """List where ``folder`` may hold a draft: itself, a run's best, its checkpoints, newest first."""
     return [folder, folder / BEST, *checkpoints_newest_first(folder)]
+
+
+def find_draft(folder: Path) -> Path | None:
+    """Return the file that describes the draft in ``folder``; None if there is no draft.
+
+    Args:
+        folder: an exported or published draft, a checkpoint, or a run. Of a run the best checkpoint is taken,
+            else the newest.
+    """
+    places = [folder / SERVED_CONFIG, *(place / ARCH_FILE for place in draft_candidates(folder))]
+    return next((place for place in places if place.is_file()), None)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

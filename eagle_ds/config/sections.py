@@ -137,6 +137,9 @@ class TargetConfig(Section):
     aux_layer_ids: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | None = None
     """The three layers, numbered from 0, whose outputs the draft reads; null: [1, L//2-1, L-4], as in
     EAGLE-3."""
+    template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, such as {"enable_thinking": false}. Use those with which the target is
+    served."""
 
     @property
     def aux_ids(self) -> tuple[int, int, int]:
@@ -233,6 +236,9 @@ class DataConfig(Section):
     """Longest sample, in tokens. Train as long as you serve: acceptance falls beyond the trained length."""
     overlong: Literal["truncate", "skip"] = "truncate"
     """What to do with longer samples; the log counts them either way."""
+    duplicates: Literal["reject", "suffix"] = "reject"
+    """What to do with a conversation whose id an earlier, other one has: reject it, or append a suffix to its
+    id."""
     pack_tokens: PositiveInt | None = None
     """Pack short samples into sequences of up to this many tokens; null: one sample per sequence. Set it if
     most are short."""

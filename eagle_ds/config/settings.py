@@ -18,22 +18,41 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path, usual_folder: str | Path | None = None) -> dict[str, Any]:
     """Read the JSON object in ``path``.
+
+    Args:
+        usual_folder: where such files are kept. If ``path`` does not exist, the error lists the JSON files of
+            this folder; without it, those of the folder that ``path`` names.
 
     Raises ValueError if it cannot be read, is no object, or names a key twice.
     """
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except OSError as error:
-        others = sorted(other.name for other in Path(path).parent.glob("*.json"))
-        hint = f"; in that folder are {', '.join(others)}" if error.errno == errno.ENOENT and others else ""
+        others = sorted(Path(usual_folder or Path(path).parent).glob("*.json"))
+        hint = ""
+        if error.errno == errno.ENOENT and others:
+            listed = ", ".join(other.name for other in others)
+            hint = f"; use {join_or(others)}" if usual_folder else f"; in that folder are {listed}"
         raise ValueError(f"cannot read {path}: {error.strerror}{hint}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds a JSON {type(tree).__name__}; a JSON object is expected")
     return tree
+
+
+def json_object(text: str | None, setting: str) -> dict[str, Any]:
+    """Return the JSON object that the option ``setting`` gives, none if it is absent. Raises ValueError."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        value = f"no JSON ({error})"
+    if not isinstance(value, dict):
+        example = """'{"enable_thinking": false}'"""
+        raise ValueError(f"{setting} {text}: expected a JSON object such as {example}, found {value}")
+    return value
 
 
 def dotted_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

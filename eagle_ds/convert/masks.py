@@ -27,9 +27,9 @@ BATCH_LINES = 256
 
 @dataclass(frozen=True)
 class ConversationMasks:
-    """An index of a JSONL file of conversations by the tokens that each renders to."""
+    """An index of a file of conversations by the tokens that each renders to."""
 
-    path: Path
+    path: Path  # JSONL: the file itself, or the temporary copy of another format
     tokenizer: Path
     max_length: int
     keys: np.ndarray = field(repr=False)  # uint64, ascending: hashes of the tokens
@@ -41,10 +41,10 @@ class ConversationMasks:
 
         Raises ValueError for a malformed line or a file without any answer.
         """
-        file = ConversationFile(path)
+        file = _file(path)
         lines = [(offset, file.line_numbers[offset]) for offset, _ in file.records()]
         batches = [lines[start : start + BATCH_LINES] for start in range(0, len(lines), BATCH_LINES)]
-        encode = functools.partial(_hash_conversations, path, tokenizer, max_length)
+        encode = functools.partial(_hash_conversations, file.lines, tokenizer, max_length)
         if workers == 1 or len(batches) == 1:
             found = [pair for batch in batches for pair in encode(batch)]
         else:
@@ -55,7 +55,7 @@ class ConversationMasks:
             raise ValueError(f"{path} has no conversation with an answer in it; {advice}")
         logger.info("%d of %d conversations in %s have a loss mask", len(found), len(lines), path)
         pairs = np.array(sorted(found), np.uint64)
-        return cls(path, tokenizer, max_length, pairs[:, 0].copy(), pairs[:, 1].astype(np.int64))
+        return cls(file.lines, tokenizer, max_length, pairs[:, 0].copy(), pairs[:, 1].astype(np.int64))
 
     def find(self, input_ids: np.ndarray) -> np.ndarray | None:
         """Return the loss mask, uint8 [S], of the conversation with exactly these tokens, else None."""
@@ -63,7 +63,7 @@ class ConversationMasks:
         first, last = np.searchsorted(self.keys, key, "left"), np.searchsorted(self.keys, key, "right")
         # Equal hashes are neighbours in the sorted index; nearly always there is only one.
         for offset in self.offsets[first:last].tolist():
-            record = ConversationFile(self.path).read(offset)
+            record = _file(self.path).read(offset)
             encoded = _encoder(self.tokenizer, self.max_length).encode(record)
             if encoded is not None and np.array_equal(encoded.input_ids, input_ids):
                 return encoded.loss_mask
@@ -83,7 +83,7 @@ def _hash_conversations(
 
     ``lines`` are (byte offset, line number).
     """
-    file, encoder, found = ConversationFile(path), _encoder(tokenizer, max_length), []
+    file, encoder, found = _file(path), _encoder(tokenizer, max_length), []
     for offset, number in lines:
         try:
             encoded = encoder.encode(file.read(offset))
@@ -92,6 +92,11 @@ def _hash_conversations(
         if encoded is not None:
             found.append((_hash(encoded.input_ids), offset))
     return found
+
+
+@functools.cache
+def _file(path: Path) -> ConversationFile:
+    return ConversationFile(path)
 
 
 @functools.cache

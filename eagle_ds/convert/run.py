@@ -139,7 +139,7 @@ def _convert_samples(
 ) -> None:
     """Convert the samples that are not stored yet. With ``worker.verify`` also compare those that are.
 
-    Writes nothing before it holds the store's lock.
+    Writes nothing before it holds the store's lock. Leaves no new store if every sample was rejected.
     """
     deleter = _SourceDeleter(found) if options.delete_source else None
     root = worker.root
@@ -158,7 +158,9 @@ def _convert_samples(
                 done_bytes += outcome.job.item.file_bytes
                 on_progress(Progress(done_bytes, total_bytes, number, len(jobs), len(summary.rejected)))
                 if options.strict and summary.rejected:
-                    return
+                    break
+        if not writer.done_ids and writer.discard_if_empty():
+            logger.warning("no sample could be converted, so no store was made; see %s", root / REJECTED_NAME)
 
 
 def _record_outcome(

@@ -111,11 +111,19 @@ def build_vocab_map(counts: torch.Tensor, draft_vocab_size: int) -> VocabMap:
     if draft_vocab_size == vocab_size:
         return VocabMap.identity(vocab_size)
     chosen = torch.sort(counts, descending=True, stable=True).indices[:draft_vocab_size]
-    total = int(counts.sum())
-    covered = int(counts[chosen].sum()) / total if total else 0.0
-    found = f"cover {100 * covered:.2f}% of {total} trained tokens"
+    vocab = VocabMap.from_target_ids(chosen, vocab_size)
+    found = f"cover {100 * covered_share(counts, vocab):.2f}% of {int(counts.sum())} trained tokens"
     logger.info("draft vocabulary: %d of %d tokens %s", draft_vocab_size, vocab_size, found)
-    return VocabMap.from_target_ids(chosen, vocab_size)
+    return vocab
+
+
+def covered_share(counts: torch.Tensor, vocab: VocabMap) -> float:
+    """Return the share of trained tokens that are in the draft vocabulary; 0 without trained tokens.
+
+    Args:
+        counts: how often each target token is trained, int64 [V].
+    """
+    return int(counts[vocab.t2d].sum()) / max(1, int(counts.sum()))
 
 
 def vocab_path(store_root: str | Path, draft_vocab_size: int) -> Path:

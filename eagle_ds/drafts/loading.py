@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle_ds.config.recipe import Recipe, load_recipe
-from eagle_ds.config.run_folder import RECIPE_FILE, draft_candidates
+from eagle_ds.config.run_folder import ARCH_FILE, RECIPE_FILE, find_draft
 from eagle_ds.config.sections import RopeScaling
 from eagle_ds.config.settings import read_json
 from eagle_ds.data.vocab import VocabMap
@@ -34,7 +34,7 @@ from eagle_ds.target.info import TargetInfo
 
 logger = logging.getLogger(__name__)
 
-ARCH_FILE, STATE_FILE, VOCAB_FILE = "arch.json", "draft_state.safetensors", "vocab.safetensors"
+STATE_FILE, VOCAB_FILE = "draft_state.safetensors", "vocab.safetensors"
 ROPE_FIELDS = ("rope_theta", "rope_scaling")
 # With init_from these come from the draft; all other fields must equal the recipe's.
 OWN_FIELDS = ("rms_norm_eps", "fc_norm", "norm_output", "norm_before_fc", *ROPE_FIELDS)
@@ -91,11 +91,9 @@ def load_draft(path: str | Path, target: TargetInfo | None = None) -> DraftOnDis
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"draft {path} is not a folder; give an exported draft, a checkpoint, or a run")
-    if (folder / "config.json").is_file():
-        return load_served_draft(folder, target)
-    for candidate in draft_candidates(folder):
-        if (candidate / ARCH_FILE).is_file():
-            return load_checkpoint(candidate)
+    if described := find_draft(folder):
+        is_checkpoint = described.name == ARCH_FILE
+        return load_checkpoint(described.parent) if is_checkpoint else load_served_draft(folder, target)
     looked_for = f"no config.json (exported), no {ARCH_FILE} (checkpoint), and none in best/ or checkpoints/"
     raise ValueError(f"{folder} holds no draft: {looked_for}")
 

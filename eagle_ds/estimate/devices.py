@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from eagle_ds.config.settings import join_or
 
 GIB = 1 << 30
+MEMORY_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(gib|gb)", re.IGNORECASE)
 # Share of a device's memory that tensors may fill; the allocator loses the rest to fragmentation
 USABLE = 0.95
 H200_DENSE_BF16_TFLOPS = 989  # data sheet; other GPUs are scaled against it
@@ -56,7 +58,10 @@ DEVICES = {
 def find_device(name: str | None) -> Device:
     """Return the device called ``name``; without a name, the GPU that ``nvidia-smi`` lists, else an H200.
 
-    Raises ValueError for a name that is not in ``DEVICES``.
+    A memory size as ``name``, such as 48GiB (2^30 bytes) or 48GB (10^9), stands for a GPU with this memory
+    and unknown rates.
+
+    Raises ValueError for another name that is not in ``DEVICES``, and for a memory of 0.
     """
     if name is None:
         listed = ""
@@ -64,6 +69,15 @@ def find_device(name: str | None) -> Device:
             query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
             listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout.lower()
         name = next((known for known in DEVICES if known in listed), "h200")
+    if size := MEMORY_SIZE.fullmatch(name):
+        return _of_memory(name, float(size[1]) * (GIB if size[2].lower() == "gib" else 1e9))
     if name.lower() not in DEVICES:
-        raise ValueError(f"--gpu {name} is not a device that --plan knows; use {join_or(list(DEVICES))}")
+        known = join_or([*DEVICES, "a memory size such as 48GiB"])
+        raise ValueError(f"--gpu {name} is not a device that --plan knows; use {known}")
     return DEVICES[name.lower()]
+
+
+def _of_memory(name: str, memory_bytes: float) -> Device:
+    if not memory_bytes:
+        raise ValueError(f"--gpu {name} has no memory; give that of your GPU, such as 48GiB")
+    return Device(f"a GPU of {name}", memory_bytes / GIB)

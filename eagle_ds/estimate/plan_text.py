@@ -6,7 +6,7 @@ Planning does not start the run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from eagle_ds.config.deepspeed import deepspeed_config, derived_rows, read_ds_js
 from eagle_ds.config.recipe import Recipe, capture_command, data_parallel_size
 from eagle_ds.estimate.devices import GIB, find_device
 from eagle_ds.estimate.fit import Setup
+from eagle_ds.estimate.plan_files import files_text, table
 from eagle_ds.estimate.sequences import heaviest_sequence, sharding_for
 from eagle_ds.estimate.step_time import floor_seconds
 from eagle_ds.estimate.tensor_sizes import draft_parameters
 from eagle_ds.sharding import ranges as rg
 from eagle_ds.sharding.sequence import SequenceSharding
-from eagle_ds.store.manifest import STORE_JSON
 
 RANKS_SHOWN = 16
 
@@ -58,7 +58,7 @@ def describe_plan(
         _title(memory_title) + _memory_text(setup, sharding),
         _title("Time of this sequence, forward and backward") + _time_text(setup, sharding),
         *(f"NOTE: {caveat}\n" for caveat in recipe.caveats),
-        _title("Files") + _files_text(recipe, capture_command(recipe_json, overrides)),
+        _title("Files") + files_text(recipe, world_size, capture_command(recipe_json, overrides)),
     ]
     return "\n".join(parts)
 
@@ -74,7 +74,7 @@ def sharding_table(sharding: SequenceSharding) -> str:
     more = f"... and {sharding.world - RANKS_SHOWN} more ranks\n" if sharding.world > RANKS_SHOWN else ""
     balance = ", ".join(f"{name} {value:.3f}" for name, value in sharding.balance.items())
     exchange = f"; ring mode {sharding.ring_mode}" if sharding.ring > 1 else ""
-    return f"{_table(rows)}{more}balance (busiest rank / mean; 1 is perfect): {balance}{exchange}\n"
+    return f"{table(rows)}{more}balance (busiest rank / mean; 1 is perfect): {balance}{exchange}\n"
 
 
 def _deepspeed_text(recipe: Recipe, config: dict[str, Any], world_size: int) -> str:
@@ -84,14 +84,14 @@ def _deepspeed_text(recipe: Recipe, config: dict[str, Any], world_size: int) -> 
     rest = {key: value for key, value in config.items() if key not in owned}
     params = config["optimizer"]["params"]
     rest["optimizer.params"] = {k: v for k, v in params.items() if f"optimizer.params.{k}" not in owned}
-    return _table(derived) + "".join(f"{key}  {json.dumps(value)}\n" for key, value in rest.items())
+    return table(derived) + "".join(f"{key}  {json.dumps(value)}\n" for key, value in rest.items())
 
 
 def _memory_text(setup: Setup, sharding: SequenceSharding) -> str:
     device, on_cpu = setup.device, setup.device.name == "cpu"
     parts = setup.memory(sharding, cpu=on_cpu).peak()
     rows = [(name, f"{size / GIB:8.2f} GiB") for name, size in parts.items() if size]
-    text = _table([*rows, ("sum", f"{sum(parts.values()) / GIB:8.2f} GiB")])
+    text = table([*rows, ("sum", f"{sum(parts.values()) / GIB:8.2f} GiB")])
     text += f"trained parameters: {sum(draft_parameters(setup.recipe).values()) / 1e6:.1f} million\n"
     if host := setup.memory(sharding).host_bytes:
         text += f"pinned host memory per process for offloaded activations: {host / GIB:.2f} GiB\n"
@@ -123,41 +123,5 @@ def _time_text(setup: Setup, sharding: SequenceSharding) -> str:
     )
 
 
-def _files_text(recipe: Recipe, command: str) -> str:
-    data, run = recipe.data, recipe.run_dir
-    rows: list[Sequence[object]] = [("reads", recipe.target.model, "the target's embedding and head")]
-    for store in filter(None, (data.store, data.eval_store)):
-        state = "exists" if (Path(store) / STORE_JSON).is_file() else f"MISSING; capture it: {command}"
-        rows.append(("reads", store, state))
-    if recipe.draft.init_from:
-        rows.append(("reads", recipe.draft.init_from, "draft to start from"))
-    vocabulary = Path(data.store) / f"vocab_{recipe.draft.vocab_size}.safetensors"
-    rows.append(("writes", vocabulary, "draft vocabulary, unless it exists already"))
-    kept = recipe.training.keep_checkpoints
-    for name, what in (
-        ("recipe.json", "this recipe with all defaults and overrides"),
-        ("log.jsonl", "one line per optimizer step"),
-        ("eval.jsonl", "one line per evaluation"),
-        ("tensorboard/", "if the DeepSpeed JSON enables it"),
-        ("checkpoints/", f"the newest {kept}; the same command resumes from the newest"),
-        ("best/", f"checkpoint with the best {recipe.training.best_by} acceptance length"),
-        ("report.html", "curves, speed, memory, and how to serve the result"),
-    ):
-        rows.append(("writes", run / name, what))
-    return _table(rows)
-
-
 def _title(text: str) -> str:
     return f"{text}\n{'-' * len(text)}\n"
-
-
-def _table(rows: Iterable[Sequence[object]]) -> str:
-    """Pad every cell to the width of its column: whole numbers on the left, all others on the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    text = ""
-    for row in cells:
-        padding = zip(row, widths, strict=True)
-        padded = [cell.rjust(width) if cell.isdigit() else cell.ljust(width) for cell, width in padding]
-        text += "  ".join(padded).rstrip() + "\n"
-    return text

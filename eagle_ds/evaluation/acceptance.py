@@ -18,8 +18,9 @@ import torch
 
 from eagle_ds.capture.hf import load_model
 from eagle_ds.config.recipe import Recipe
-from eagle_ds.data.chat import ChatEncoder, load_tokenizer, messages_of, record_id
-from eagle_ds.data.conversations import ConversationFile
+from eagle_ds.data.chat import ChatEncoder, load_tokenizer
+from eagle_ds.data.conversations import ConversationFile, Intake
+from eagle_ds.data.shapes import BadRecord, conversation_of
 from eagle_ds.drafts.cached_draft import CachedDraft
 from eagle_ds.drafts.loading import DraftOnDisk
 from eagle_ds.evaluation import decoding
@@ -49,45 +50,56 @@ class PromptFile:
     prompts: list[Prompt] = field(default_factory=list)
     too_long: int = 0
     unusable: int = 0
+    intake: Intake = field(default_factory=lambda: Intake(strict=False))  # conversations that are rejected
 
 
 def load_prompts(
-    path: str | Path, encoder: ChatEncoder, count: int, max_tokens: int, turn: Turn = "last"
+    path: str | Path, encoder: ChatEncoder, count: int, max_tokens: int, turn: Turn = "last",
+    intake: Intake | None = None,
 ) -> PromptFile:
     """Return the first ``count`` prompts of a conversation file that fit in ``max_tokens``.
 
     The prompt of a conversation ends before its last (or first) assistant turn. The prompt of a text is its
-    first half. Raises ValueError if no prompt is found.
+    first half. A record that cannot be used is rejected, as ``intake`` says; by default, it is skipped.
+
+    Raises ValueError if no prompt is found.
     """
-    found = PromptFile()
-    for _, record in ConversationFile(Path(path)).records():
+    found, file = PromptFile(intake=intake or Intake(strict=False)), ConversationFile(Path(path))
+    for offset, name, record in file.unique_records(found.intake):
         if len(found.prompts) == count:
             break
-        ids = _prompt_ids(record, encoder, turn)
+        try:
+            ids = _prompt_ids(record, encoder, turn)
+        except BadRecord as error:
+            found.intake.reject(file, file.line_numbers[offset], name, error)
+            continue
         if not ids:
             found.unusable += 1
         elif len(ids) > max_tokens:
             found.too_long += 1
         else:
-            found.prompts.append(Prompt(record_id(record), tuple(ids)))
+            found.prompts.append(Prompt(name, tuple(ids)))
     if not found.prompts:
         raise ValueError(
             f"{path} has no usable prompt: {found.too_long} are longer than {max_tokens} tokens, "
-            f"{found.unusable} have nothing to answer; raise --max-prompt-tokens, or give other prompts"
+            f"{found.unusable} have nothing to answer, {len(found.intake.rejected)} are rejected; raise "
+            "--max-prompt-tokens, or give other prompts"
         )
     return found
 
 
 def _prompt_ids(record: Mapping[str, Any], encoder: ChatEncoder, turn: Turn) -> list[int]:
-    if "text" in record:
-        ids = encoder.tokenizer(str(record["text"]))["input_ids"]
+    conversation = conversation_of(record)
+    if conversation.text is not None:
+        ids = encoder.tokenizer(conversation.text)["input_ids"]
         return ids[: len(ids) // 2]
-    messages = messages_of(record)
+    messages = conversation.messages
     # The prompt ends before the answer to be decoded; without an answer, all messages are the prompt.
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if answers:
         messages = messages[: answers[0 if turn == "first" else -1]]
-    return encoder.prompt_ids(messages) if messages and messages[-1]["role"] in ("user", "tool") else []
+    asks = bool(messages) and messages[-1]["role"] in ("user", "tool")
+    return encoder.prompt_ids(messages, conversation.tools) if asks else []
 
 
 @dataclass
@@ -255,12 +267,15 @@ class TargetFiles:
     stop_ids: frozenset[int]
 
     @classmethod
-    def open(cls, model: str, revision: str | None = None) -> TargetFiles:
+    def open(
+        cls, model: str, revision: str | None = None, template_kwargs: Mapping[str, Any] | None = None
+    ) -> TargetFiles:
         """Find the target and load its tokenizer. Raises ValueError if either cannot be read."""
         folder = resolve_target(model, revision)
         info, tokenizer = TargetInfo.from_folder(folder), load_tokenizer(folder)
         stops = frozenset(stop_token_ids(folder)) or frozenset({tokenizer.eos_token_id})
-        return cls(folder, info, ChatEncoder(tokenizer, info.max_position_embeddings), stops)
+        encoder = ChatEncoder(tokenizer, info.max_position_embeddings, template_kwargs=template_kwargs)
+        return cls(folder, info, encoder, stops)
 
 
 @dataclass(frozen=True)
@@ -301,7 +316,8 @@ def measure_during_training(
     conversations = recipe.data.eval_conversations
     assert conversations is not None, "recipe validation: acceptance_interval needs eval_conversations"
     dtype = "float32" if device.type == "cpu" else recipe.target.dtype
-    files = TargetFiles.open(recipe.target.model, recipe.target.revision)
+    stated = recipe.target
+    files = TargetFiles.open(stated.model, stated.revision, stated.template_kwargs)
     settings = DecodeSettings(max_new_tokens, recipe.training.ttt_steps, files.stop_ids)
     max_tokens = min(recipe.data.max_length, files.info.max_position_embeddings) - max_new_tokens
     found = load_prompts(conversations, files.encoder, recipe.training.acceptance_prompts, max_tokens)

@@ -6,8 +6,6 @@ exported draft. Needs nothing else.
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,28 +21,13 @@ from eagle_ds.config.run_folder import ACCEPTANCE, EVAL_LOG, EXPORTED, RECIPE_FI
 from eagle_ds.config.settings import read_json
 from eagle_ds.drafts.serving_format import ServeCommands
 from eagle_ds.reporting.figures import acceptance_figure, learning_figure, smooth, speed_figure
+from eagle_ds.reporting.html_page import escaped, image, page, section, table, tiles
 
 logger = logging.getLogger(__name__)
 
 WORTH_DRAFTING = 0.2
 """A draft position is worth its pass of the draft if its token is accepted in at least this share of the
 passes.
-"""
-
-STYLE = """
-:root { --ink: #1f2933; --soft: #65717d; --line: #e3e8ec; --tile: #f6f8fa; --accent: #2f6fb2; }
-body { font: 15px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; color: var(--ink); }
-body { max-width: 1080px; margin: 2.2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.55rem; margin: 0 0 .2rem; } summary { cursor: pointer; color: var(--accent); }
-h2 { font-size: 1.12rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); }
-p.sub, .note { color: var(--soft); margin: .2rem 0 1rem; } img { width: 100%; height: auto; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: .8rem; }
-.tile, pre { background: var(--tile); border: 1px solid var(--line); border-radius: 8px; padding: .7rem; }
-.tile b { display: block; font-size: 1.3rem; color: var(--accent); }
-.tile span { color: var(--soft); font-size: .85rem; } pre { overflow-x: auto; font-size: .84rem; }
-table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 500; }
 """
 
 
@@ -124,21 +107,19 @@ def render(run: Run) -> str:
     layout = f"Ulysses {parallel.ulysses} x ring {parallel.ring}"
     what = f"{recipe.target.model} · {recipe.data.max_length} tokens · {layout}"
     body = [
-        f"<h1>EAGLE-3 draft: {_text(recipe.name)}</h1><p class=sub>{_text(what)}</p>",
-        _tiles(_acceptance_headlines(run) + _training_headlines(run)),
+        f"<h1>EAGLE-3 draft: {escaped(recipe.name)}</h1><p class=sub>{escaped(what)}</p>",
+        tiles(_acceptance_headlines(run) + _training_headlines(run)),
         _acceptance_section(run),
     ]
     if run.train or run.held_out:
-        body.append(_section("Learning", _image(learning_figure(run.train, run.held_out), "learning curves")))
+        body.append(section("Learning", image(learning_figure(run.train, run.held_out), "learning curves")))
     if run.train:
-        picture = _image(speed_figure(run.train), "speed and memory")
-        body.append(_section("Speed and memory", _speed_table(run.train) + picture))
-    resolved = f"<pre>{_text(recipe.model_dump_json(indent=2))}</pre>"
+        picture = image(speed_figure(run.train), "speed and memory")
+        body.append(section("Speed and memory", _speed_table(run.train) + picture))
+    resolved = f"<pre>{escaped(recipe.model_dump_json(indent=2))}</pre>"
     details = f"<details><summary>resolved recipe</summary>{resolved}</details>"
-    body += [_serving_section(run), _section("Recipe", details)]
-    title = f"<title>{_text(recipe.name)}: EAGLE-3 draft</title>"
-    head = f'<!doctype html><html lang=en><head><meta charset="utf-8">{title}<style>{STYLE}</style></head>'
-    return f"{head}<body>{''.join(body)}</body></html>\n"
+    body += [_serving_section(run), section("Recipe", details)]
+    return page(f"{recipe.name}: EAGLE-3 draft", body)
 
 
 def _acceptance_headlines(run: Run) -> list[tuple[str, str]]:
@@ -177,7 +158,7 @@ def _acceptance_section(run: Run) -> str:
     if not run.acceptance:
         command = f"tools/eval_acceptance.py --recipe {run.folder}/{RECIPE_FILE} --baseline untrained"
         note = "<p class=note>Not yet measured by real decoding. To measure it, run:</p>"
-        return _section("Acceptance", f"{note}<pre>{_text(command)}</pre>")
+        return section("Acceptance", f"{note}<pre>{escaped(command)}</pre>")
     found = run.acceptance
     headings = ["draft", "acceptance length", "95% interval", "acceptance by draft position, if reached"]
     rows = [[*headings, "tokens/s", "speedup", "answers equal to plain decoding"]]
@@ -196,9 +177,9 @@ def _acceptance_section(run: Run) -> str:
             gap = max(divergence["gap"] for divergence in draft["divergences"])
             gaps.append(f"{draft['name']}: largest logit gap {gap:.4f}")
     near_ties = f"Some answers differ from plain decoding where two logits nearly tie: {'; '.join(gaps)}."
-    diverged = f"<p class=note>{_text(near_ties)}</p>" if gaps else ""
-    picture = _image(acceptance_figure(found), "acceptance")
-    return _section("Acceptance", f"{_table(rows)}{diverged}{picture}<p class=note>{_text(how)}</p>")
+    diverged = f"<p class=note>{escaped(near_ties)}</p>" if gaps else ""
+    picture = image(acceptance_figure(found), "acceptance")
+    return section("Acceptance", f"{table(rows)}{diverged}{picture}<p class=note>{escaped(how)}</p>")
 
 
 def _acceptance_row(draft: Mapping[str, Any], num_prompts: int) -> list[str]:
@@ -226,7 +207,7 @@ def _speed_table(train: Sequence[Mapping[str, Any]]) -> str:
         "peak memory": f"{_peak_gib(train):.2f} GiB",
         "last training loss, smoothed": f"{last_loss:.4f}",
     }
-    return _table([list(figures), list(figures.values())])
+    return table([list(figures), list(figures.values())])
 
 
 def _serving_section(run: Run) -> str:
@@ -237,12 +218,12 @@ def _serving_section(run: Run) -> str:
     why = f"{tokens}: each was accepted in at least {100 * WORTH_DRAFTING:.0f}% of the passes measured here."
     if not run.acceptance:
         why = f"{tokens}, until acceptance is measured."
-    export = f"tools/export_draft.py {run.folder}"
+    export = escaped(f"tools/export_draft.py {run.folder}")
     lines = [
-        f"<p class=note>{_text(why)}</p><h3>Export</h3><pre>{_text(export)}\n{_text(export)} --vllm</pre>",
-        f"<h3>SGLang</h3><pre>{_text(sglang)}</pre><h3>vLLM</h3><pre>{_text(vllm)}</pre>",
+        f"<p class=note>{escaped(why)}</p><h3>Export</h3><pre>{export}\n{export} --vllm</pre>",
+        f"<h3>SGLang</h3><pre>{escaped(sglang)}</pre><h3>vLLM</h3><pre>{escaped(vllm)}</pre>",
     ]
-    return _section("Serve it", "".join(lines))
+    return section("Serve it", "".join(lines))
 
 
 def _median(lines: Sequence[Mapping[str, Any]], name: str) -> float:
@@ -267,29 +248,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _section(title: str, inside: str) -> str:
-    return f"<h2>{title}</h2>{inside}"
-
-
-def _tiles(figures: Sequence[tuple[str, str]]) -> str:
-    tiles = (f"<div class=tile><b>{_text(a)}</b><span>{_text(b)}</span></div>" for a, b in figures)
-    return f"<div class=tiles>{''.join(tiles)}</div>"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table; the first row holds the headings."""
-    lines = []
-    for row in rows:
-        tag = "td" if lines else "th"
-        lines.append("".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in row))
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
-
-def _image(png: bytes, what: str) -> str:
-    return f'<img alt="{what}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def _text(text: str) -> str:
-    return html.escape(text)

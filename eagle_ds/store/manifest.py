@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class StoreInfo:
     encoder: str = field(default=ENCODER, compare=False)
     dtype: str = "bfloat16"  # of the hidden states, stored as captured: bfloat16, float16 or float32
     head_size: int = 0  # rows of the target's lm_head; 0 means vocab_size
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables of the chat template
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "aux_layer_ids", tuple(self.aux_layer_ids))
@@ -60,7 +61,8 @@ class StoreInfo:
 
     @classmethod
     def of_target(
-        cls, folder: Path, name: str, dtype: str, aux_layer_ids: Sequence[int] | None = None
+        cls, folder: Path, name: str, dtype: str, aux_layer_ids: Sequence[int] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> StoreInfo:
         """Describe the store of the target in ``folder``. Without weights there, ``target_hash`` is empty.
 
@@ -68,6 +70,7 @@ class StoreInfo:
             name: the target as the user named it.
             dtype: of the stored hidden states.
             aux_layer_ids: None takes the target's default layers.
+            template_kwargs: variables with which the chat template renders the conversations.
 
         Raises:
             ValueError: the target has no such layers.
@@ -78,7 +81,8 @@ class StoreInfo:
         return cls(
             target=name, target_hash=target_hash(folder) if any(folder.glob("*.safetensors")) else "",
             tokenizer_hash=tokenizer_hash(folder), hidden_size=target.hidden_size,
-            aux_layer_ids=aux_layer_ids, vocab_size=target.vocab_size, dtype=dtype)
+            aux_layer_ids=aux_layer_ids, vocab_size=target.vocab_size, dtype=dtype,
+            template_kwargs=dict(template_kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,11 @@ def sample_path(sample_id: str) -> str:
 def write_store_info(root: Path, info: StoreInfo) -> None:
     """Write store.json atomically, so a store has either a complete one or none."""
     temporary = root / f"{STORE_JSON}.tmp"
+    record = asdict(info)
+    if not info.template_kwargs:  # versions before this key read the store, too
+        del record["template_kwargs"]
     with temporary.open("w") as file:
-        json.dump(_with_crc32(asdict(info)), file, indent=2)
+        json.dump(_with_crc32(record), file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

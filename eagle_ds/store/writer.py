@@ -34,6 +34,7 @@ from eagle_ds.store.manifest import MANIFEST_NAME, STORE_JSON, SampleEntry, Stor
 from eagle_ds.store.processes import in_order
 from eagle_ds.store.sink import DiskSink
 
+LOCK_NAME = "writer.lock"
 Offset = tuple[int, int]  # first row and column of a chunk
 
 
@@ -159,6 +160,20 @@ class StoreWriter:
             self._append(entry)
             self.done_ids.add(entry.id)
 
+    def discard_if_empty(self) -> bool:
+        """Delete the store if this writer created it and it has no file of a sample. Returns whether it did.
+
+        Other files in the folder, and the folder itself, are kept. Close the writer afterwards.
+        """
+        samples = self.root / "samples"
+        if not self._is_new or (samples.is_dir() and any(samples.rglob("*.h5"))):
+            return False
+        # store.json last: without it the folder is no store, so a crash before leaves one that can be used.
+        for name in (MANIFEST_NAME, LOCK_NAME, STORE_JSON):
+            (self.root / name).unlink(missing_ok=True)
+        shutil.rmtree(self.root / "writing", ignore_errors=True)
+        return True
+
     def close(self) -> None:
         """Release the store for the next writer. Every sample that was added is already on the disk."""
         self._files.close()
@@ -172,13 +187,13 @@ class StoreWriter:
 
     def _prepare_folder(self) -> set[str]:
         """Remove unfinished data of an earlier writer. Return the ids of the samples that are complete."""
-        writing, is_new = self.root / "writing", not (self.root / STORE_JSON).exists()
-        if is_new and writing.is_dir() and any(writing.iterdir()):
+        writing, self._is_new = self.root / "writing", not (self.root / STORE_JSON).exists()
+        if self._is_new and writing.is_dir() and any(writing.iterdir()):
             problem = f"{self.root} is not a store, and files in {writing} would be deleted"
             raise ValueError(f"{problem}; choose another folder")
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
-        if is_new:
+        if self._is_new:
             manifest.write_store_info(self.root, self.info)
         else:
             manifest.check_same_store(self.root, self.info)
@@ -206,7 +221,7 @@ class StoreWriter:
 def _lock_store(root: Path) -> TextIO:
     """Lock the store for one writer. Raises ValueError if another process has the lock."""
     try:
-        return hold(root / "writer.lock")
+        return hold(root / LOCK_NAME)
     except InUse as error:
         problem = f"another writer is at work on {root}"
         raise ValueError(f"{problem}; wait for it or choose another folder") from error

@@ -67,7 +67,6 @@ def _target_weights(inputs: Inputs) -> dict[str, Tensor]:
 def make_draft(recipe: Recipe, inputs: Inputs, weights: dict[str, Tensor]) -> Eagle3Draft:
     """Build the initial draft, in float32 on the CPU. It is the same on all ranks."""
     start = inputs.start or untrained_draft(inputs.arch, inputs.vocab, recipe.training.seed)
-    logger.info("the draft starts %s", f"from {start.folder}" if inputs.start else "untrained")
     torch.manual_seed(recipe.training.seed)
     model = Eagle3Draft(inputs.arch)
     model.load_state_dict(start.state)

@@ -18,9 +18,8 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -31,67 +30,12 @@ from torch import Tensor
 
 from eagle_ds.config import run_folder
 from eagle_ds.config.recipe import Recipe
+from eagle_ds.config.run_state import RUN_STATE, RunState, check_resumable, latest
 from eagle_ds.drafts.loading import ARCH_FILE, STATE_FILE, VOCAB_FILE
 from eagle_ds.training.inputs import Inputs
 from eagle_ds.training.world import World
 
 logger = logging.getLogger(__name__)
-
-RUN_STATE = "state.json"
-
-# Settings that may differ when a run resumes: they change neither the data order nor the meaning of the saved
-# tensors. The contents of target and store may not change either; their hashes are compared, not their paths.
-MAY_CHANGE = {
-    *("name", "output_dir", "deepspeed", "target.model", "target.revision", "draft.init_from"),
-    *("data.conversations", "data.eval_conversations", "data.store", "data.eval_store"),
-    *("data.prefetch", "data.read_processes"),
-    *("parallel.ulysses", "parallel.ring", "parallel.ring_mode", "parallel.trained_rows_only"),
-    *("training.learning_rate", "training.min_learning_rate", "training.warmup_ratio", "training.schedule"),
-    *("training.epochs", "training.max_steps", "training.recompute", "training.offload_activations"),
-    *("training.check_memory", "training.non_finite", "training.log_interval", "training.eval_interval"),
-    *("training.save_interval", "training.keep_checkpoints", "training.best_by"),
-    *("training.acceptance_interval", "training.acceptance_prompts"),
-}
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far."""
-
-    step: int
-    length: float  # acceptance length: simulated or measured by decoding, as training.best_by says
-
-
-@dataclass(frozen=True)
-class RunState:
-    """The position of a run after ``step`` optimizer steps.
-
-    The order of the data follows from the seed and the step number alone, so no position in the data is
-    saved.
-    """
-
-    step: int
-    world_size: int
-    manifest_hash: str
-    recipe: dict[str, Any]
-    skipped_steps: int = 0
-    best: Best | None = None
-
-    @classmethod
-    def read(cls, folder: Path) -> RunState:
-        """Read the state of the checkpoint ``folder``. Raises ValueError if it cannot be read."""
-        try:
-            tree = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
-            best = tree.pop("best")
-            return cls(**tree, best=Best(**best) if best else None)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"checkpoint {folder} cannot be read ({error}); restart with --fresh") from error
-
-
-def latest(run_dir: Path) -> RunState | None:
-    """Read the state of the newest complete checkpoint of a run; None if it has none."""
-    folder = run_folder.latest_checkpoint(run_dir)
-    return RunState.read(folder) if folder else None
 
 
 class Checkpoints:
@@ -214,31 +158,6 @@ def find_resumable(recipe: Recipe, manifest_hash: str, world_size: int) -> RunSt
     state = latest(recipe.run_dir)
     if state is None:
         return None
-    run = f"{recipe.run_dir} was trained"
-    remedy = "; undo that change, choose another output_dir, or start from step 0 with --fresh"
-    if state.world_size != world_size:
-        raise ValueError(f"{run} by {state.world_size} processes, now there are {world_size}{remedy}")
-    if state.manifest_hash != manifest_hash:
-        raise ValueError(f"{recipe.data.store} has changed since {run} to step {state.step}{remedy}")
-    then, now = state.recipe["parallel"]["ulysses"] * state.recipe["parallel"]["ring"], recipe.parallel.size
-    if then != now:
-        raise ValueError(f"{run} with ulysses * ring = {then}, now it is {now}{remedy}")
-    changed = differences(state.recipe, recipe.model_dump(mode="json"))
-    if fatal := [text for name, text in changed.items() if name not in MAY_CHANGE]:
-        raise ValueError(f"{run} with {', '.join(fatal)}{remedy}")
-    for text in changed.values():
+    for text in check_resumable(state, recipe, world_size, manifest_hash):
         logger.info("resuming with another setting: %s", text)
     return state
-
-
-def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Compare two recipe trees. Returns {dotted name: "name = old (now new)"} of what differs."""
-    changed: dict[str, str] = {}
-    for name in sorted(then.keys() | now.keys()):
-        old, new = then.get(name), now.get(name)
-        dotted = prefix + name
-        if isinstance(old, dict) and isinstance(new, dict):
-            changed |= differences(old, new, f"{dotted}.")
-        elif old != new:
-            changed[dotted] = f"{dotted} = {old} (now {new})"
-    return changed

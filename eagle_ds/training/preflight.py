@@ -11,7 +11,7 @@ from pathlib import Path
 
 from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
 from eagle_ds.config.recipe import Recipe, capture_command, data_parallel_size
-from eagle_ds.config.run_folder import draft_candidates
+from eagle_ds.config.run_folder import find_draft
 from eagle_ds.store.manifest import STORE_JSON, StoreInfo, read_store_info
 
 
@@ -38,8 +38,7 @@ def check_files(recipe: Recipe, recipe_json: Path, overrides: Sequence[str] = ()
 
 def check_start(folder: Path) -> None:
     """Raise ValueError unless ``folder`` is an exported or published draft, a checkpoint, or a run."""
-    is_exported = (folder / "config.json").is_file()
-    if not is_exported and not any((place / "arch.json").is_file() for place in draft_candidates(folder)):
+    if find_draft(folder) is None:
         raise ValueError(
             f"draft.init_from = {folder} holds no draft (no config.json, no checkpoint); give the folder of "
             "an exported or published EAGLE-3 draft, a run folder, or null"
@@ -59,6 +58,7 @@ def check_store(recipe: Recipe, root: str | Path, info: StoreInfo, remedy: str, 
         ("hidden_size", info.hidden_size, target.hidden_size),
         ("vocab_size", info.vocab_size, target.vocab_size),
         ("aux_layer_ids", list(info.aux_layer_ids), list(target.aux_ids)),
+        ("template_kwargs", info.template_kwargs, target.template_kwargs),
     ):
         if found != expected:
             text = f"was captured with {name} {found}, the recipe says {expected}"

@@ -22,12 +22,13 @@ import torch
 from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.config.run_folder import lock_run
+from eagle_ds.config.run_state import Best, RunState, latest
 from eagle_ds.data.dataset import RankDataset
 from eagle_ds.data.sampler import Sampler
 from eagle_ds.drafts.loading import DraftOnDisk
 from eagle_ds.kernels.backend import choose_attention
 from eagle_ds.training.build import Trainable, build
-from eagle_ds.training.checkpoint import Best, Checkpoints, RunState, find_resumable, full_state, latest
+from eagle_ds.training.checkpoint import Checkpoints, find_resumable, full_state
 from eagle_ds.training.evaluate import Evaluator
 from eagle_ds.training.feed import Feed, FeedSettings, read_pool
 from eagle_ds.training.inputs import Inputs, OpenStore, open_inputs
@@ -47,7 +48,8 @@ MeasureAcceptance = Callable[[Recipe, DraftOnDisk, torch.device], dict[str, Any]
 def train(recipe: Recipe, world: World, measure: MeasureAcceptance) -> None:
     """Train as one rank of ``world`` until the recipe's last step. Collective.
 
-    Resumes from the newest checkpoint in the run folder, if there is one.
+    Resumes from the newest checkpoint in the run folder, if there is one. If the run is complete, says so and
+    builds no engine.
 
     Args:
         measure: called on rank 0 every ``training.acceptance_interval`` steps, while the other ranks wait.
@@ -64,6 +66,12 @@ def train(recipe: Recipe, world: World, measure: MeasureAcceptance) -> None:
         data = setup.inputs.train.store.manifest_hash
         resumed = world.agreement.together(lambda: find_resumable(recipe, data, size))
         world.agreement.same({"checkpoint to resume from": resumed.step if resumed else None})
+        if resumed and resumed.step >= setup.total_steps:
+            # Leave recipe.json alone: it must stay that of the steps that were trained.
+            ends = f"epochs = {recipe.training.epochs}, training.max_steps = {recipe.training.max_steps}"
+            text = "nothing left to do: %s is at step %d of %d (training.%s)"
+            logger.info(text, recipe.run_dir, resumed.step, setup.total_steps, ends)
+            return
         finished = Trainer(setup, build_engine(setup), measure).run(resumed)
     if not finished:
         raise SystemExit(EXIT_CODE)
@@ -79,6 +87,12 @@ class RunSetup:
     inputs: Inputs
     sampler: Sampler
     sizes: Sizes
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        training = self.recipe.training
+        return self.sampler.count_steps(training.epochs, training.max_steps)
 
 
 def prepare(recipe: Recipe, world: World) -> RunSetup:
@@ -124,7 +138,7 @@ class Trainer:
         self.trainable, self.measure = trainable, measure
         self.recipe, self.training = recipe, training
         self.sampler = setup.sampler
-        self.total_steps = self.sampler.count_steps(training.epochs, training.max_steps)
+        self.total_steps = setup.total_steps
 
         # Data: reading processes, one dataset for each store, and how far ahead they are read.
         self.pool = read_pool(recipe.data, world.device)
@@ -176,13 +190,10 @@ class Trainer:
     def _run(self, resumed: RunState | None, stop: StopRequest) -> bool:
         if resumed:
             self._restore(resumed)
+        else:
+            origin = self.setup.inputs.start
+            logger.info("the draft starts %s", f"from {origin.folder}" if origin else "untrained")
         start = self.done
-        if start >= self.total_steps:
-            # Leave recipe.json alone: it must stay that of the steps that were trained.
-            ends = f"training.epochs = {self.training.epochs}, training.max_steps = {self.training.max_steps}"
-            text = "nothing left to do: %s is at step %d of %d (%s)"
-            logger.info(text, self.recipe.run_dir, start, self.total_steps, ends)
-            return True
         self._on_first(lambda log: log.start(self.recipe, start))
         if start == 0:
             self._evaluate()  # the untrained draft is the first point of the curves

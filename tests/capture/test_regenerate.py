@@ -21,6 +21,7 @@ from eagle_ds.capture.regenerate import (
     distinct_ratio,
     regenerate,
 )
+from eagle_ds.data.conversations import Intake
 from tests.tiny_targets import save_tiny_llama
 
 TALK = [
@@ -37,8 +38,8 @@ class Echo:
     def __init__(self, fail_at: int | None = None) -> None:
         self.calls, self.fail_at = 0, fail_at
 
-    def generate(self, prompts: Sequence[list[dict]]) -> list[Answer | None]:
-        self.calls += 1
+    def generate(self, prompts: Sequence[list[dict]], tools=None) -> list[Answer | None]:
+        self.calls, self.tools = self.calls + 1, tools
         if self.calls == self.fail_at:
             raise ValueError("gone")
         return [Answer(f"{len(prompt)} {prompt[-1]['content']}", 2, "stop") for prompt in prompts]
@@ -205,3 +206,54 @@ def test_an_endpoint_that_cannot_be_reached_gives_one_sentence(tmp_path, monkeyp
         regenerate(
             source, tmp_path / "out.jsonl", EndpointGenerator("http://127.0.0.1:9/v1", "m", Sampling())
         )
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def test_tools_reach_the_generator_and_the_output_and_calls_are_kept(tmp_path):
+    messages = [*TALK, CALL, {"role": "tool", "content": "4"}]
+    record = {"id": "a", "tools": [{"name": "add"}], "messages": messages}
+    (tmp_path / "in.jsonl").write_text(json.dumps(record) + "\n")
+    echo = Echo()
+    assert regenerate(tmp_path / "in.jsonl", tmp_path / "out.jsonl", echo) == 1
+    written = json.loads((tmp_path / "out.jsonl").read_text())
+    assert echo.tools == [TOOLS] and written["tools"] == TOOLS
+    roles = [message["role"] for message in written["messages"]]
+    assert roles == ["system", "user", "assistant", "user", "assistant", "assistant", "tool", "assistant"]
+
+
+def test_records_that_cannot_be_used_are_listed_and_do_not_stop_the_rest(tmp_path):
+    source, output = write(tmp_path / "in.jsonl", {"a": TALK, "b": []}), tmp_path / "out.jsonl"
+    source.write_text(source.read_text() + '{"text": "plain"}\n{broken\n')
+    with pytest.raises(ValueError, match="line 2: expected a list"):
+        regenerate(source, output, Echo())
+    assert regenerate(source, output, Echo(), intake=Intake(strict=False)) == 1
+    listed = [json.loads(line) for line in (tmp_path / "out.jsonl.rejected").read_text().splitlines()]
+    assert [one["line"] for one in listed] == [2, 3, 4]
+
+
+def test_an_answer_with_a_call_ends_the_conversation():
+    talk = Regenerated.start({"id": "a", "messages": TALK})
+    talk.next_prompt()
+    talk.add_answer(Answer("", 3, "tool_calls", {"tool_calls": CALL["tool_calls"]}), 0.5)
+    assert talk.messages[-1] == CALL and not talk.next_prompt()
+
+
+def test_an_endpoint_gets_tools_and_template_variables(server, monkeypatch):
+    monkeypatch.setattr(regeneration.time, "sleep", lambda _: None)
+    url, variables = f"http://127.0.0.1:{server.server_port}/v1", {"enable_thinking": False}
+    generator = EndpointGenerator(url, "tiny", Sampling(), template_kwargs=variables)
+    assert generator.generate([TALK, TALK], [TOOLS, None])[1].text == "I am tiny"
+    _, _, first = server.seen[0]
+    _, _, last = server.seen[-1]
+    assert first["tools"] == TOOLS and first["chat_template_kwargs"] == variables and "tools" not in last
+
+
+def test_a_conversation_that_the_template_refuses_is_not_answered(tmp_path):
+    folder = save_tiny_llama(tmp_path / "target", kind="mistral")
+    generator = TransformersGenerator(str(folder), Sampling(max_new_tokens=2), dtype="float32", device="cpu")
+    question = [{"role": "user", "content": "one"}]
+    refused, answered = generator.generate([question * 2, question])
+    assert refused is None and answered is not None

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,3 +199,40 @@ def test_batches_fit_their_limits_and_keep_the_order():
     made = list(make_batches(samples, limits))
     assert [sample for batch in made for sample in batch] == samples
     assert [[s.num_tokens for s in batch] for batch in made] == [[500], [260], [120, 110], [60, 40, 39, 10]]
+
+
+def test_a_bad_line_is_listed_in_the_store_and_does_not_stop_the_rest(job):
+    with job.conversations.open("a") as file:
+        file.write('{broken\n{"id": "chat/3", "text": "another"}\n')
+    prepared = prepare_capture(job)
+    assert not job.store.exists() and prepared.intake.reasons == {"not JSON": 1, "id used above": 1}
+    assert capture(prepared) == len(LENGTHS)
+    listed = [json.loads(line) for line in (job.store / "rejected.jsonl").read_text().splitlines()]
+    assert [one["line"] for one in listed] == [8, 9]
+    with pytest.raises(ValueError, match="line 8: not valid JSON"):
+        prepare_capture(dataclasses.replace(job, strict=True))
+    suffixed = prepare_capture(dataclasses.replace(job, duplicates="suffix"))
+    assert [sample.id for sample in suffixed.pending] == ["chat/3-2"]
+    capture(suffixed)
+    assert set(contents(job.store)) == {f"chat/{n}" for n in LENGTHS} | {"chat/3-2"}
+
+
+def test_a_store_of_other_template_variables_is_refused(job):
+    capture(prepare_capture(job))
+    assert Store(job.store).info.template_kwargs == {}
+    with pytest.raises(ValueError, match=r"template_kwargs is \{\} there, \{'enable_thinking': False\} here"):
+        prepare_capture(dataclasses.replace(job, template_kwargs={"enable_thinking": False}))
+
+
+def test_template_variables_reach_the_captured_tokens_and_the_store(job, target, tmp_path):
+    other = shutil.copytree(target, tmp_path / "other")
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if loud is defined %}LOUD{% endif %}")
+    sizes = []
+    for name, variables in (("plain", {}), ("loud", {"loud": True})):
+        one = dataclasses.replace(
+            job, target=str(other), store=tmp_path / name, template_kwargs=variables, max_length=1000)
+        capture(prepare_capture(one))
+        assert Store(one.store).info.template_kwargs == variables
+        sizes.append({name: len(sample["input_ids"]) for name, sample in contents(one.store).items()})
+    assert {name: size - sizes[0][name] for name, size in sizes[1].items()} == dict.fromkeys(sizes[0], 4)

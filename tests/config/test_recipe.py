@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from eagle_ds.config.deepspeed import deepspeed_config, read_ds_json
-from eagle_ds.config.recipe import Recipe, data_parallel_size, load_recipe
+from eagle_ds.config.recipe import Recipe, data_parallel_size, load_own_recipe, load_recipe
 from eagle_ds.config.sections import ROPE_NEEDS, ROPE_OPTIONS, RopeScaling, keys_read_by
 from eagle_ds.config.settings import apply_overrides, dotted_fields, join_or, parse_overrides
 
@@ -122,6 +122,23 @@ def test_the_scaling_of_a_model_may_have_keys_of_other_kinds_and_unknown_ones_ar
     for kind in ("unheard_of", ["linear"]):
         with pytest.raises(ValueError, match=f"be {KINDS}"):
             RopeScaling.of_model({"rope_type": kind, "factor": 4})
+def test_a_recipe_without_a_name_takes_that_of_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({name: value for name, value in MINIMAL.items() if name != "name"}))
+    assert load_own_recipe(path).run_dir == Path("runs/mine")
+    assert load_own_recipe(path, ["--name", "second"]).name == "second"
+
+
+def test_a_copied_recipe_never_writes_into_the_originals_run_folder(minimal: Path) -> None:
+    copied = minimal.with_name("mine.json")
+    copied.write_text(minimal.read_text())
+    assert load_own_recipe(minimal).name == "tiny"
+    with pytest.raises(ValueError, match=r"mine\.json has name = tiny, .* runs/tiny; delete that line"):
+        load_own_recipe(copied)
+    assert load_own_recipe(copied, ["--name", "tiny"]).name == "tiny", "asked for by name"
+    saved = minimal.with_name("recipe.json")
+    saved.write_text(minimal.read_text())
+    assert load_own_recipe(saved).name == "tiny", "recipe.json of a run folder keeps the run's name"
 
 
 def test_apply_overrides_does_not_change_its_argument() -> None:

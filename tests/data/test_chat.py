@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eagle_ds.data.chat import ChatEncoder, common_prefix, common_suffix, messages_of, record_id
+from eagle_ds.data.chat import ChatEncoder
+from eagle_ds.data.shapes import messages_of, record_id
+from eagle_ds.data.template import common_prefix, common_suffix
 from tests.tiny_targets import byte_tokenizer
 
 CHAT = [
@@ -226,3 +228,42 @@ def test_common_prefix_and_suffix(a, b):
     same = [x == y for x, y in zip(a, b, strict=False)]
     assert common_prefix(a, b) == (same.index(False) if False in same else len(same))
     assert common_suffix(a[::-1], b[::-1]) == common_prefix(a, b)
+
+
+def test_a_field_that_the_template_ignores_is_counted_and_logged_once(caplog):
+    encoder = encoder_of("chatml")
+    for n in range(3):
+        chat = [CHAT[0], {**CHAT[1], "reasoning_content": f"thought {n}"}]
+        encoder.encode({"id": n, "tools": [{"name": "add"}], "messages": chat})
+    assert encoder.stats.ignored == {"tools": 3, "reasoning_content of assistant messages": 3}
+    assert "3 with tools, which the chat template ignores" in str(encoder.stats)
+    assert [record.getMessage().count("in the record 0") for record in caplog.records] == [1, 1]
+
+
+def test_template_variables_that_a_record_sets_are_refused_and_unread_ones_are_logged(caplog):
+    with pytest.raises(ValueError, match="template_kwargs has tools, which each record sets itself"):
+        encoder_of("chatml", template_kwargs={"tools": []})
+    encoder_of("qwen3", template_kwargs={"enable_thinkin": False})
+    assert "does not read enable_thinkin" in caplog.text
+
+
+def test_an_answer_that_the_template_writes_twice_is_refused():
+    encoder = encoder_of("chatml")
+    encoder.tokenizer.chat_template += "{{ messages[-1].content }}"
+    with pytest.raises(ValueError, match="writes a text of message 1 twice"):
+        encoder.encode({"messages": CHAT[:2]})
+
+
+@pytest.mark.parametrize("kind", ["chatml", "plain"])
+def test_a_long_text_is_tokenized_in_parts_as_it_is_at_once(kind, monkeypatch):
+    words = ("an answer's ans", "naïve\n\n", "12,345.6", "你好，再见。", "<|im_end|>", "😀x_y", "a" * 70)
+    text = " ".join(words[n * n % 7] for n in range(400))
+    record = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+    whole = [encoder_of(kind, 1 << 20).encode(one) for one in (record, {"text": text})]
+    monkeypatch.setattr("eagle_ds.data.chat.PART_CHARACTERS", 50)
+    encoder = encoder_of(kind, 1 << 20)
+    assert len(list(encoder._parts(text, 0, len(text)))) > 40
+    for one, expected in zip((record, {"text": text}), whole, strict=True):
+        parts = encoder.encode(one)
+        assert np.array_equal(parts.input_ids, expected.input_ids)
+        assert np.array_equal(parts.loss_mask, expected.loss_mask)

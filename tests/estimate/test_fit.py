@@ -12,9 +12,10 @@ import pytest
 
 from eagle_ds.config.deepspeed import read_ds_json
 from eagle_ds.config.recipe import Recipe, load_recipe
-from eagle_ds.estimate.devices import DEVICES, GIB, Device
+from eagle_ds.estimate.devices import DEVICES, GIB, Device, find_device
 from eagle_ds.estimate.fit import Setup, choose_ring_mode
 from eagle_ds.estimate.memory import MemoryModel
+from eagle_ds.estimate.plan_text import describe_plan
 from eagle_ds.estimate.sequences import document_in_turns, sharding_for
 from eagle_ds.estimate.step_time import floor_seconds
 from eagle_ds.estimate.tensor_sizes import draft_parameters
@@ -32,6 +33,22 @@ def llama(*overrides: str) -> Recipe:
 def total(recipe: Recipe, tokens: int, fraction: float = 1.0) -> float:
     sharding = sharding_for(recipe, [document_in_turns(tokens, fraction)])
     return MemoryModel(recipe, ZERO1, recipe.parallel.size, sharding).peak_bytes / GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_bytes"), [("48GiB", 48 * GIB), ("48gb", 48e9), ("23.5 GiB", 23.5 * GIB)]
+)
+def test_a_gpu_may_be_given_by_its_memory(name: str, memory_bytes: float) -> None:
+    assert find_device(name).memory_gib * GIB == pytest.approx(memory_bytes)
+
+
+def test_a_plan_for_a_memory_size_judges_what_fits_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = llama("--training.recompute", "none")  # needs 25 GiB on each of eight GPUs
+    small, large = (describe_plan(recipe, Path("x.json"), 8, name) for name in ("16GiB", "48GiB"))
+    assert "DOES NOT FIT" in small and "DOES NOT FIT" not in large
+    assert "longest sequence in 45.6 usable GiB" in large
+    assert "no rates were measured for a GPU of 48GiB" in large
 
 
 def test_parameters_are_those_of_a_llama_layer_twice_as_wide_at_its_input() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.chat import ChatEncoder
+from eagle_ds.data.conversations import Intake
 from eagle_ds.drafts.loading import untrained_draft
 from eagle_ds.evaluation import acceptance
 from eagle_ds.evaluation.acceptance import (
@@ -134,6 +135,22 @@ def test_skipped_prompts_are_counted(tmp_path: Path, encoder: ChatEncoder) -> No
     assert [prompt.id for prompt in found.prompts] == ["r2", "r3"]
     assert (found.too_long, found.unusable) == (1, 1)
     assert encoder.tokenizer.decode(found.prompts[1].ids) == "abcd"
+
+
+def test_prompts_hold_the_tools_and_bad_records_are_counted(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    path = write_lines(tmp_path / "chats.jsonl", turns("u") | {"tools": [{"name": "add"}]}, {"messages": []})
+    found = load_prompts(path, ChatEncoder(tokenizer, 4096), 2, 4096)
+    assert '"name": "add"' in tokenizer.decode(found.prompts[0].ids)
+    assert found.intake.reasons == {"no messages": 1}
+    with pytest.raises(ValueError, match="line 2: expected a list"):
+        load_prompts(path, ChatEncoder(tokenizer, 4096), 2, 4096, intake=Intake())
+
+
+def test_the_recipes_template_variables_reach_the_prompts(target_folder: Path) -> None:
+    files = acceptance.TargetFiles.open(str(target_folder), template_kwargs={"enable_thinking": False})
+    assert files.encoder.template.kwargs == {"enable_thinking": False}
 
 
 def test_a_file_without_usable_prompts_is_refused_with_the_reason(

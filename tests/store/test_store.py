@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from eagle_ds.store import sink
-from eagle_ds.store.manifest import MANIFEST_NAME, STORE_JSON, sample_path
+from eagle_ds.store.manifest import (
+    MANIFEST_NAME,
+    STORE_JSON,
+    check_same_store,
+    read_store_info,
+    sample_path,
+    write_store_info,
+)
 from eagle_ds.store.store import Sample, SampleReader, Store, StoreError, StoreInfo, StoreWriter
 from eagle_ds.store.verification import verify_file
 from tests.store_cases import assert_stored, make_info, make_sample, same_bits, write_store
@@ -49,6 +56,18 @@ def test_store_json_comes_back_and_head_size_defaults_to_the_vocabulary(store: S
     written = json.loads((store.root / STORE_JSON).read_text())
     assert written["target"] == "some/target"
     assert written["aux_layer_ids"] == [0, 1, 2]
+
+
+def test_a_store_json_without_template_variables_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    variables = {"enable_thinking": False, "tags": ["é"]}
+    for info in (INFO, dataclasses.replace(INFO, template_kwargs=variables)):
+        write_store_info(tmp_path, info)
+        assert read_store_info(tmp_path) == info
+        written = json.loads((tmp_path / STORE_JSON).read_text())
+        assert written.get("template_kwargs", {}) == info.template_kwargs
+        assert ("template_kwargs" in written) == bool(info.template_kwargs)
+    with pytest.raises(ValueError, match=r"template_kwargs is \{.*\} there, \{\} here"):
+        check_same_store(tmp_path, INFO)
 
 
 @pytest.mark.parametrize("count", [1, 2, 65])

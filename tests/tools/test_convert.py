@@ -217,6 +217,22 @@ def test_a_sample_that_no_conversation_renders_to_is_rejected(tmp_path: Path, ru
     assert len(Store(tmp_path / "dst")) == 2
 
 
+@pytest.mark.parametrize("strict", [[], ["--strict"]], ids=["all", "strict"])
+def test_a_conversion_that_rejects_every_file_leaves_no_store(tmp_path: Path, run, strict: list[str]) -> None:
+    made = features(40, seed=1)
+    broken = replace(made, last=torch.full_like(made.last, float("nan")))
+    write_specforge(tmp_path / "src", 0, broken)
+    assert run(tmp_path / "src", tmp_path / "dst", *FLAGS, *strict) == (4 if strict else 3)
+    assert [path.name for path in (tmp_path / "dst").iterdir()] == ["rejected.jsonl"]
+    assert list(rejects(tmp_path / "dst")) == ["data_0.ckpt"]
+    write_specforge(tmp_path / "src", 0, made)
+    assert run(tmp_path / "src", tmp_path / "dst", *FLAGS) == 0
+    write_specforge(tmp_path / "src", 0, broken)
+    write_specforge(tmp_path / "src", 1, broken)
+    assert run(tmp_path / "src", tmp_path / "dst", *FLAGS) == 3
+    assert len(Store(tmp_path / "dst")) == 1, "a store of an earlier conversion is kept"
+
+
 def test_states_from_the_wrong_side_of_the_final_norm_are_rejected(tmp_path: Path, run, target: Path) -> None:
     """States from before the norm would train a draft on noise; the norm's own weight reveals them."""
     chats = write_conversations(tmp_path / "chats.jsonl", CHATS)

@@ -73,8 +73,11 @@ def test_two_processes_write_the_store_that_one_writes(recipe, tmp_path):
 def test_flags_do_without_a_recipe(target, recipe, tmp_path):
     paths = ["--conversations", str(tmp_path / "eval.jsonl"), "--store", str(tmp_path / "s")]
     flags = ["--target", str(target), *paths, "--max-length", "64", "--dtype", "float32"]
-    assert main([*flags, "--aux-layer-ids", "0", "2", "5"]) == 0
+    kwargs = ["--template-kwargs", '{"enable_thinking": false}']
+    assert main([*flags, "--aux-layer-ids", "0", "2", "5", *kwargs]) == 0
     assert Store(tmp_path / "s").info.aux_layer_ids == (0, 2, 5)
+    assert Store(tmp_path / "s").info.template_kwargs == {"enable_thinking": False}
+    assert main([*flags, "--template-kwargs", "[1]"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,9 @@ def test_flags_do_without_a_recipe(target, recipe, tmp_path):
             ["--recipe", "RECIPE", "--data.max_length", "10"],
             "skipped with no answer left after truncation; raise max_length",
         ),
+        (["--recipe", "RECIPE", "--template-kwargs", "{}"], "give --target.template_kwargs"),
+        (["--recipe", "RECIPE", "--strict", "--data.conversations", "BAD"], "line 1: not valid JSON"),
+        (["--recipe", "RECIPE", "--data.conversations", "BAD"], "1 rejected (not JSON: 1)"),
         (["--recipe", "RECIPE", "--target.model", "NO_TOKENIZER"], "has no tokenizer (tokenizer.json"),
     ],
 )
@@ -107,7 +113,8 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_1(
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     bare = shutil.copytree(target, tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
-    places = {"RECIPE": str(recipe), "NO_TOKENIZER": str(bare)}
+    (tmp_path / "bad.jsonl").write_text("{broken\n")
+    places = {"RECIPE": str(recipe), "NO_TOKENIZER": str(bare), "BAD": str(tmp_path / "bad.jsonl")}
     assert main([places.get(argument, argument) for argument in arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and complaint in error

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eagle_ds.config.run_state import Best
 from eagle_ds.config.sections import TrainingConfig
 from eagle_ds.drafts.loading import load_draft
 from eagle_ds.model.loss import COLUMNS, LossSums
-from eagle_ds.training.checkpoint import Best, latest
+from eagle_ds.training.checkpoint import latest
 from eagle_ds.training.metrics import metrics_of, step_weights
 from eagle_ds.training.runlog import keep_until, scalars
 from eagle_ds.training.step import learning_rate

@@ -17,7 +17,13 @@ from eagle_ds.drafts.loading import load_draft
 from eagle_ds.training.checkpoint import find_resumable, latest
 from tests.gloo_pool import GlooPool
 from tests.training.tiny_run import MASKS, Tiny, make_tiny, write_store
-from tests.training.training_ranks import error_of_training, run_training, train_onto_a_full_disk, train_until
+from tests.training.training_ranks import (
+    error_of_training,
+    messages_of_training,
+    run_training,
+    train_onto_a_full_disk,
+    train_until,
+)
 
 TIMED = {"tokens_per_s", "step_s", "data_wait_s", "read_s", "peak_gib"}
 
@@ -92,6 +98,20 @@ def test_a_finished_run_says_so_and_does_nothing(pool: GlooPool, finished: Tiny)
     assert len(lines(recipe.run_dir / "log.jsonl")) == 5
 
 
+def test_a_finished_run_says_so_before_it_builds_an_engine(pool: GlooPool, finished: Tiny) -> None:
+    said = pool.run(messages_of_training, 1, finished.recipe("done", **settings(1, finished)))[0]
+    assert said[-1].startswith("nothing left to do: ") and "step 5 of 5 (training.epochs = 100" in said[-1]
+    assert "an engine was built" not in said
+
+
+def test_only_a_new_run_says_that_its_draft_starts_untrained(pool: GlooPool, tiny: Tiny) -> None:
+    begun = pool.run(messages_of_training, 1, tiny.recipe("short", training__max_steps=1))[0]
+    resumed = pool.run(messages_of_training, 1, tiny.recipe("short", training__max_steps=2))[0]
+    assert "the draft starts untrained" in begun and "an engine was built" in begun
+    assert not any("the draft starts" in text for text in resumed)
+    assert any("at step 1 of 2" in text for text in resumed)
+
+
 def test_every_save_holds_a_draft_that_loads_without_deepspeed(finished: Tiny) -> None:
     run = finished.root / "runs" / "done"
     for folder in (run / "checkpoints" / "step_5", run / "best", run):
@@ -161,6 +181,11 @@ def test_other_stores_and_worlds_are_refused(finished: Tiny) -> None:
     recipe, state = finished.recipe("done", **settings(1, finished)), latest(finished.root / "runs" / "done")
     with pytest.raises(ValueError, match="has changed since"):
         find_resumable(recipe, "another", 1)
+    moved = finished.recipe("done", **settings(1, finished), data__store="stores/new")
+    with pytest.raises(ValueError, match="which holds other samples") as error:
+        find_resumable(moved, "another", 1)
+    new_data = f"--output_dir OTHER_FOLDER --draft.init_from {recipe.run_dir}"
+    assert all(part in str(error.value) for part in (recipe.data.store, "stores/new", new_data))
     with pytest.raises(ValueError, match="trained by 1 processes, now there are 2"):
         find_resumable(recipe, state.manifest_hash, 2)
     spread = finished.recipe("done", **settings(1, finished), parallel__ring=2)

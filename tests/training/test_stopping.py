@@ -77,6 +77,10 @@ def test_an_error_in_another_data_parallel_group_stops_all_ranks(pool: GlooPool,
             {"target__aux_layer_ids": (2, 3, 4)},
             "was captured with aux_layer_ids [1, 3, 4], the recipe says [2, 3, 4]",
         ),
+        (
+            {"target__template_kwargs": {"enable_thinking": False}},
+            "was captured with template_kwargs {}, the recipe says {'enable_thinking': False}",
+        ),
         ({"data__max_length": 1}, "nothing to train on: 0 of 10 samples"),
         (
             {"training__gradient_accumulation": 50},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
 import shutil
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -52,6 +54,31 @@ def run_training(rank: int, world: int, recipe: Recipe) -> None:
     """Train the recipe from start to end."""
     reset_process(world)
     train_rank(recipe, rank)
+
+
+def messages_of_training(rank: int, world: int, recipe: Recipe) -> list[str]:
+    """Train the recipe. Returns what was logged, with a line "an engine was built" where that happened."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    def building(*args: Any) -> Any:
+        said.append("an engine was built")
+        return build(*args)
+
+    root, listener = logging.getLogger("eagle_ds"), Listener()
+    root.addHandler(listener)
+    level = root.level
+    root.setLevel(logging.INFO)
+    try:
+        with mock.patch("eagle_ds.training.train.build", building):
+            run_training(rank, world, recipe)
+    finally:
+        root.removeHandler(listener)
+        root.setLevel(level)
+    return said
 
 
 def take_steps(rank: int, world: int, recipe: Recipe, optimizer: str = "SGD") -> Steps:
