@@ -26,7 +26,8 @@ from eagle_ds.config.outputs import check_output_folder
 from eagle_ds.drafts.cached_draft import CachedDraft
 from eagle_ds.drafts.independent_reader import Probe, ServedReader
 from eagle_ds.drafts.loading import DraftOnDisk, load_served_draft
-from eagle_ds.drafts.serving_format import EMBEDDING, ServeCommands, served_config, served_name
+from eagle_ds.drafts.serve_commands import ServeCommands
+from eagle_ds.drafts.serving_format import EMBEDDING, served_config, served_name
 from eagle_ds.target.info import TargetInfo
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The format in which engines serve a draft: tensor names, keys of config.json, and commands for a server.
+"""The format in which engines serve a draft: tensor names and keys of config.json.
 
 An engine silently drops a tensor that it does not know, and silently uses a default for a key that it does
 not find. The draft then proposes noise. So this module writes every value to the place where each engine
@@ -13,10 +13,7 @@ Where engines look:
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -223,38 +220,3 @@ def arch_of_config(config: Mapping[str, Any]) -> DraftArch:
         norm_output=bool(config.get("norm_output", False)),
         norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
     )
-
-
-@dataclass(frozen=True)
-class ServeCommands:
-    """Shell commands that serve a target with a draft that proposes a chain of ``num_steps`` tokens."""
-
-    target: str
-    draft: str | Path
-    num_steps: int = 3
-    sliding_window: int | None = None
-
-    @property
-    def sglang(self) -> str:
-        """Command for SGLang.
-
-        SGLang counts the target's own token among the draft tokens. With a window of W a row sees W + 1 keys:
-        its own, and those at distances 1 to W.
-        """
-        lines = [
-            f"python -m sglang.launch_server --model-path {shlex.quote(self.target)} --dtype bfloat16",
-            f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {shlex.quote(str(self.draft))}",
-            f"--speculative-num-steps {self.num_steps} --speculative-eagle-topk 1 "
-            f"--speculative-num-draft-tokens {self.num_steps + 1}",
-        ]
-        if self.sliding_window:
-            lines.append(f"--speculative-draft-window-size {self.sliding_window - 1}")
-        return " \\\n  ".join(lines)
-
-    @property
-    def vllm(self) -> str:
-        """Command for vLLM, for a draft that was exported with --vllm."""
-        tokens = f'"num_speculative_tokens": {self.num_steps}'
-        settings = f'{{"method": "eagle3", "model": "{self.draft}", {tokens}}}'
-        serve = f"vllm serve {shlex.quote(self.target)} --dtype bfloat16"
-        return f"{serve} \\\n  --speculative-config {shlex.quote(settings)}"

@@ -21,7 +21,7 @@ import numpy as np
 from eagle_ds.config.recipe import Recipe, load_recipe
 from eagle_ds.config.run_folder import ACCEPTANCE, EVAL_LOG, EXPORTED, RECIPE_FILE, REPORT, STEP_LOG
 from eagle_ds.config.settings import read_json
-from eagle_ds.drafts.serving_format import ServeCommands
+from eagle_ds.drafts.serve_commands import ServeCommands
 from eagle_ds.reporting.figures import acceptance_figure, learning_figure, smooth, speed_figure
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from eagle_ds.config.sections import RopeScaling
 from eagle_ds.drafts import export
 from eagle_ds.drafts.export import ExportSettings, export_draft, verify_export
 from eagle_ds.drafts.loading import DraftOnDisk, initial_draft, load_draft, load_served_draft
-from eagle_ds.drafts.serving_format import ServeCommands
+from eagle_ds.drafts.serve_commands import ServeCommands
 from eagle_ds.target.info import TargetInfo
 from tests.draft_cases import LAYERS, LLAMA3, PLAIN, VARIANTS, random_draft, recipe_for, variant, write_run
 
