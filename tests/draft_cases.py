@@ -27,7 +27,7 @@ PLAIN = DraftArch(
     draft_vocab_size=100,
     target_hidden_size=32,
     target_vocab_size=280,
-    max_position_embeddings=4096,
+    trained_length=4096,
     rope_theta=10000.0,
 )
 LLAMA3 = RopeScaling(
@@ -103,7 +103,7 @@ def recipe_for(arch: DraftArch, root: Path, target: str = "org/target", **draft:
             "draft": {name: getattr(arch, name) for name in (*sizes, *flags)}
             | {"vocab_size": arch.draft_vocab_size}
             | draft,
-            "data": {"store": str(root / "store"), "max_length": arch.max_position_embeddings},
+            "data": {"store": str(root / "store"), "max_length": arch.trained_length},
             "deepspeed": str(root / "ds.json"),
             "output_dir": str(root / "run"),
         }

@@ -65,7 +65,9 @@ class ServedReader:
         return self.tensors.keys() - self.used
 
     def token_ids(self) -> Tensor:
-        """Return the target token id of each draft token, int64 [Vd]."""
+        """Return the target token id of each draft token, int64 [Vd]. Without d2t ids are the target's."""
+        if "d2t" not in self.tensors and self.config["draft_vocab_size"] == self.config["vocab_size"]:
+            return torch.arange(self.config["vocab_size"])
         self.used.add("d2t")
         return self.tensors["d2t"] + torch.arange(self.tensors["d2t"].numel())
 

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from eagle_ds.config.settings import read_json
+from eagle_ds.drafts.serving_format import OWN_KEY
+from eagle_ds.target.info import TargetInfo
 
 # A command as groups of arguments. Each group becomes one line of the printed command.
 Groups = Sequence[Sequence[str]]
@@ -34,6 +39,25 @@ class ServeCommands:
     num_steps: int = 3
     sliding_window: int | None = None
     context_length: int | None = None
+
+    @classmethod
+    def for_folder(
+        cls, target: str, draft: str | Path, num_steps: int = 3, info: TargetInfo | None = None
+    ) -> ServeCommands:
+        """Return the commands for the draft in the folder ``draft``, as its config.json says.
+
+        Args:
+            info: the target's config.json, if it is at hand. Needed for drafts of other projects only: our
+                exports record whether the engine must be told a context length.
+
+        Raises:
+            ValueError: the folder has no readable config.json.
+        """
+        config = read_json(Path(draft) / "config.json")
+        layer = config.get("transformer_layer_config") or config  # the first is speculators' layout
+        windowed = "sliding_attention" in (layer.get("layer_types") or ())
+        window = layer.get("sliding_window") if windowed else None
+        return cls(target, draft, num_steps, window, _context_flag(config, layer, info))
 
     @property
     def sglang_arguments(self) -> list[str]:
@@ -79,6 +103,16 @@ class ServeCommands:
         if self.context_length:
             groups.append(["--max-model-len", str(self.context_length)])
         return groups
+
+
+def _context_flag(
+    config: Mapping[str, Any], layer: Mapping[str, Any], info: TargetInfo | None
+) -> int | None:
+    """Return the context length that the engine must be told, or None if it needs no flag."""
+    if OWN_KEY in config:
+        return config[OWN_KEY]["context_length"]
+    length = layer.get("max_position_embeddings", 2048)
+    return None if info and 0 < info.longest_context <= length else length
 
 
 def _shell_text(groups: Groups) -> str:

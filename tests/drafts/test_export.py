@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,18 @@ def test_each_engine_finds_the_layers_in_its_own_place_and_numbering(tmp_path: P
 
 
 @pytest.mark.parametrize(("outputs", "sglang"), [((1, 29, 57), [1, 29, 57]), ((2, 30, 58), [3, 31, 59])])
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"model_type": "deepseek_v3"},
+        {"model_type": "glm_moe_dsa"},
+        {"model_type": "mistral3", "architecture": "MistralLarge3ForCausalLM"},
+    ],
+)
 def test_sglangs_deepseek_class_gets_ids_that_select_the_same_layers(
-    tmp_path: Path, outputs: tuple[int, ...], sglang: list[int]
+    tmp_path: Path, target: dict[str, Any], outputs: tuple[int, ...], sglang: list[int]
 ) -> None:
-    info = target_info(model_type="deepseek_v3", num_layers=61)
+    info = target_info(num_layers=61, **target)
     folder = exported(tmp_path, random_draft(layers=outputs), layers=outputs, info=info)
     assert config_of(folder)["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == sglang
     recipe = recipe_for(PLAIN, tmp_path, init_from=str(folder))
@@ -139,13 +148,82 @@ def test_old_and_new_readers_of_the_rope_keys_agree(
 
 def test_config_holds_the_trained_length_and_the_targets_tokens(tmp_path: Path) -> None:
     config = config_of(exported(tmp_path, info=target_info()))
-    assert config["max_position_embeddings"] == 4096
+    assert config["eagle_ds"]["trained_length"] == config["max_position_embeddings"] == 4096
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     assert (config["bos_token_id"], config["eos_token_id"], config["tie_word_embeddings"]) == (
         None,
         [1, 2],
         False,
     )
+
+
+YARN_TARGET = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("draft", "target", "written", "flag"),
+    [
+        ("plain", {"max_position_embeddings": 131072}, 131072, None),  # trained on 4096
+        ("plain", {"max_position_embeddings": 2048}, 4096, None),  # longer than its target
+        ("plain", {"max_position_embeddings": 32768, "rope_scaling": YARN_TARGET}, 131072, None),
+        ("plain", {"max_position_embeddings": 8192, "rope_scaling": {"factor": 2.0}}, 16384, None),
+        ("plain", {}, 4096, 4096),  # the target's context is not known
+        ("plain", None, 4096, 4096),
+        ("llama3 rope", {"max_position_embeddings": 131072}, 131072, None),
+        ("linear rope", {"max_position_embeddings": 131072}, 131072, None),
+        # Engines compute YaRN's angles up to 4 * 1024 only.
+        ("yarn rope", {"max_position_embeddings": 131072}, 4096, 4096),
+        ("yarn rope", {"max_position_embeddings": 4096}, 4096, None),
+    ],
+)
+def test_engines_may_serve_the_targets_context_and_our_loader_reads_the_trained_length(
+    tmp_path: Path, draft: str, target: dict[str, Any] | None, written: int, flag: int | None
+) -> None:
+    info = None if target is None else target_info(**target)
+    folder = exported(tmp_path, random_draft(variant(draft)), info=info)
+    assert config_of(folder)["max_position_embeddings"] == written
+    assert load_draft(folder).arch == variant(draft)
+    commands = ServeCommands.for_folder("org/target", folder)
+    assert commands.context_length == flag
+    text = (folder / "README.md").read_text()
+    for words in (f"--context-length {flag}", f"--max-model-len {flag}"):
+        assert (words in text) == (flag is not None)
+    assert "up to 4096 tokens" in text and ("towards 1 beyond 4096" in text) == (written > 4096)
+    again = export_draft(load_draft(folder), tmp_path / "again", dataclasses.replace(SETTINGS, info=info))
+    assert config_of(again) == config_of(folder)
+
+
+def test_the_keys_of_a_yarn_draft_are_as_trained_whatever_its_target_serves(tmp_path: Path) -> None:
+    info = target_info(max_position_embeddings=131072)
+    folder = exported(tmp_path, random_draft(variant("yarn rope")), info=info)
+    assert config_of(folder)["rope_scaling"]["original_max_position_embeddings"] == 1024
+
+
+def test_a_published_draft_shorter_than_its_target_gets_a_flag(tmp_path: Path) -> None:
+    folder = published(tmp_path / "p", random_draft(dataclasses.replace(PLAIN, head_dim=8)))  # states 2048
+    for context, flag in ((131072, 2048), (2048, None), (0, 2048)):
+        info = target_info(max_position_embeddings=context)
+        assert ServeCommands.for_folder("org/target", folder, info=info).context_length == flag
+
+
+def test_a_checkpoint_of_version_0_1_keeps_its_length(tmp_path: Path) -> None:
+    checkpoint = write_run(tmp_path, random_draft(), recipe_for(PLAIN, tmp_path))
+    tree = json.loads((checkpoint / "arch.json").read_text())
+    tree["max_position_embeddings"] = tree.pop("trained_length")
+    (checkpoint / "arch.json").write_text(json.dumps(tree))
+    assert load_draft(checkpoint).arch == PLAIN
+
+
+def test_a_whole_vocabulary_is_exported_without_a_map(tmp_path: Path) -> None:
+    draft = random_draft(variant("whole vocabulary"))
+    folder = exported(tmp_path, draft)
+    assert not {"d2t", "t2d"} & load_file(folder / "model.safetensors").keys()
+    assert torch.equal(load_draft(folder).vocab.d2t, draft.vocab.d2t)
+    d2t = torch.zeros(280, dtype=torch.int64)
+    d2t[0], d2t[1] = 1, -1
+    swapped = dataclasses.replace(draft, vocab=dataclasses.replace(draft.vocab, d2t=d2t))
+    with pytest.raises(ValueError, match="in another order"):
+        exported(tmp_path / "swapped", swapped)
 
 
 def test_serving_commands_count_as_the_engines_do(tmp_path: Path) -> None:
@@ -162,6 +240,8 @@ def test_serving_commands_count_as_the_engines_do(tmp_path: Path) -> None:
         "model": "a draft",
         "num_speculative_tokens": 4,
     }
+    assert shlex.split(commands.sglang.replace("\\\n", "")) == commands.sglang_arguments
+    assert shlex.split(commands.vllm.replace("\\\n", "")) == commands.vllm_arguments
 
 
 # -- what verification detects ------------------------------------------
@@ -259,6 +339,23 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(tmp_path: Path)
         ),
         ({"layers": (1, 2)}, "reads 3 target layers"),
         ({"layers": (1, 2, 6)}, "was trained on layers"),
+        (
+            {"layers": (1, 2, 7), "draft": random_draft(layers=None), "info": target_info()},
+            "cannot capture the output of the last layer",
+        ),
+        (
+            {
+                "layers": (0, 2, 5),
+                "draft": random_draft(layers=None),
+                "info": target_info(model_type="glm_moe_dsa"),
+            },
+            "DeepSeek class has no ids",
+        ),
+        ({"layers": (1, 2, 8), "draft": random_draft(layers=None), "info": target_info()}, "within 0..7"),
+        (
+            {"draft": random_draft(dataclasses.replace(PLAIN, hidden_size=96, head_dim=16))},
+            "SGLang skips fc",
+        ),
         ({"info": target_info(hidden_size=64)}, "for a target with hidden_size 32, but org/target has 64"),
         ({"dtype": "int8"}, "dtype int8"),
     ],
@@ -269,6 +366,24 @@ def test_a_draft_that_cannot_be_served_is_refused_before_writing(
     with pytest.raises(ValueError, match=message):
         exported(tmp_path, **change)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("layers", "info"),
+    [((1, 2, 7), {"model_type": "gpt_oss"}), ((1, 2, 7), {"model_type": "gemma3_text"}), ((0, 2, 5), {})],
+)
+def test_layers_that_sglangs_class_can_capture_are_exported(
+    tmp_path: Path, layers: tuple[int, ...], info: dict[str, Any]
+) -> None:
+    folder = exported(tmp_path, random_draft(layers=None), layers=layers, info=target_info(**info))
+    assert load_draft(folder, target_info(**info)).layer_outputs == layers
+
+
+def test_the_last_layer_can_be_exported_for_vllm(tmp_path: Path) -> None:
+    folder = exported(tmp_path, random_draft(layers=None), layers=(1, 2, 7), info=target_info(), vllm=True)
+    assert config_of(folder)["eagle_aux_hidden_state_layer_ids"] == [2, 3, 8]
+    text = (folder / "README.md").read_text()
+    assert "vllm serve" in text and "sglang" not in text
 
 
 def test_attention_biases_can_be_exported_for_vllm(tmp_path: Path) -> None:
@@ -289,7 +404,7 @@ def test_training_starts_from_our_export_with_its_own_tensors_norms_and_rope(
     with caplog.at_level(logging.INFO):
         start = initial_draft(recipe)
     assert (start.arch.rope_theta, start.arch.rope_scaling) == (500000.0, LLAMA3)
-    assert start.arch.max_position_embeddings == 131072
+    assert start.arch.trained_length == 131072
     assert "rope_theta is 500000.0" in caplog.text
     assert all(torch.equal(start.state[name], tensor) for name, tensor in draft.state.items())
     assert torch.equal(start.vocab.d2t, draft.vocab.d2t)
@@ -338,7 +453,7 @@ def test_a_published_draft_is_read_with_the_engines_defaults(tmp_path: Path) -> 
     draft = random_draft(dataclasses.replace(PLAIN, head_dim=8))
     found = load_served_draft(published(tmp_path / "p", draft))
     arch = found.arch
-    assert (arch.rope_theta, arch.rope_scaling, arch.head_dim, arch.max_position_embeddings) == (
+    assert (arch.rope_theta, arch.rope_scaling, arch.head_dim, arch.trained_length) == (
         10000.0,
         None,
         8,
@@ -347,7 +462,7 @@ def test_a_published_draft_is_read_with_the_engines_defaults(tmp_path: Path) -> 
     assert torch.equal(found.vocab.t2d, draft.vocab.t2d)
     assert all(torch.equal(found.state[name], tensor.half().float()) for name, tensor in draft.state.items())
     start = initial_draft(recipe_for(draft.arch, tmp_path, init_from=str(tmp_path / "p")))
-    assert start.arch.max_position_embeddings == 4096 and start.layer_outputs is None
+    assert start.arch.trained_length == 4096 and start.layer_outputs is None
 
 
 class Evil:
@@ -365,6 +480,10 @@ class Evil:
         ({"speculators_model_type": "eagle3"}, "speculators container"),
         ({"hidden_act": "gelu"}, "activation is gelu"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, "rope scaling"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "attn_factor": 1.1}},
+            "yarn rope scaling has no original_max_position_embeddings",
+        ),
         (
             {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2}},
             "partial rotary",
