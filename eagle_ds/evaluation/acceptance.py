@@ -315,9 +315,12 @@ class TargetFiles:
     stop_ids: frozenset[int]
 
     @classmethod
-    def open(cls, model: str, revision: str | None = None) -> TargetFiles:
-        """Find the target and load its tokenizer. Raises ValueError if either cannot be read."""
-        folder = resolve_target(model, revision)
+    def open(cls, model: str, revision: str | None = None, weights: bool = True) -> TargetFiles:
+        """Find the target and load its tokenizer. Raises ValueError if either cannot be read.
+
+        ``weights``: download and check its weights too.
+        """
+        folder = resolve_target(model, revision, weights)
         info, tokenizer = TargetInfo.from_folder(folder), load_tokenizer(folder)
         stops = frozenset(stop_token_ids(folder)) or frozenset({tokenizer.eos_token_id})
         return cls(folder, info, ChatEncoder(tokenizer, info.max_position_embeddings), stops)

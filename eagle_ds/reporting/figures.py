@@ -75,12 +75,13 @@ def _context_bars(axes: Axes, drafts: Sequence[Line], colours: Sequence[str]) ->
         bars = axes.bar(at, heights, width * 0.92, color=colour, label=draft["name"])
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axes.set(title="acceptance length by context length", xlabel="tokens of context")
-    axes.set_xticks(range(len(edges)), [_bucket(low, high) for low, high in edges])
+    axes.set_xticks(range(len(edges)), [bucket_name(low, high) for low, high in edges])
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.margins(y=0.15)
 
 
-def _bucket(low: float, high: float) -> str:
+def bucket_name(low: float, high: float) -> str:
+    """Name a range of context lengths, for example 512-1K. An infinite ``high`` gives 32K+."""
     first, last = (f"{n / 1024:.0f}K" if n >= 1024 else f"{n:.0f}" for n in (low, high))
     return f"{first}+" if high == float("inf") else f"{first}-{last}"
 
