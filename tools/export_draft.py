@@ -7,10 +7,10 @@
 
 Writes model.safetensors, config.json, and a README.md with the commands that serve the draft. SGLang and vLLM
 load the same folder. --vllm is for drafts that only vLLM can serve, such as those with attention biases; an
-export without it names the reason. Needs neither DeepSpeed nor a GPU. The export is verified before the folder
-gets its final name: an independent reader computes the draft's logits from the files and compares them with
-the training model's. An earlier export at this path is replaced. No tokenizer is written, because engines use
-the target's.
+export without it names the reason. Needs neither DeepSpeed nor a GPU. The export is verified before the
+folder gets its final name: an independent reader computes the draft's logits from the files and compares them
+with the training model's. An earlier export at this path is replaced. No tokenizer is written, because
+engines use the target's.
 
 To train such a folder further, set "draft": {"init_from": "FOLDER"} in a recipe; published EAGLE-3 drafts
 work as well.

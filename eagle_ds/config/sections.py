@@ -153,6 +153,12 @@ class DraftConfig(Section):
     """Pass the normalized state, not the raw one, to the next TTT step (EAGLE-3.1)."""
     norm_before_fc: bool = False
     """Normalize the concatenated target states, 3H wide, before fusing them."""
+    norm_before_residual: bool = False
+    """Start the layer's residual from the normalized state, as drafts of speculators do. SGLang ignores it,
+    so only vLLM can serve such a draft."""
+    qk_norm: bool = False
+    """Normalize each head of q and k before rotating it, as Qwen3 does. SGLang ignores it, so only vLLM can
+    serve such a draft."""
     init_from: str | None = None
     """Folder of a draft to start from: a run, a checkpoint, an export, or a published EAGLE-3 draft; null:
     random weights."""
@@ -183,6 +189,8 @@ class DraftConfig(Section):
             raise ValueError(f"{wrong}; use {join_or(divisors(heads))}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; use an even one, rotary embedding needs it")
+        if self.qk_norm and self.attention_bias:
+            raise ValueError("no engine serves qk_norm with attention_bias; set one of them to false")
         return self
 
 

@@ -37,7 +37,10 @@ log = logging.getLogger(__name__)
 ARCH_FILE, STATE_FILE, VOCAB_FILE = "arch.json", "draft_state.safetensors", "vocab.safetensors"
 ROPE_FIELDS = ("rope_theta", "rope_scaling")
 # With init_from these come from the draft; all other fields must equal the recipe's.
-OWN_FIELDS = ("rms_norm_eps", "fc_norm", "norm_output", "norm_before_fc", *ROPE_FIELDS)
+OWN_FIELDS = (
+    "rms_norm_eps", "fc_norm", "norm_output", "norm_before_fc", "norm_before_residual", "qk_norm",
+    *ROPE_FIELDS,
+)
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,14 @@ def load_served_draft(folder: Path, target: TargetInfo | None = None) -> DraftOn
     """
     config = read_json(folder / "config.json")
     try:
+        config = published.plain_config(config)
         arch = published.arch_of_config(config)
     except ValueError as error:
         raise ValueError(f"draft {folder} cannot be used: {error}") from error
     tensors = {published.training_name(name): tensor for name, tensor in _read_tensors(folder).items()}
+    for name in tensors.keys() & set(published.COPIES):
+        log.info("%s has a copy of the target's %s, which drafting does not read", folder, name)
+        del tensors[name]
     maps = {name: tensors.pop(name) for name in served.VOCABULARY if name in tensors}
     vocab = _vocabulary(maps, arch, folder)
     if not arch.trains_embedding and tensors.pop(served.EMBEDDING, None) is not None:

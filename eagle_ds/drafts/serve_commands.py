@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_ds.config.settings import read_json
+from eagle_ds.drafts.published_format import plain_config
 from eagle_ds.drafts.serving_format import OWN_KEY
 from eagle_ds.target.info import TargetInfo
 
@@ -51,13 +52,12 @@ class ServeCommands:
                 exports record whether the engine must be told a context length.
 
         Raises:
-            ValueError: the folder has no readable config.json.
+            ValueError: the folder has no readable config.json, or one in a container of another method.
         """
-        config = read_json(Path(draft) / "config.json")
-        layer = config.get("transformer_layer_config") or config  # the first is speculators' layout
-        windowed = "sliding_attention" in (layer.get("layer_types") or ())
-        window = layer.get("sliding_window") if windowed else None
-        return cls(target, draft, num_steps, window, _context_flag(config, layer, info))
+        config = plain_config(read_json(Path(draft) / "config.json"))
+        windowed = "sliding_attention" in (config.get("layer_types") or ())
+        window = config.get("sliding_window") if windowed else None
+        return cls(target, draft, num_steps, window, _context_flag(config, info))
 
     @property
     def sglang_arguments(self) -> list[str]:
@@ -105,13 +105,11 @@ class ServeCommands:
         return groups
 
 
-def _context_flag(
-    config: Mapping[str, Any], layer: Mapping[str, Any], info: TargetInfo | None
-) -> int | None:
+def _context_flag(config: Mapping[str, Any], info: TargetInfo | None) -> int | None:
     """Return the context length that the engine must be told, or None if it needs no flag."""
     if OWN_KEY in config:
         return config[OWN_KEY]["context_length"]
-    length = layer.get("max_position_embeddings", 2048)
+    length = config.get("max_position_embeddings", 2048)
     return None if info and 0 < info.longest_context <= length else length
 
 

@@ -29,6 +29,7 @@ from eagle_ds.target.info import TargetInfo
 
 SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle3"
 VLLM_ARCHITECTURE = "Eagle3LlamaForCausalLM"
+VLLM_ARCHITECTURE_QK_NORM = "Eagle3Qwen3ForCausalLM"
 # Key of config.json that only this project reads. "trained_length": longest sequence trained on, in tokens.
 # "context_length": what the engine must be told with a flag; null: it needs no flag.
 OWN_KEY = "eagle_ds"
@@ -40,7 +41,7 @@ HEAD_NAMES = {"head.norm_weight": "norm.weight", "head.weight": "lm_head.weight"
 SAME_NAMES = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "draft_vocab_size", "rms_norm_eps", "attention_bias", "fc_norm", "norm_output",
-    "norm_before_fc",
+    "norm_before_fc", "norm_before_residual",
 )
 
 # SGLang adds 1 to the ids, because it captures the inputs of layers: the output of layer i is the input of
@@ -96,6 +97,10 @@ def sglang_obstacles(arch: DraftArch, outputs: Sequence[int], target: TargetInfo
     reasons = []
     if arch.attention_bias:
         reasons.append("SGLang drops attention biases (draft.attention_bias)")
+    if arch.norm_before_residual:
+        reasons.append("SGLang starts the residual before its norm (draft.norm_before_residual)")
+    if arch.qk_norm:
+        reasons.append("SGLang has no EAGLE-3 class that norms q and k (draft.qk_norm)")
     if arch.num_aux * arch.target_hidden_size == arch.hidden_size:
         reasons.append("SGLang skips fc where its input is as wide as the draft")
     if target and max(outputs) == target.num_layers - 1 and target.model_type not in CAPTURES_LAST_LAYER:
@@ -113,11 +118,15 @@ def served_config(
     Args:
         target: gives the token ids and the model class; None leaves the token ids out.
         dtype: type of the weights in the file.
-        vllm: write vLLM's architecture name instead of SGLang's.
+        vllm: write the name of vLLM's class, which SGLang does not know.
     """
+    architecture = SGLANG_ARCHITECTURE
+    if vllm:
+        architecture = VLLM_ARCHITECTURE_QK_NORM if arch.qk_norm else VLLM_ARCHITECTURE
     config: dict[str, Any] = {
-        "architectures": [VLLM_ARCHITECTURE if vllm else SGLANG_ARCHITECTURE],
-        "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 1, "mlp_bias": False,
+        "architectures": [architecture],
+        "model_type": "qwen3" if arch.qk_norm else "llama",
+        "hidden_act": "silu", "num_hidden_layers": 1, "mlp_bias": False,
         "tie_word_embeddings": False, "initializer_range": 0.02, "use_cache": True,
         **{name: getattr(arch, name) for name in SAME_NAMES},
         "vocab_size": arch.target_vocab_size,
@@ -134,6 +143,8 @@ def served_config(
         config["target_hidden_size"] = arch.target_hidden_size
     if arch.sliding_window:
         config |= {"sliding_window": arch.sliding_window, "layer_types": ["sliding_attention"]}
+        if arch.qk_norm:
+            config["use_sliding_window"] = True  # without it, Qwen3's configuration drops the window
     if target:
         config |= {"bos_token_id": target.bos_token_id, "eos_token_id": list(target.eos_token_ids) or None}
     return config

@@ -16,6 +16,8 @@ class DraftArch:
         trained_length: longest sequence, in tokens, that the draft was trained on.
         norm_before_fc: one RMSNorm over the concatenated auxiliary states [A*H].
         fc_norm: one RMSNorm for each auxiliary state [H] (EAGLE-3.1).
+        norm_before_residual: the layer's residual starts at the normed state (speculators).
+        qk_norm: one RMSNorm over each head of q, one over each head of k, before RoPE (Qwen3).
         norm_output: the next TTT step starts from the normed state (EAGLE-3.1).
     """
 
@@ -37,6 +39,8 @@ class DraftArch:
     fc_norm: bool = False
     norm_output: bool = False
     norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    qk_norm: bool = False
 
     @property
     def trains_embedding(self) -> bool:

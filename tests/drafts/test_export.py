@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import logging
 import os
 import shlex
 from collections.abc import Callable
@@ -16,50 +15,42 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle_ds.config.sections import RopeScaling
 from eagle_ds.drafts import export
-from eagle_ds.drafts.export import ExportSettings, export_draft, verify_export
-from eagle_ds.drafts.loading import DraftOnDisk, initial_draft, load_draft, load_served_draft
+from eagle_ds.drafts.export import export_draft, verify_export
+from eagle_ds.drafts.loading import initial_draft, load_draft, load_served_draft
 from eagle_ds.drafts.serve_commands import ServeCommands
-from eagle_ds.target.info import TargetInfo
-from tests.draft_cases import LAYERS, LLAMA3, PLAIN, VARIANTS, random_draft, recipe_for, variant, write_run
-
-SETTINGS = ExportSettings("org/target", LAYERS)
-
-
-def exported(folder: Path, draft: DraftOnDisk | None = None, **settings: Any) -> Path:
-    return export_draft(draft or random_draft(), folder / "draft", dataclasses.replace(SETTINGS, **settings))
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = {key: value for key, value in (config_of(folder) | changes).items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
+from tests.draft_cases import (
+    LAYERS,
+    ONLY_VLLM,
+    PLAIN,
+    SETTINGS,
+    VARIANTS,
+    config_of,
+    edit_config,
+    edit_tensors,
+    exported,
+    random_draft,
+    recipe_for,
+    target_info,
+    variant,
+    write_run,
+)
 
 # -- what is written ------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, *ONLY_VLLM])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_an_independent_reader_computes_the_training_logits(tmp_path: Path, name: str, dtype: str) -> None:
     draft = random_draft(variant(name))
-    folder = exported(tmp_path, draft, dtype=dtype)
+    folder = exported(tmp_path, draft, dtype=dtype, vllm=name in ONLY_VLLM)
     assert verify_export(draft, folder, getattr(torch, dtype)) < 1e-5
     again = load_draft(folder)
-    assert (again.arch, again.layer_outputs) == (draft.arch, LAYERS)
+    assert (again.arch, again.layer_outputs) == (draft.arch, draft.layer_outputs)
     assert torch.equal(again.vocab.d2t, draft.vocab.d2t) and torch.equal(again.vocab.t2d, draft.vocab.t2d)
     for key, tensor in draft.state.items():
         assert torch.equal(again.state[key], tensor.to(getattr(torch, dtype)).float()), key
@@ -118,18 +109,6 @@ def test_sglangs_deepseek_class_gets_ids_that_select_the_same_layers(
     recipe = recipe_for(PLAIN, tmp_path, init_from=str(folder))
     target = recipe.target.model_copy(update={"aux_layer_ids": outputs, "num_layers": 61})
     assert initial_draft(recipe.model_copy(update={"target": target}), info).layer_outputs == outputs
-
-
-def target_info(**changes: Any) -> TargetInfo:
-    config = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "num_hidden_layers": 8,
-        "vocab_size": 280,
-        "num_attention_heads": 4,
-    }
-    config["eos_token_id"] = [1, 2]
-    return dataclasses.replace(TargetInfo._from_config(config), **changes)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "rope" in name or name == "plain"])
@@ -197,13 +176,6 @@ def test_the_keys_of_a_yarn_draft_are_as_trained_whatever_its_target_serves(tmp_
     info = target_info(max_position_embeddings=131072)
     folder = exported(tmp_path, random_draft(variant("yarn rope")), info=info)
     assert config_of(folder)["rope_scaling"]["original_max_position_embeddings"] == 1024
-
-
-def test_a_published_draft_shorter_than_its_target_gets_a_flag(tmp_path: Path) -> None:
-    folder = published(tmp_path / "p", random_draft(dataclasses.replace(PLAIN, head_dim=8)))  # states 2048
-    for context, flag in ((131072, 2048), (2048, None), (0, 2048)):
-        info = target_info(max_position_embeddings=context)
-        assert ServeCommands.for_folder("org/target", folder, info=info).context_length == flag
 
 
 def test_a_checkpoint_of_version_0_1_keeps_its_length(tmp_path: Path) -> None:
@@ -386,164 +358,14 @@ def test_the_last_layer_can_be_exported_for_vllm(tmp_path: Path) -> None:
     assert "vllm serve" in text and "sglang" not in text
 
 
-def test_attention_biases_can_be_exported_for_vllm(tmp_path: Path) -> None:
-    draft = random_draft(dataclasses.replace(PLAIN, attention_bias=True))
-    assert verify_export(draft, exported(tmp_path, draft, vllm=True), torch.bfloat16) < 1e-5
-
-
-# -- training from an exported or published draft ------------------------------------------
-
-
-def test_training_starts_from_our_export_with_its_own_tensors_norms_and_rope(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    draft = random_draft(variant("llama3 rope"))
-    folder = exported(tmp_path, draft, dtype="float32")
-    recipe = recipe_for(PLAIN, tmp_path, init_from=str(folder))
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 131072})})
-    with caplog.at_level(logging.INFO):
-        start = initial_draft(recipe)
-    assert (start.arch.rope_theta, start.arch.rope_scaling) == (500000.0, LLAMA3)
-    assert start.arch.trained_length == 131072
-    assert "rope_theta is 500000.0" in caplog.text
-    assert all(torch.equal(start.state[name], tensor) for name, tensor in draft.state.items())
-    assert torch.equal(start.vocab.d2t, draft.vocab.d2t)
-
-
-def test_rope_is_overridden_only_on_request_and_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = exported(tmp_path)
-    recipe = recipe_for(variant("llama3 rope"), tmp_path, init_from=str(folder), override_rope=True)
-    with caplog.at_level(logging.INFO):
-        start = initial_draft(recipe)
-    assert (start.arch.rope_theta, start.arch.rope_scaling) == (500000.0, LLAMA3)
-    assert "in place of the draft's own (theta 10000" in caplog.text
-    folder = export_draft(
-        start, tmp_path / "again", dataclasses.replace(SETTINGS, layers=start.layer_outputs)
-    )
-    assert config_of(folder)["rope_parameters"]["rope_type"] == "llama3"
-
-
-def published(folder: Path, draft: DraftOnDisk, **config: Any) -> Path:
-    """Write a draft as other projects publish it: a pickle of tensors, older names, no rope base, no
-    head_dim, an unused embedding.
-    """
-    folder.mkdir()
-    tensors = load_file(exported(folder, draft, dtype="float16") / "model.safetensors")
-    kept = {
-        name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items() if name != "t2d"
-    }
-    torch.save(kept | {"embed_tokens.weight": torch.randn(280, 32)}, folder / "pytorch_model.bin")
-    kept_keys = (
-        "architectures",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
-    kept_keys += ("draft_vocab_size", "rms_norm_eps", "num_hidden_layers", "hidden_act")
-    stated = {key: config_of(folder / "draft")[key] for key in kept_keys} | {"max_position_embeddings": 2048}
-    (folder / "config.json").write_text(json.dumps(stated | config))
-    return folder
-
-
-def test_a_published_draft_is_read_with_the_engines_defaults(tmp_path: Path) -> None:
-    draft = random_draft(dataclasses.replace(PLAIN, head_dim=8))
-    found = load_served_draft(published(tmp_path / "p", draft))
-    arch = found.arch
-    assert (arch.rope_theta, arch.rope_scaling, arch.head_dim, arch.trained_length) == (
-        10000.0,
-        None,
-        8,
-        2048,
-    )
-    assert torch.equal(found.vocab.t2d, draft.vocab.t2d)
-    assert all(torch.equal(found.state[name], tensor.half().float()) for name, tensor in draft.state.items())
-    start = initial_draft(recipe_for(draft.arch, tmp_path, init_from=str(tmp_path / "p")))
-    assert start.arch.trained_length == 4096 and start.layer_outputs is None
-
-
-class Evil:
-    """A pickle of this runs a command when it is loaded."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch harmed",)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"num_hidden_layers": 2}, "2 decoder layers"),
-        ({"norm_before_residual": True}, "the residual is normed"),
-        ({"speculators_model_type": "eagle3"}, "speculators container"),
-        ({"hidden_act": "gelu"}, "activation is gelu"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, "rope scaling"),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "attn_factor": 1.1}},
-            "yarn rope scaling has no original_max_position_embeddings",
-        ),
-        (
-            {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2}},
-            "partial rotary",
-        ),
-        ({"intermediate_size": 44}, "midlayer.mlp.gate_proj.weight has shape"),
-        ({"draft_vocab_size": 90}, "d2t has shape"),
-        ({"attention_bias": True}, "lacks the tensors midlayer.self_attn.k_proj.bias"),
-        ({"hidden_size": None}, "no hidden_size"),
-        (
-            {"hidden_size": 30},
-            "hidden_size 30 is no multiple of its 4 heads, and its config.json gives no head_dim",
-        ),
-    ],
-)
-def test_a_published_draft_of_another_architecture_is_refused(
-    tmp_path: Path, config: dict[str, Any], message: str
-) -> None:
-    folder = published(tmp_path / "p", random_draft(dataclasses.replace(PLAIN, head_dim=8)), **config)
-    with pytest.raises(ValueError, match=message):
-        load_draft(folder)
-
-
-def test_a_pickle_that_holds_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = published(tmp_path / "p", random_draft(dataclasses.replace(PLAIN, head_dim=8)))
-    torch.save({"fc.weight": Evil()}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="more than tensors"):
-        load_draft(folder)
-    assert not (tmp_path / "harmed").exists()
-
-
-@pytest.mark.parametrize(
-    ("arch", "target", "message"),
-    [
-        ({"draft_vocab_size": 90}, {}, "draft_vocab_size 100 where the recipe says 90"),
-        ({"intermediate_size": 44}, {}, "intermediate_size 40 where the recipe says 44"),
-        ({"target_vocab_size": 300}, {}, "target_vocab_size 280 where the recipe says 300"),
-        ({}, {"aux_layer_ids": (1, 2, 6)}, r"reads the outputs of target layers \[1, 2, 5\]"),
-    ],
-)
-def test_a_recipe_that_contradicts_init_from_is_refused(
-    tmp_path: Path, arch: dict[str, Any], target: dict[str, Any], message: str
-) -> None:
-    recipe = recipe_for(dataclasses.replace(PLAIN, **arch), tmp_path, init_from=str(exported(tmp_path)))
-    recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update=target)})
-    with pytest.raises(ValueError, match=message):
-        initial_draft(recipe)
-
-
-@pytest.mark.parametrize("broken", ["missing", "empty", "no tensors", "torn"])
-def test_a_folder_without_a_readable_draft_is_named(tmp_path: Path, broken: str) -> None:
-    folder = tmp_path / "draft"
-    if broken != "missing":
-        folder.mkdir()
-    if broken in ("no tensors", "torn"):
-        folder = exported(tmp_path)
-        weights = folder / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-100]) if broken == "torn" else weights.unlink()
-    with pytest.raises(ValueError, match="draft"):
-        load_draft(folder)
+@pytest.mark.parametrize("name", ONLY_VLLM)
+def test_what_sglang_would_ignore_is_exported_for_vllm_alone(tmp_path: Path, name: str) -> None:
+    draft = random_draft(variant(name))
+    with pytest.raises(ValueError, match="export with --vllm"):
+        exported(tmp_path, draft)
+    folder = exported(tmp_path, draft, vllm=True)
+    assert verify_export(draft, folder, torch.bfloat16) < 1e-5
+    assert config_of(folder)["architectures"][0].startswith("Eagle3")  # a name that SGLang does not know
 
 
 # -- checkpoints of a run ------------------------------------------
