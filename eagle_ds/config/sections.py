@@ -102,12 +102,12 @@ class TargetConfig(Section):
     """Number of layers L: num_hidden_layers of the target's config.json."""
     vocab_size: PositiveInt
     """Vocabulary size V, as in the target's config.json."""
-    aux_layer_ids: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | None = None
-    """The three layers, numbered from 0, whose outputs the draft reads; null: [1, L//2-1, L-4], as in
-    EAGLE-3."""
+    aux_layer_ids: Annotated[tuple[NonNegativeInt, ...], Field(min_length=2)] | None = None
+    """The layers, numbered from 0, whose outputs the draft reads; null: [1, L//2-1, L-4], as in EAGLE-3. Two
+    or more; SGLang cannot capture the last one of most targets."""
 
     @property
-    def aux_ids(self) -> tuple[int, int, int]:
+    def aux_ids(self) -> tuple[int, ...]:
         """Layers whose outputs are captured, numbered from 0 as SGLang does."""
         return self.aux_layer_ids or default_aux_ids(self.num_layers)
 

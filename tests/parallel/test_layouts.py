@@ -120,6 +120,7 @@ VARIANTS = {
     "bias": {"attention_bias": True},
     "own_width": {"target_hidden_size": 30},
     "full_vocabulary": {"draft_vocab_size": 37},
+    "four_layers": {"num_aux": 4},
 }
 
 
