@@ -179,6 +179,7 @@ def measure_drafts(
     total = len(found.prompts) * args.max_new_tokens * (1 + len(job.drafts))
     with tqdm(total=total, unit="token", smoothing=0.05, desc="decoding") as bar:
         measured = measure_job(job, found.prompts, args.processes, bar.update)
+    trained = list(job.drafts.values())[-1].arch.trained_length
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     info = {
         "target": args.target or recipe.target.model,
@@ -188,6 +189,8 @@ def measure_drafts(
         "batch": args.batch,
         "prompts_file": str(path),
         "passed_over": {"too_long": found.too_long, "unusable": found.unusable},
+        "trained_length": trained,
+        "beyond_trained_length": sum(len(p.ids) + args.max_new_tokens > trained for p in found.prompts),
         "measured_at": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     return measured, info
@@ -225,6 +228,9 @@ def show(result: dict[str, Any]) -> None:
     if result["batch"] > 1:
         where += f", {result['batch']} prompts at a time"
     print(f"\n{result['num_prompts']} prompts, {result['num_draft_tokens']} draft tokens per pass, {where}")
+    if beyond := result["beyond_trained_length"]:
+        trained = result["trained_length"]
+        print(f"  {beyond} of them reach beyond the draft's trained length, {trained} tokens")
     print(f"  plain decoding        {result['plain']['tokens_per_s']:.1f} tokens/s")
     for draft in result["drafts"]:
         interval = draft["interval"]

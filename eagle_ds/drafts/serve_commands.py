@@ -48,8 +48,8 @@ class ServeCommands:
         """Return the commands for the draft in the folder ``draft``, as its config.json says.
 
         Args:
-            info: the target's config.json, if it is at hand. Needed for drafts of other projects only: our
-                exports record whether the engine must be told a context length.
+            info: the target's config.json, if it is at hand. Without it, our exports say whether the engine
+                must be told a context length, and other drafts are served up to the length that they state.
 
         Raises:
             ValueError: the folder has no readable config.json, or one in a container of another method.
@@ -107,10 +107,10 @@ class ServeCommands:
 
 def _context_flag(config: Mapping[str, Any], info: TargetInfo | None) -> int | None:
     """Return the context length that the engine must be told, or None if it needs no flag."""
-    if OWN_KEY in config:
-        return config[OWN_KEY]["context_length"]
     length = config.get("max_position_embeddings", 2048)
-    return None if info and 0 < info.longest_context <= length else length
+    if info and info.longest_context:
+        return None if info.longest_context <= length else length
+    return config[OWN_KEY]["context_length"] if OWN_KEY in config else length
 
 
 def _shell_text(groups: Groups) -> str:

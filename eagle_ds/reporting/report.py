@@ -256,6 +256,7 @@ def _serving_section(run: Run) -> str:
     why = f"{tokens}: each was accepted in at least {100 * WORTH_DRAFTING:.0f}% of the passes measured here."
     if not run.acceptance:
         why = f"{tokens}, until acceptance is measured."
+    why += f" Trained on sequences of up to {recipe.data.max_length} tokens; acceptance falls beyond."
     export = f"tools/export_draft.py {run.folder}" + (" --vllm" if only_vllm else "")
     blocks = {"Export": export, "SGLang": commands.sglang, "vLLM": commands.vllm}
     if only_vllm:
