@@ -19,7 +19,7 @@ from eagle_ds.evaluation.decoding import (
     decode_speculative,
     prefill,
 )
-from tests.draft_cases import LAYERS, PLAIN, VARIANTS, random_draft, variant
+from tests.draft_cases import LAYERS, ONLY_VLLM, VARIANTS, layers_of, random_draft, variant
 from tests.tiny_targets import save_tiny_llama
 
 PROMPTS = ([5, 6, 7], list(range(10, 50)), [99] * 17, [4], list(range(200, 140, -3)))
@@ -49,7 +49,7 @@ def one_by_one(
 def cached(target: CachedTarget, name: str = "plain") -> CachedDraft:
     arch = variant(name)
     if arch.trains_embedding:  # for a target as wide as the tiny one
-        arch = replace(PLAIN, hidden_size=16, target_hidden_size=32)
+        arch = replace(arch, hidden_size=16, target_hidden_size=32)
     draft = random_draft(arch)
     return CachedDraft(draft.build(target.model.get_input_embeddings().weight, torch.float32), draft.vocab)
 
@@ -64,11 +64,12 @@ def assert_same(together: list[Decoded], alone: list[Decoded]) -> None:
         )
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS | ONLY_VLLM)
 def test_a_batch_gives_what_one_prompt_at_a_time_gives(tiny_target: CachedTarget, name: str) -> None:
-    draft, settings = cached(tiny_target, name), DecodeSettings(30, 4)
-    plain, speculative = one_by_one(tiny_target, draft, settings)
-    batch = BatchDecoder(tiny_target, PROMPTS, settings)
+    target = CachedTarget(tiny_target.model, layers_of(variant(name)))
+    draft, settings = cached(target, name), DecodeSettings(20, 4)
+    plain, speculative = one_by_one(target, draft, settings)
+    batch = BatchDecoder(target, PROMPTS, settings)
     together = batch.plain()
     assert_same(together, plain)
     assert_same(batch.speculative(draft, together), speculative)
