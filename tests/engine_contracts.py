@@ -97,6 +97,7 @@ NOT_READ = {
     "eos_token_id": "engines use the target's",
     "eagle_ds.trained_length": "for our loaders and reports",
     "eagle_ds.context_length": "for the serving commands",
+    "eagle_ds.tokenizer_hash": "for tools/serve_draft.py",
 }
 NOT_READ_BY = {
     "sglang": NOT_READ | {

@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> Path:
     from eagle_ds.drafts.loading import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
     from eagle_ds.target.files import resolve_target
+    from eagle_ds.target.identity import tokenizer_hash
     from eagle_ds.target.info import TargetInfo
 
     enter_repository(args)
@@ -100,21 +101,19 @@ def run(args: argparse.Namespace) -> Path:
     run_dir = run_of(draft.folder)
     if args.out is None and run_dir is None:
         raise ValueError(f"{draft.folder} is in no run folder; give --out")
+    info = tokenizer = None
     try:
-        info = TargetInfo.from_folder(
-            resolve_target(target, recipe.target.revision if recipe else None, weights=False)
-        )
+        folder = resolve_target(target, recipe.target.revision if recipe else None, weights=False)
+        info, tokenizer = TargetInfo.from_folder(folder), tokenizer_hash(folder)
     except ValueError as error:
         if args.target:
             raise
         logging.getLogger(__name__).warning(
             "%s; the export lacks its token ids and its context length, and its sizes are not checked", error
         )
-        info = None
     out = args.out or run_dir / (EXPORTED_VLLM if args.vllm else EXPORTED)
-    return export_draft(
-        draft, out, ExportSettings(target, layers, info, args.dtype, args.vllm, args.num_steps)
-    )
+    settings = ExportSettings(target, layers, info, args.dtype, args.vllm, args.num_steps, tokenizer)
+    return export_draft(draft, out, settings)
 
 
 if __name__ == "__main__":

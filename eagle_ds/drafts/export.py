@@ -55,6 +55,7 @@ class ExportSettings:
         info: the target's sizes and context length, if its config.json is at hand.
         vllm: the draft is for vLLM alone. Its architecture then has vLLM's own name, which SGLang refuses.
         num_steps: draft tokens in the serving commands of its README.
+        tokenizer_hash: of the target's tokenizer, for tools that serve the folder; None: not at hand.
     """
 
     target: str
@@ -63,6 +64,7 @@ class ExportSettings:
     dtype: str = "bfloat16"
     vllm: bool = False
     num_steps: int = 3
+    tokenizer_hash: str | None = None
 
 
 def export_draft(draft: DraftOnDisk, out: str | Path, settings: ExportSettings) -> Path:
@@ -150,6 +152,7 @@ def _write(draft: DraftOnDisk, folder: Path, settings: ExportSettings, out: Path
         tensors |= {"d2t": draft.vocab.d2t.contiguous(), "t2d": draft.vocab.t2d.contiguous()}
     save_file(tensors, folder / "model.safetensors", metadata=WRITER)
     config = served_config(draft.arch, settings.layers, settings.info, settings.dtype, settings.vllm)
+    config[OWN_KEY]["tokenizer_hash"] = settings.tokenizer_hash
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_read_me(draft, settings, folder, out), encoding="utf-8")
     # A served folder must be readable by all; fsync writes the data to disk before the folder is renamed.

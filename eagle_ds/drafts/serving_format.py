@@ -31,7 +31,8 @@ SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle3"
 VLLM_ARCHITECTURE = "Eagle3LlamaForCausalLM"
 VLLM_ARCHITECTURE_QK_NORM = "Eagle3Qwen3ForCausalLM"
 # Key of config.json that only this project reads. "trained_length": longest sequence trained on, in tokens.
-# "context_length": what the engine must be told with a flag; null: it needs no flag.
+# "context_length": what the engine must be told with a flag; null: it needs no flag. "tokenizer_hash": of the
+# target's tokenizer and chat template; null: not known.
 OWN_KEY = "eagle_ds"
 EMBEDDING = "embed_tokens.weight"
 VOCABULARY = ("d2t", "t2d")

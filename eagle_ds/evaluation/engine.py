@@ -19,7 +19,7 @@ from eagle_ds.config.run_folder import EXPORTED, EXPORTED_VLLM, RECIPE_FILE, dra
 from eagle_ds.config.settings import read_json
 from eagle_ds.drafts.loading import STATE_FILE, DraftOnDisk, load_served_draft, recipe_of
 from eagle_ds.drafts.serve_commands import ServeCommands
-from eagle_ds.drafts.serving_format import VLLM_ARCHITECTURE, VLLM_ARCHITECTURE_QK_NORM
+from eagle_ds.drafts.serving_format import OWN_KEY, VLLM_ARCHITECTURE, VLLM_ARCHITECTURE_QK_NORM
 from eagle_ds.store.manifest import STORE_JSON, read_store_info
 from eagle_ds.target.files import resolve_target
 from eagle_ds.target.identity import tokenizer_hash
@@ -122,14 +122,19 @@ def check_agreement(
 ) -> None:
     """Raise ValueError unless the draft was made for this target, as far as the files tell.
 
-    Checked are the sizes, the vocabulary, the captured layers, and (with the run's store at hand) the
-    tokenizer.
+    Checked are the sizes, the vocabulary, the captured layers, and the tokenizer: the export records it, and
+    so does the run's store, if it is at hand.
     """
     draft.check_target(info, target_folder)
     layers = draft.layer_outputs
     if layers is None:
         raise ValueError(f"{draft.folder} does not name the target layers that it reads; export it again")
     check_aux_ids(layers, info.num_layers)
+    tokenizer = tokenizer_hash(target_folder)
+    exported_with = read_json(draft.folder / "config.json").get(OWN_KEY, {}).get("tokenizer_hash")
+    if exported_with not in (None, tokenizer):
+        wrong = f"{target_folder} has another tokenizer or chat template than the target of {draft.folder}"
+        raise ValueError(f"{wrong}; serve the target that the draft was exported for")
     if recipe is None:
         return
     if tuple(layers) != tuple(recipe.target.aux_ids):
@@ -139,7 +144,7 @@ def check_agreement(
     store = Path(recipe.data.store)
     if (store / STORE_JSON).is_file():
         trained_on = read_store_info(store)
-        if trained_on.tokenizer_hash not in ("", tokenizer_hash(target_folder)):
+        if trained_on.tokenizer_hash not in ("", tokenizer):
             raise ValueError(
                 f"the tokenizer or chat template of {target_folder} is not the one of {store}, which the "
                 f"draft was trained on ({trained_on.target}); serve that target"

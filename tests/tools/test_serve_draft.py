@@ -24,6 +24,7 @@ from eagle_ds.target.identity import tokenizer_hash
 from eagle_ds.target.info import TargetInfo
 from tests.draft_cases import LAYERS, PLAIN, random_draft, recipe_for, write_run
 from tests.tiny_targets import save_tiny_llama
+from tools import export_draft as export_tool
 from tools import serve_draft
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,6 +274,18 @@ def test_a_target_of_another_tokenizer_is_refused(
     other = save_tiny_llama(tmp_path / "other", kind="plain")
     assert call(run_dir, "--target", other) == 1
     assert "the tokenizer or chat template of" in refused(capsys)
+
+
+def test_an_export_names_its_tokenizer_wherever_it_lies(
+    run_dir: Path, call: Callable[..., int], tmp_path: Path, target: Path, capsys, monkeypatch
+) -> None:
+    moved = tmp_path / "elsewhere" / "deep" / "draft"
+    monkeypatch.setattr(sys, "argv", ["export_draft", str(run_dir), "--out", str(moved)])
+    assert export_tool.main() == 0
+    other = save_tiny_llama(tmp_path / "other", kind="plain")
+    assert call(moved, "--print", "--target", other) == 1
+    assert "has another tokenizer or chat template than the target of" in refused(capsys)
+    assert call(moved, "--print", "--target", target) == 0
 
 
 @pytest.mark.parametrize(
