@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -73,6 +74,21 @@ def test_a_batch_gives_what_one_prompt_at_a_time_gives(tiny_target: CachedTarget
     together = batch.plain()
     assert_same(together, plain)
     assert_same(batch.speculative(draft, together), speculative)
+
+
+@pytest.mark.gpu
+def test_a_batch_on_a_gpu_gives_what_one_prompt_at_a_time_gives(tiny_target: CachedTarget) -> None:
+    target = CachedTarget(deepcopy(tiny_target.model).cuda(), LAYERS)
+    draft = random_draft()
+    embedding = target.model.get_input_embeddings().weight
+    moved = CachedDraft(draft.build(embedding, torch.float32, "cuda"), draft.vocab)
+    settings = DecodeSettings(20, 4)
+    plain, speculative = one_by_one(target, moved, settings)
+    batch = BatchDecoder(target, PROMPTS, settings)
+    assert [answer.tokens for answer in batch.plain()] == [answer.tokens for answer in plain]
+    found = batch.speculative(moved, plain)
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in speculative]
+    assert [answer.rounds for answer in found] == [answer.rounds for answer in speculative]
 
 
 def test_rows_that_stop_early_leave_the_others_as_they_are(tiny_target: CachedTarget) -> None:
