@@ -111,6 +111,15 @@ def test_sglangs_deepseek_class_gets_ids_that_select_the_same_layers(
     assert initial_draft(recipe.model_copy(update={"target": target}), info).layer_outputs == outputs
 
 
+def test_layers_that_depend_on_the_targets_class_are_named_if_it_is_not_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exported(tmp_path / "default")
+    assert "DeepSeek" not in caplog.text
+    exported(tmp_path / "own", random_draft(layers=(2, 3, 6)), layers=(2, 3, 6))
+    assert "one off from [2, 3, 6]" in caplog.text
+
+
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "rope" in name or name == "plain"])
 @pytest.mark.parametrize("absent", [(), ("rope_parameters",), ("rope_theta", "rope_scaling")])
 def test_old_and_new_readers_of_the_rope_keys_agree(
