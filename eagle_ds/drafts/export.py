@@ -77,8 +77,8 @@ def export_draft(draft: DraftOnDisk, out: str | Path, settings: ExportSettings) 
     _check_replaceable(out)
     if settings.info is None and settings.layers[0] != 1:
         log.warning(
-            "the target's config.json is not at hand; for a target of SGLang's DeepSeek class, SGLang "
-            "would read layers that are one off from %s: export again where the target is", list(settings.layers),
+            "the target's config.json is not at hand; for a target of SGLang's DeepSeek class, SGLang would "
+            "read layers that are one off from %s: export again where the target is", list(settings.layers),
         )
     check_output_folder(out.parent, "the draft's folder, in")
     out.parent.mkdir(parents=True, exist_ok=True)
