@@ -117,12 +117,13 @@ def run(args: argparse.Namespace) -> int:
         result["baseline"] = asdict(plain.info)
         measure(plain, load, concurrencies, result, "baseline_levels", args.out)
     measure(server, load, concurrencies, result, "levels", args.out)
+    write(result, args.out)
     good = True
     if args.check_greedy:
         good &= check_greedy(server, load, result)
     if measured is not None:
         good &= compare(measured, result, args)
-    write(result, args.out)
+    write_json(result, args.out)
     return 0 if good else 1
 
 

@@ -92,7 +92,10 @@ def test_a_run_is_exported_measured_and_reported(
     assert "untrained → trained" in (run_dir / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["compare_runs", "eval_acceptance", "export_draft", "make_report"])
+@pytest.mark.parametrize(
+    "name",
+    ["bench_serving", "compare_runs", "eval_acceptance", "export_draft", "make_report", "serve_draft"],
+)
 def test_tools_that_do_not_train_do_not_import_deepspeed(name: str) -> None:
     """DeepSpeed is slow to import and prints warnings on a machine without a GPU."""
     root = Path(__file__).resolve().parents[2]
