@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Protocol
 
@@ -217,11 +217,14 @@ class OpenAiServer:
 
     def __init__(self, http: Http, model: dict[str, Any]) -> None:
         self.http = http
-        vllm = model.get("owned_by") == "vllm"
+        engine = "vllm" if model.get("owned_by") == "vllm" else "openai"
         version = (http.try_get("/version") or {}).get("version", "unknown")
-        self.info = ServerInfo(
-            http.url, "vllm" if vllm else "openai", version, model["id"], model.get("max_model_len"), None
-        )
+        context = model.get("max_model_len")
+        self.info = ServerInfo(http.url, engine, version, model["id"], context, None)
+        if engine == "vllm" and (metrics := http.try_get_text("/metrics")) is not None:
+            counted = _vllm_counters(metrics)  # absent without speculation
+            drafts = len(counted.at_position) if counted else 0
+            self.info = replace(self.info, num_draft_tokens=drafts)
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> Answer:
         """See Server."""
@@ -240,25 +243,17 @@ class OpenAiServer:
 
     def empty_cache(self) -> bool:
         """See Server. vLLM has this address only with VLLM_SERVER_DEV_MODE=1."""
-        return self.info.engine == "vllm" and self.http.post_succeeds("/reset_prefix_cache")
+        if self.info.engine != "vllm":
+            return False
+        try:
+            return bool(self.http.post("/reset_prefix_cache", {}).get("success"))
+        except ValueError:
+            return False
 
     def counters(self) -> Accepted | None:
         """See Server."""
         text = self.http.try_get_text("/metrics") if self.info.engine == "vllm" else None
-        if text is None:
-            return None
-        found: dict[str, int] = {}
-        positions: dict[int, int] = {}
-        for name, labels, value in METRIC.findall(text):
-            if name == "accepted_tokens_per_pos":
-                position = int(POSITION.search(labels)[1])
-                positions[position] = positions.get(position, 0) + int(float(value))
-            else:
-                found[name] = found.get(name, 0) + int(float(value))
-        if "drafts" not in found:
-            return None
-        at_position = tuple(positions[k] for k in sorted(positions))
-        return Accepted(found["drafts"], found["drafts"] + found.get("accepted_tokens", 0), at_position)
+        return None if text is None else _vllm_counters(text)
 
     def preference(self, prompt: Sequence[int], token: int, other: int) -> float | None:
         """See Server. A token that is not among the most likely ones counts as the least likely of them."""
@@ -271,6 +266,22 @@ class OpenAiServer:
         top = self.http.post("/v1/completions", body)["choices"][0]["logprobs"]["top_logprobs"][0]
         least = min(top.values())
         return top.get(f"token_id:{token}", least) - top.get(f"token_id:{other}", least)
+
+
+def _vllm_counters(metrics: str) -> Accepted | None:
+    """Return the counters of speculation in vLLM's metrics, over all of its engines; None if it has none."""
+    found: dict[str, int] = {}
+    positions: dict[int, int] = {}
+    for name, labels, value in METRIC.findall(metrics):
+        if name == "accepted_tokens_per_pos":
+            position = int(POSITION.search(labels)[1])
+            positions[position] = positions.get(position, 0) + int(float(value))
+        else:
+            found[name] = found.get(name, 0) + int(float(value))
+    if "drafts" not in found:
+        return None
+    at_position = tuple(positions[k] for k in sorted(positions))
+    return Accepted(found["drafts"], found["drafts"] + found.get("accepted_tokens", 0), at_position)
 
 
 @dataclass

@@ -32,6 +32,7 @@ class FakeServer:
     fail_after: int | None = None  # requests
     requests: list[dict[str, Any]] = field(default_factory=list)
     flushes: int = 0
+    can_flush: bool | None = None  # what vLLM's developer mode answers; None: it is off
     in_flight: int = 0
     most_in_flight: int = 0
     counters: dict[str, int] = field(default_factory=dict)
@@ -87,6 +88,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/version" and fake.engine == "vllm":
             self.reply({"version": "0.33.0"})
         elif self.path == "/metrics" and fake.engine == "vllm":
+            if fake.drafts:
+                self.count(0, passes=0)  # the counters exist before the first pass
             lines = [f"vllm:spec_decode_num_{name} {value}.0" for name, value in fake.counters.items()]
             self.reply("# HELP something\n" + "\n".join(lines) + "\n")
         else:
@@ -98,6 +101,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/flush_cache") and fake.engine == "sglang":
             fake.flushes += 1
             self.reply("Cache flushed.")
+        elif self.path == "/reset_prefix_cache" and fake.engine == "vllm" and fake.can_flush is not None:
+            fake.flushes += fake.can_flush
+            self.reply({"success": fake.can_flush})
         elif self.path == ("/generate" if fake.engine == "sglang" else "/v1/completions"):
             self.generate(body)
         else:
@@ -173,9 +179,12 @@ class Handler(BaseHTTPRequestHandler):
             yield event
         yield {"choices": [], "usage": {"completion_tokens": made}}
 
-    def count(self, accepted: int) -> None:
+    def count(self, accepted: int, passes: int = 1) -> None:
         """Count one pass, as vLLM's metrics do."""
-        names = {"drafts_total": 1, "draft_tokens_total": self.fake.drafts, "accepted_tokens_total": accepted}
+        names = {
+            "drafts_total": passes, "draft_tokens_total": passes * self.fake.drafts,
+            "accepted_tokens_total": accepted,
+        }
         for position in range(self.fake.drafts):
             name = f'accepted_tokens_per_pos_total{{engine="0",position="{position}"}}'
             names[name] = int(accepted > position)

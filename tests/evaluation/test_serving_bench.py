@@ -84,6 +84,18 @@ def test_a_server_without_speculation_reports_no_acceptance() -> None:
         assert "acceptance_length" not in level and level["new_tokens"] == 8 * 6
 
 
+@pytest.mark.parametrize(("answer", "emptied"), [(None, False), (False, False), (True, True)])
+def test_a_cache_counts_as_emptied_only_if_vllm_says_so(answer: bool | None, emptied: bool) -> None:
+    with serving(FakeServer("vllm", can_flush=answer)) as fake:
+        assert connect(fake.url).empty_cache() is emptied
+
+
+def test_vllm_shows_its_draft_tokens_in_its_counters() -> None:
+    for drafts in (0, 3):
+        with serving(FakeServer("vllm", drafts=drafts)) as fake:
+            assert connect(fake.url).info.num_draft_tokens == drafts
+
+
 def test_a_server_that_reports_little_gives_texts_and_equal_pieces() -> None:
     with serving(FakeServer("openai")) as fake:
         level = run_level(connect(fake.url), Load(PROMPTS[:1], 19), 1).summary()
