@@ -22,7 +22,8 @@ TESTS = Path(__file__).parent
 # Files and folders whose tests start process groups or whole commands. `make quick` leaves them out.
 SLOW = (
     *("tools", "test_recipes.py", "parallel/test_layouts.py", "bench/test_step.py", "training"),
-    *("evaluation/test_acceptance.py", "bench", "data/test_read_pool.py", "bench/test_embedded_target.py"),
+    *("evaluation/test_acceptance.py", "evaluation/test_batched.py", "bench", "data/test_read_pool.py"),
+    "bench/test_embedded_target.py",
     *("kernels/test_interpreted.py", "store/test_store_damage.py", "estimate/test_memory.py"),
 )
 

@@ -49,7 +49,7 @@ class GoldenCase:
             draft_vocab_size=c["draft_vocab_size"],
             target_hidden_size=c["target_hidden_size"],
             target_vocab_size=c["vocab_size"],
-            max_position_embeddings=c["max_position_embeddings"],
+            trained_length=c["max_position_embeddings"],
             rope_theta=c["rope_theta"],
             rope_scaling=RopeScaling(**scaling) if scaling else None,
             rms_norm_eps=c["rms_norm_eps"],

@@ -25,7 +25,7 @@ TINY = DraftArch(
     draft_vocab_size=19,
     target_hidden_size=24,
     target_vocab_size=37,
-    max_position_embeddings=128,
+    trained_length=128,
     rope_theta=100.0,
 )
 DECAY = 0.8

@@ -66,6 +66,9 @@ def unroll(w: dict[str, Tensor], arch: DraftArch, ids: Tensor, aux: Tensor, step
         q, key, value = (
             _linear(w, f"midlayer.self_attn.{n}_proj", z).view(size, -1, arch.head_dim) for n in "qkv"
         )
+        if arch.qk_norm:
+            q = _norm(q, w["midlayer.self_attn.q_norm.weight"], eps)
+            key = _norm(key, w["midlayer.self_attn.k_norm.weight"], eps)
         q, key = _rope(q, position + k, arch), _rope(key, position + k, arch)
         keys.append(key.repeat_interleave(heads // key.shape[1], 1))
         values.append(value.repeat_interleave(heads // value.shape[1], 1))
@@ -79,7 +82,8 @@ def unroll(w: dict[str, Tensor], arch: DraftArch, ids: Tensor, aux: Tensor, step
         out = torch.einsum("hpj,jhd->phd", p[..., :size], values[0])
         for i in range(1, k + 1):
             out = out + p[..., size + i - 1].t()[..., None] * values[i]
-        g = g + _linear(w, "midlayer.self_attn.o_proj", out.flatten(1))
+        residual = z[:, arch.hidden_size :] if arch.norm_before_residual else g
+        g = residual + _linear(w, "midlayer.self_attn.o_proj", out.flatten(1))
         y = _norm(g, w["midlayer.post_attention_layernorm.weight"], eps)
         gate, up = (y @ w[f"midlayer.mlp.{n}_proj.weight"].t() for n in ("gate", "up"))
         g = g + (gate * torch.sigmoid(gate) * up) @ w["midlayer.mlp.down_proj.weight"].t()

@@ -16,7 +16,9 @@ differently from six passes, so the answers may differ at a near tie. Such answe
 between the two logits.
 
 Writes acceptance.json and acceptance.png into the run folder (or --out). Acceptance length carries over to a
-serving engine. Speed does not: it is that of transformers, with one prompt at a time and no fused kernels.
+serving engine; tools/bench_serving.py --compare acceptance.json measures how well. Speed does not: it is that
+of transformers, without fused kernels. Every way of decoding is warmed up before it is timed, so the order of
+the drafts does not matter. --batch N decodes N prompts together, which is faster and gives the same answers.
 """
 
 from __future__ import annotations
@@ -86,6 +88,8 @@ def parse() -> argparse.Namespace:
     add("--device", default="auto", help=device)
     processes = "on a CPU: number of processes; each has a copy of the target (default: 1)"
     add("--processes", type=int, default=1, help=processes)
+    batch = "prompts decoded together; the answers are the same (default: %(default)s)"
+    add("--batch", type=int, default=1, help=batch)
     add("--out", type=Path, help="folder for acceptance.json and .png (default: the run folder)")
     return parser.parse_args()
 
@@ -146,6 +150,8 @@ def describe_job(
             f"{draft.folder} does not name the target layers that it reads; give --aux-layer-ids"
         )
     on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
+    if args.batch < 1 or args.processes < 1:
+        raise ValueError(f"--batch {args.batch} and --processes {args.processes} must be 1 or more")
     if args.processes > 1 and not on_cpu:
         found = f"--processes {args.processes} shares the cores of a CPU"
         raise ValueError(f"{found}; leave it out on a GPU, or add --device cpu")
@@ -161,7 +167,7 @@ def describe_job(
     drafts = ({names[0]: baseline} if baseline else {}) | {names[1]: draft}
     steps = args.num_draft_tokens or (recipe.training.ttt_steps if recipe else 5)
     settings = DecodeSettings(args.max_new_tokens, steps, files.stop_ids)
-    return DecodingJob(files, tuple(layers), dtype, args.device, drafts, settings)
+    return DecodingJob(files, tuple(layers), dtype, args.device, drafts, settings, args.batch)
 
 
 def measure_drafts(
@@ -185,16 +191,20 @@ def measure_drafts(
     total = len(found.prompts) * args.max_new_tokens * (1 + len(job.drafts))
     with tqdm(total=total, unit="token", smoothing=0.05, desc="decoding") as bar:
         measured = measure_job(job, found.prompts, args.processes, bar.update)
+    trained = list(job.drafts.values())[-1].arch.trained_length
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     info = {
         "target": args.target or recipe.target.model,
         "dtype": job.dtype,
         "device": device,
         "processes": args.processes,
+        "batch": args.batch,
         "prompts_file": str(path),
         "passed_over": {
             "too_long": found.too_long, "unusable": found.unusable, "rejected": dict(intake.reasons)},
         "template_kwargs": job.target.encoder.template.kwargs,
+        "trained_length": trained,
+        "beyond_trained_length": sum(len(p.ids) + args.max_new_tokens > trained for p in found.prompts),
         "measured_at": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     return measured, info
@@ -229,7 +239,12 @@ def show(result: dict[str, Any]) -> None:
     where = f"{result['dtype']} on {result['device']}"
     if result["processes"] > 1:
         where += f", {result['processes']} processes"
+    if result["batch"] > 1:
+        where += f", {result['batch']} prompts at a time"
     print(f"\n{result['num_prompts']} prompts, {result['num_draft_tokens']} draft tokens per pass, {where}")
+    if beyond := result["beyond_trained_length"]:
+        trained = result["trained_length"]
+        print(f"  {beyond} of them reach beyond the draft's trained length, {trained} tokens")
     print(f"  plain decoding        {result['plain']['tokens_per_s']:.1f} tokens/s")
     for draft in result["drafts"]:
         interval = draft["interval"]

@@ -3,12 +3,14 @@
 
     tools/export_draft.py runs/smollm2_cpu                      # its best checkpoint -> .../draft
     tools/export_draft.py runs/llama3_128k/checkpoints/step_2000 --out drafts/llama3-128k
-    tools/export_draft.py runs/llama3_128k --vllm               # for vLLM -> runs/llama3_128k/draft-vllm
+    tools/export_draft.py runs/ours --vllm                      # only for vLLM -> runs/ours/draft-vllm
 
-Writes model.safetensors, config.json, and a README.md with the command that serves the draft. Needs neither
-DeepSpeed nor a GPU. The export is verified before the folder gets its final name: an independent reader
-computes the draft's logits from the files and compares them with the training model's. An earlier export at
-this path is replaced. No tokenizer is written, because engines use the target's.
+Writes model.safetensors, config.json, and a README.md with the commands that serve the draft. SGLang and vLLM
+load the same folder. --vllm is for drafts that only vLLM can serve, such as those with attention biases; an
+export without it names the reason. Needs neither DeepSpeed nor a GPU. The export is verified before the
+folder gets its final name: an independent reader computes the draft's logits from the files and compares them
+with the training model's. An earlier export at this path is replaced. No tokenizer is written, because
+engines use the target's.
 
 To train such a folder further, set "draft": {"init_from": "FOLDER"} in a recipe; published EAGLE-3 drafts
 work as well.
@@ -37,7 +39,9 @@ def parse() -> argparse.Namespace:
         "--out", type=Path, help="folder to write (default: draft or draft-vllm in the run folder)"
     )
     parser.add_argument(
-        "--vllm", action="store_true", help="write vLLM's architecture name instead of SGLang's"
+        "--vllm",
+        action="store_true",
+        help="export a draft that SGLang cannot serve; SGLang refuses the folder, vLLM loads it",
     )
     parser.add_argument(
         "--dtype",
@@ -57,7 +61,7 @@ def parse() -> argparse.Namespace:
         "--num-steps",
         type=int,
         default=3,
-        help="draft tokens per pass in the README's command (default: %(default)s)",
+        help="draft tokens per pass in the README's commands (default: %(default)s)",
     )
     return parser.parse_args()
 
@@ -75,10 +79,12 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> Path:
     from eagle_ds.config.outputs import check_output_folder
+    from eagle_ds.config.run_folder import EXPORTED, EXPORTED_VLLM
     from eagle_ds.drafts.export import ExportSettings, export_draft
     from eagle_ds.drafts.loading import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
     from eagle_ds.target.files import resolve_target
+    from eagle_ds.target.identity import tokenizer_hash
     from eagle_ds.target.info import TargetInfo
 
     enter_repository(args)
@@ -95,21 +101,19 @@ def run(args: argparse.Namespace) -> Path:
     run_dir = run_of(draft.folder)
     if args.out is None and run_dir is None:
         raise ValueError(f"{draft.folder} is in no run folder; give --out")
+    info = tokenizer = None
     try:
-        info = TargetInfo.from_folder(
-            resolve_target(target, recipe.target.revision if recipe else None, weights=False)
-        )
+        folder = resolve_target(target, recipe.target.revision if recipe else None, weights=False)
+        info, tokenizer = TargetInfo.from_folder(folder), tokenizer_hash(folder)
     except ValueError as error:
         if args.target:
             raise
         logging.getLogger(__name__).warning(
-            "%s; the export lacks its token ids, and its sizes are not checked", error
+            "%s; the export lacks its token ids and its context length, and its sizes are not checked", error
         )
-        info = None
-    out = args.out or run_dir / ("draft-vllm" if args.vllm else "draft")
-    return export_draft(
-        draft, out, ExportSettings(target, layers, info, args.dtype, args.vllm, args.num_steps)
-    )
+    out = args.out or run_dir / (EXPORTED_VLLM if args.vllm else EXPORTED)
+    settings = ExportSettings(target, layers, info, args.dtype, args.vllm, args.num_steps, tokenizer)
+    return export_draft(draft, out, settings)
 
 
 if __name__ == "__main__":

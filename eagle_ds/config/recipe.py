@@ -64,10 +64,16 @@ class Recipe(Section):
                 f"ranks, so each of the {training.gradient_accumulation} micro-batches has its own; "
                 "a common weight would need an extra forward over all of them"
             )
+        only_vllm = "so such a draft can only be exported with export_draft --vllm"
         if draft.attention_bias:
+            said.append(f"draft.attention_bias: SGLang drops these biases without a warning, {only_vllm}")
+        for name in ("norm_before_residual", "qk_norm"):
+            if getattr(draft, name):
+                said.append(f"draft.{name}: SGLang ignores this norm without a warning, {only_vllm}")
+        if max(self.target.aux_ids) == self.target.num_layers - 1:
             said.append(
-                "draft.attention_bias: SGLang drops these biases without a warning, so such a draft can "
-                "only be exported with export_draft --vllm"
+                f"target.aux_layer_ids {list(self.target.aux_ids)} names the last layer, whose output SGLang "
+                f"cannot capture for most targets, {only_vllm}"
             )
         if draft.hidden_size % draft.num_attention_heads:
             said.append(

@@ -6,7 +6,7 @@
     checkpoints/step_N/    checkpoint after N optimizer steps
     checkpoints/latest     name of the newest complete checkpoint
     best/                  the draft of the best evaluation
-    draft/                 the draft exported for serving
+    draft/                 the draft exported for serving (draft-vllm/ if only vLLM can serve it)
     acceptance.json        acceptance measured by tools/eval_acceptance.py
     report.html            the report
 
@@ -26,7 +26,8 @@ from eagle_ds.config.outputs import InUse, hold
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE, STEP_LOG, EVAL_LOG = "recipe.json", "log.jsonl", "eval.jsonl"
-CHECKPOINTS, BEST, EXPORTED = "checkpoints", "best", "draft"
+CHECKPOINTS, BEST = "checkpoints", "best"
+EXPORTED, EXPORTED_VLLM = "draft", "draft-vllm"
 ARCH_FILE, SERVED_CONFIG = "arch.json", "config.json"  # describe the draft of a checkpoint, an exported one
 ACCEPTANCE, REPORT = "acceptance.json", "report.html"
 LATEST, LOCK = "latest", ".lock"

@@ -134,15 +134,15 @@ class TargetConfig(Section):
     """Number of layers L: num_hidden_layers of the target's config.json."""
     vocab_size: PositiveInt
     """Vocabulary size V, as in the target's config.json."""
-    aux_layer_ids: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | None = None
-    """The three layers, numbered from 0, whose outputs the draft reads; null: [1, L//2-1, L-4], as in
-    EAGLE-3."""
+    aux_layer_ids: Annotated[tuple[NonNegativeInt, ...], Field(min_length=2)] | None = None
+    """The layers, numbered from 0, whose outputs the draft reads; null: [1, L//2-1, L-4], as in EAGLE-3. Two
+    or more; SGLang cannot capture the last one of most targets."""
     template_kwargs: dict[str, Any] = {}
     """Variables of the chat template, such as {"enable_thinking": false}. Use those with which the target is
     served."""
 
     @property
-    def aux_ids(self) -> tuple[int, int, int]:
+    def aux_ids(self) -> tuple[int, ...]:
         """Layers whose outputs are captured, numbered from 0 as SGLang does."""
         return self.aux_layer_ids or default_aux_ids(self.num_layers)
 
@@ -188,6 +188,12 @@ class DraftConfig(Section):
     """Pass the normalized state, not the raw one, to the next TTT step (EAGLE-3.1)."""
     norm_before_fc: bool = False
     """Normalize the concatenated target states, 3H wide, before fusing them."""
+    norm_before_residual: bool = False
+    """Start the layer's residual from the normalized state, as drafts of speculators do. SGLang ignores it,
+    so only vLLM can serve such a draft."""
+    qk_norm: bool = False
+    """Normalize each head of q and k before rotating it, as Qwen3 does. SGLang ignores it, so only vLLM can
+    serve such a draft."""
     init_from: str | None = None
     """Folder of a draft to start from: a run, a checkpoint, an export, or a published EAGLE-3 draft; null:
     random weights."""
@@ -218,6 +224,8 @@ class DraftConfig(Section):
             raise ValueError(f"{wrong}; use {join_or(divisors(heads))}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; use an even one, rotary embedding needs it")
+        if self.qk_norm and self.attention_bias:
+            raise ValueError("no engine serves qk_norm with attention_bias; set one of them to false")
         return self
 
 

@@ -26,8 +26,16 @@ from eagle_ds.config.outputs import check_output_folder
 from eagle_ds.drafts.cached_draft import CachedDraft
 from eagle_ds.drafts.independent_reader import Probe, ServedReader
 from eagle_ds.drafts.loading import DraftOnDisk, load_served_draft
-from eagle_ds.drafts.serving_format import EMBEDDING, ServeCommands, served_config, served_name
-from eagle_ds.target.info import TargetInfo
+from eagle_ds.drafts.serve_commands import ServeCommands
+from eagle_ds.drafts.serving_format import (
+    EMBEDDING,
+    OWN_KEY,
+    length_keys,
+    served_config,
+    served_name,
+    sglang_obstacles,
+)
+from eagle_ds.target.info import TargetInfo, check_aux_ids
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +50,12 @@ TOLERANCE = 2e-3
 class ExportSettings:
     """What the exported folder says in addition to the draft itself.
 
-    ``layers``: target layers whose outputs the draft reads. ``num_steps``: draft tokens in the serving
-    command of its README.
+    Attributes:
+        layers: target layers whose outputs the draft reads.
+        info: the target's sizes and context length, if its config.json is at hand.
+        vllm: the draft is for vLLM alone. Its architecture then has vLLM's own name, which SGLang refuses.
+        num_steps: draft tokens in the serving commands of its README.
+        tokenizer_hash: of the target's tokenizer, for tools that serve the folder; None: not at hand.
     """
 
     target: str
@@ -52,6 +64,7 @@ class ExportSettings:
     dtype: str = "bfloat16"
     vllm: bool = False
     num_steps: int = 3
+    tokenizer_hash: str | None = None
 
 
 def export_draft(draft: DraftOnDisk, out: str | Path, settings: ExportSettings) -> Path:
@@ -62,6 +75,11 @@ def export_draft(draft: DraftOnDisk, out: str | Path, settings: ExportSettings) 
     out = Path(out)
     _check_servable(draft, settings)
     _check_replaceable(out)
+    if settings.info is None and settings.layers[0] != 1:
+        logger.warning(
+            "the target's config.json is not at hand; for a target of SGLang's DeepSeek class, SGLang would "
+            "read layers that are one off from %s: export again where the target is", list(settings.layers),
+        )
     check_output_folder(out.parent, "the draft's folder, in")
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -79,6 +97,7 @@ def export_draft(draft: DraftOnDisk, out: str | Path, settings: ExportSettings) 
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     logger.info("wrote %s and verified it: its logits differ by %.1e (relative)", out, error)
+    logger.info("trained on up to %d tokens; %s", draft.arch.trained_length, length_note(draft, settings))
     return out
 
 
@@ -97,13 +116,25 @@ def _check_servable(draft: DraftOnDisk, settings: ExportSettings) -> None:
             "engines read config.json with transformers, which refuses a draft whose hidden_size "
             f"{arch.hidden_size} is no multiple of its {arch.num_attention_heads} heads; train with another"
         )
-    if arch.attention_bias and not settings.vllm:
-        raise ValueError(
-            "SGLang drops attention biases without a warning; "
-            "export with --vllm, or train with draft.attention_bias false"
-        )
     if settings.info:
         draft.check_target(settings.info, settings.target)
+        check_aux_ids(layers, settings.info.num_layers)
+    obstacles = sglang_obstacles(arch, layers, settings.info)
+    if obstacles and not settings.vllm:
+        raise ValueError(
+            f"{'; '.join(obstacles)}, without a warning; export with --vllm and serve with vLLM, or train "
+            "without it"
+        )
+    if takes_no_map(draft) and not torch.equal(draft.vocab.target_ids, torch.arange(arch.target_vocab_size)):
+        raise ValueError(
+            "the draft has the target's whole vocabulary in another order; vLLM takes no d2t then, so its "
+            "lm_head must have the target's order"
+        )
+
+
+def takes_no_map(draft: DraftOnDisk) -> bool:
+    """Whether d2t is left out: vLLM has a place for it only where the vocabularies differ in size."""
+    return draft.arch.draft_vocab_size == draft.arch.target_vocab_size
 
 
 def _check_replaceable(out: Path) -> None:
@@ -122,11 +153,13 @@ def _check_replaceable(out: Path) -> None:
 def _write(draft: DraftOnDisk, folder: Path, settings: ExportSettings, out: Path) -> None:
     dtype = DTYPES[settings.dtype]
     tensors = {served_name(name): tensor.to(dtype).contiguous() for name, tensor in draft.state.items()}
-    tensors |= {"d2t": draft.vocab.d2t.contiguous(), "t2d": draft.vocab.t2d.contiguous()}
+    if not takes_no_map(draft):
+        tensors |= {"d2t": draft.vocab.d2t.contiguous(), "t2d": draft.vocab.t2d.contiguous()}
     save_file(tensors, folder / "model.safetensors", metadata=WRITER)
     config = served_config(draft.arch, settings.layers, settings.info, settings.dtype, settings.vllm)
+    config[OWN_KEY]["tokenizer_hash"] = settings.tokenizer_hash
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_read_me(draft, settings, out), encoding="utf-8")
+    (folder / "README.md").write_text(_read_me(draft, settings, folder, out), encoding="utf-8")
     # A served folder must be readable by all; fsync writes the data to disk before the folder is renamed.
     for path in folder.iterdir():
         os.chmod(path, 0o644)
@@ -134,25 +167,44 @@ def _write(draft: DraftOnDisk, folder: Path, settings: ExportSettings, out: Path
             os.fsync(stream.fileno())
 
 
-def _read_me(draft: DraftOnDisk, settings: ExportSettings, out: Path) -> str:
-    commands = ServeCommands(settings.target, out, settings.num_steps, draft.arch.sliding_window)
-    engine, command = ("vLLM", commands.vllm) if settings.vllm else ("SGLang", commands.sglang)
+def _read_me(draft: DraftOnDisk, settings: ExportSettings, folder: Path, out: Path) -> str:
+    commands = replace(ServeCommands.for_folder(settings.target, folder, settings.num_steps), draft=out)
+    blocks = [f"vLLM:\n\n```bash\n{commands.vllm}\n```\n"]
+    if not settings.vllm:
+        blocks.insert(0, f"SGLang:\n\n```bash\n{commands.sglang}\n```\n")
     return f"""\
 # EAGLE-3 draft for {settings.target}
 
 This draft model speeds up its target by speculative decoding. It reads the target's hidden states, so it
 is served together with the target.
 
-- Trained on sequences of up to {draft.arch.max_position_embeddings} tokens.
+- Trained on sequences of up to {draft.arch.trained_length} tokens. {length_note(draft, settings)}
 - Reads the outputs of target layers {list(settings.layers)} (numbered from 0).
 - Proposes {draft.arch.draft_vocab_size} of the target's {draft.arch.target_vocab_size} tokens.
 
-Serve both with {engine}:
+Serve both with {chr(10).join(blocks)}"""
 
-```bash
-{command}
-```
-"""
+
+def length_note(draft: DraftOnDisk, settings: ExportSettings) -> str:
+    """Say up to which length engines serve the draft, and what to expect beyond the trained length."""
+    arch, info = draft.arch, settings.info
+    keys = length_keys(arch, info)
+    served, flag = keys["max_position_embeddings"], keys[OWN_KEY]["context_length"]
+    if flag and info and info.longest_context:
+        cause = f"Its YaRN angles end at {served} tokens, so the target is served up to that length only"
+    elif flag:
+        cause = f"The target's context is not known, so the command serves {served} tokens"
+    else:
+        cause = f"Engines serve it up to the target's context, {served} tokens"
+    if served <= arch.trained_length:
+        return f"{cause}."
+    if arch.sliding_window:
+        return f"{cause}. Its window of {arch.sliding_window} keys holds most of the acceptance there."
+    return (
+        f"{cause}. Expect the acceptance length to fall towards 1 beyond {arch.trained_length} tokens: "
+        "another project measured 2.30 at 2K tokens and 1.09 at 16K for a draft that was trained short. To "
+        "keep it, train with a larger data.max_length or with draft.sliding_window."
+    )
 
 
 def verify_export(draft: DraftOnDisk, folder: Path, dtype: torch.dtype) -> float:
@@ -169,7 +221,7 @@ def verify_export(draft: DraftOnDisk, folder: Path, dtype: torch.dtype) -> float
     """
     read, reader = load_served_draft(folder), ServedReader(folder)
     arch = read.arch
-    spread = 1 if arch.sliding_window else min(arch.max_position_embeddings, 4096)
+    spread = 1 if arch.sliding_window else min(arch.trained_length, 4096)
     probe = Probe.random(arch.num_aux * arch.target_hidden_size, arch.hidden_size, spread)
     expected, found = training_logits(draft, probe, dtype), reader.logits(probe)
     error = float((found - expected).norm() / expected.norm())

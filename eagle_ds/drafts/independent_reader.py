@@ -65,7 +65,9 @@ class ServedReader:
         return self.tensors.keys() - self.used
 
     def token_ids(self) -> Tensor:
-        """Return the target token id of each draft token, int64 [Vd]."""
+        """Return the target token id of each draft token, int64 [Vd]. Without d2t ids are the target's."""
+        if "d2t" not in self.tensors and self.config["draft_vocab_size"] == self.config["vocab_size"]:
+            return torch.arange(self.config["vocab_size"])
         self.used.add("d2t")
         return self.tensors["d2t"] + torch.arange(self.tensors["d2t"].numel())
 
@@ -102,6 +104,8 @@ class ServedReader:
         normed = self._norm(embedded, "midlayer.input_layernorm"), self._norm(state, "midlayer.hidden_norm")
         z = torch.cat(normed, dim=-1)
         q, k, v = (self._project(f"{n}_proj", z).unflatten(-1, (-1, self.config["head_dim"])) for n in "qkv")
+        if "Qwen3" in self.config["architectures"][0]:  # the engines' class with a norm for each head
+            q, k = (self._norm(x, f"midlayer.self_attn.{name}_norm") for name, x in (("q", q), ("k", k)))
         q, k = (self._rotate(x, positions) for x in (q, k))
         if cache:
             k, v = torch.cat([cache[0], k]), torch.cat([cache[1], v])
@@ -112,7 +116,8 @@ class ServedReader:
         wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, wide_k) * self.config["head_dim"] ** -0.5
         attended = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), wide_v)
-        state = state + self._project("o_proj", attended.flatten(1))
+        residual = normed[1] if self.config.get("norm_before_residual") else state
+        state = residual + self._project("o_proj", attended.flatten(1))
         y = self._norm(state, "midlayer.post_attention_layernorm")
         gate, up = (y @ self.tensor(f"midlayer.mlp.{n}_proj.weight").T for n in ("gate", "up"))
         down = self.tensor("midlayer.mlp.down_proj.weight").T

@@ -27,6 +27,7 @@ from eagle_ds.config.run_folder import ARCH_FILE, RECIPE_FILE, find_draft
 from eagle_ds.config.sections import RopeScaling
 from eagle_ds.config.settings import read_json
 from eagle_ds.data.vocab import VocabMap
+from eagle_ds.drafts import published_format as published
 from eagle_ds.drafts import serving_format as served
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
@@ -37,7 +38,10 @@ logger = logging.getLogger(__name__)
 STATE_FILE, VOCAB_FILE = "draft_state.safetensors", "vocab.safetensors"
 ROPE_FIELDS = ("rope_theta", "rope_scaling")
 # With init_from these come from the draft; all other fields must equal the recipe's.
-OWN_FIELDS = ("rms_norm_eps", "fc_norm", "norm_output", "norm_before_fc", *ROPE_FIELDS)
+OWN_FIELDS = (
+    "rms_norm_eps", "fc_norm", "norm_output", "norm_before_fc", "norm_before_residual", "qk_norm",
+    *ROPE_FIELDS,
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ def load_draft(path: str | Path, target: TargetInfo | None = None) -> DraftOnDis
 def load_checkpoint(folder: Path) -> DraftOnDisk:
     """Load a run's checkpoint: ``draft_state.safetensors``, ``arch.json`` and ``vocab.safetensors``."""
     tree = read_json(folder / ARCH_FILE)
+    if "max_position_embeddings" in tree:  # the name of trained_length before version 0.2
+        tree.setdefault("trained_length", tree["max_position_embeddings"])
     try:
         known = {field.name: tree[field.name] for field in fields(DraftArch) if field.name in tree}
         if isinstance(known.get("rope_scaling"), dict):
@@ -141,10 +147,14 @@ def load_served_draft(folder: Path, target: TargetInfo | None = None) -> DraftOn
     """
     config = read_json(folder / "config.json")
     try:
-        arch = served.arch_of_config(config)
+        config = published.plain_config(config)
+        arch = published.arch_of_config(config)
     except ValueError as error:
         raise ValueError(f"draft {folder} cannot be used: {error}") from error
-    tensors = {served.training_name(name): tensor for name, tensor in _read_tensors(folder).items()}
+    tensors = {published.training_name(name): tensor for name, tensor in _read_tensors(folder).items()}
+    for name in tensors.keys() & set(published.COPIES):
+        logger.info("%s has a copy of the target's %s, which drafting does not read", folder, name)
+        del tensors[name]
     maps = {name: tensors.pop(name) for name in served.VOCABULARY if name in tensors}
     vocab = _vocabulary(maps, arch, folder)
     if not arch.trains_embedding and tensors.pop(served.EMBEDDING, None) is not None:
@@ -253,8 +263,7 @@ def untrained_draft(arch: DraftArch, vocab: VocabMap, seed: int = 0) -> DraftOnD
 def initial_draft(recipe: Recipe, target: TargetInfo | None = None) -> DraftOnDisk:
     """Load the draft of ``draft.init_from`` with its tensors, vocabulary and norms.
 
-    Rope is the draft's own unless ``draft.override_rope`` is set. The maximum length is the recipe's, and the
-    export states it.
+    Rope is the draft's own unless ``draft.override_rope`` is set. The trained length is the recipe's.
 
     Raises:
         ValueError: one sentence, if a size, the vocabulary or the captured layers differ from the recipe's.
@@ -279,7 +288,7 @@ def initial_draft(recipe: Recipe, target: TargetInfo | None = None) -> DraftOnDi
 def _check_sizes(arch: DraftArch, found: DraftOnDisk, recipe: Recipe) -> None:
     """Raise ValueError unless the loaded draft has the recipe's sizes and target layers."""
     for field in fields(DraftArch):
-        if field.name in (*OWN_FIELDS, "max_position_embeddings"):
+        if field.name in (*OWN_FIELDS, "trained_length"):
             continue
         stated, actual = getattr(arch, field.name), getattr(found.arch, field.name)
         if stated != actual:

@@ -1,4 +1,4 @@
-"""The format in which engines serve a draft: tensor names, keys of config.json, and commands for a server.
+"""The format in which engines serve a draft: tensor names and keys of config.json.
 
 An engine silently drops a tensor that it does not know, and silently uses a default for a key that it does
 not find. The draft then proposes noise. So this module writes every value to the place where each engine
@@ -8,66 +8,57 @@ Where engines look:
 
     layer ids   SGLang: ``eagle_config``, and adds 1 to each. vLLM: the top level, and adds nothing.
     rope        both: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4).
+    length      both: ``max_position_embeddings``. SGLang refuses a draft that is shorter than its target, so
+                this key holds the target's context. The trained length is under ``eagle_ds``, for us alone.
+
+``published_format.py`` reads this format and those of other projects.
 """
 
 from __future__ import annotations
 
-import math
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from eagle_ds.config.sections import ROPE_NEEDS, RopeScaling, keys_read_by
+from eagle_ds.config.sections import RopeScaling, keys_read_by
+from eagle_ds.kernels.rope import yarn_magnitude
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.draft import Eagle3Draft
-from eagle_ds.target.info import TargetInfo, rope_of
+from eagle_ds.target.info import TargetInfo
 
 SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle3"
 VLLM_ARCHITECTURE = "Eagle3LlamaForCausalLM"
+VLLM_ARCHITECTURE_QK_NORM = "Eagle3Qwen3ForCausalLM"
+# Key of config.json that only this project reads. "trained_length": longest sequence trained on, in tokens.
+# "context_length": what the engine must be told with a flag; null: it needs no flag. "tokenizer_hash": of the
+# target's tokenizer and chat template; null: not known.
+OWN_KEY = "eagle_ds"
 EMBEDDING = "embed_tokens.weight"
 VOCABULARY = ("d2t", "t2d")
 # Training name -> served name
 HEAD_NAMES = {"head.norm_weight": "norm.weight", "head.weight": "lm_head.weight"}
-ALIASES = {  # names in published drafts -> ours
-    "layers.0.": "midlayer.",
-    "aux_norm_low.": "fc_norm.0.", "aux_norm_mid.": "fc_norm.1.", "aux_norm_high.": "fc_norm.2.",
-}
-
 # Settings that have the same name in DraftArch and in config.json
 SAME_NAMES = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "draft_vocab_size", "max_position_embeddings", "rms_norm_eps", "attention_bias", "fc_norm", "norm_output",
-    "norm_before_fc",
+    "draft_vocab_size", "rms_norm_eps", "attention_bias", "fc_norm", "norm_output",
+    "norm_before_fc", "norm_before_residual",
 )
 
 # SGLang adds 1 to the ids, because it captures the inputs of layers: the output of layer i is the input of
 # layer i + 1. Its DeepSeek class adds 1 only to lists that begin with 1, and uses any other list as it is.
-DEEPSEEK_CLASS = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm4_moe_lite"}
-UNSUPPORTED = {  # key of config.json -> what it means if it is set
-    "norm_before_residual": "the residual is normed", "mlp_bias": "the MLP has biases",
-    "bias": "fc has a bias",
+# These are the targets, by model_type or by class, that it serves with that class or a copy of it.
+DEEPSEEK_CLASS = {
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm4_moe_lite", "glm_moe_dsa",
+    "MistralLarge3ForCausalLM",
 }
+# SGLang's classes that can capture the output of the last layer. Most others drop it without a word.
+CAPTURES_LAST_LAYER = {"gpt_oss", "gemma3_text", "gemma4_text"}
 
 
 def served_name(name: str) -> str:
     """Return the name that engines know for a tensor's training name."""
     return HEAD_NAMES.get(name, name)
-
-
-def training_name(name: str) -> str:
-    """Return the training name of a tensor in a served or published draft.
-
-    Unknown names are returned unchanged.
-    """
-    name = name.removeprefix("model.")
-    for old, new in ALIASES.items():
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-    return {served: training for training, served in HEAD_NAMES.items()}.get(name, name)
 
 
 def tensor_shapes(arch: DraftArch) -> dict[str, tuple[int, ...]]:
@@ -76,9 +67,14 @@ def tensor_shapes(arch: DraftArch) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in Eagle3Draft(arch).named_parameters()}
 
 
+def is_deepseek_class(target: TargetInfo | None) -> bool:
+    """Whether SGLang serves this target with its DeepSeek class, or with a copy of it."""
+    return target is not None and bool({target.model_type, target.architecture} & DEEPSEEK_CLASS)
+
+
 def sglang_layer_ids(outputs: Sequence[int], target: TargetInfo | None) -> list[int]:
     """Return the ids from which SGLang's class for this target reads the layer outputs ``outputs``."""
-    used_as_they_are = target and target.model_type in DEEPSEEK_CLASS and outputs[0] != 1
+    used_as_they_are = is_deepseek_class(target) and outputs[0] != 1
     return [layer + 1 for layer in outputs] if used_as_they_are else list(outputs)
 
 
@@ -88,10 +84,31 @@ def layer_outputs(ids: Sequence[int], target: TargetInfo | None) -> tuple[int, .
     Published drafts of gpt_oss may name inputs of layers instead; then their largest id is num_layers.
     """
     are_inputs = target and (
-        (target.model_type in DEEPSEEK_CLASS and ids[0] != 1)
+        (is_deepseek_class(target) and ids[0] != 1)
         or (target.model_type == "gpt_oss" and max(ids) == target.num_layers)
     )
     return tuple(layer - 1 for layer in ids) if are_inputs else tuple(ids)
+
+
+def sglang_obstacles(arch: DraftArch, outputs: Sequence[int], target: TargetInfo | None) -> list[str]:
+    """Return the reasons for which SGLang cannot serve a draft that reads the layer outputs ``outputs``.
+
+    All of them are silent there: the server starts, and the draft proposes noise.
+    """
+    reasons = []
+    if arch.attention_bias:
+        reasons.append("SGLang drops attention biases (draft.attention_bias)")
+    if arch.norm_before_residual:
+        reasons.append("SGLang starts the residual before its norm (draft.norm_before_residual)")
+    if arch.qk_norm:
+        reasons.append("SGLang has no EAGLE-3 class that norms q and k (draft.qk_norm)")
+    if arch.num_aux * arch.target_hidden_size == arch.hidden_size:
+        reasons.append("SGLang skips fc where its input is as wide as the draft")
+    if target and max(outputs) == target.num_layers - 1 and target.model_type not in CAPTURES_LAST_LAYER:
+        reasons.append(f"SGLang cannot capture the output of the last layer ({max(outputs)}) of this target")
+    if is_deepseek_class(target) and outputs[0] == 0:
+        reasons.append("SGLang's DeepSeek class has no ids that select the output of layer 0")
+    return reasons
 
 
 def served_config(
@@ -102,16 +119,21 @@ def served_config(
     Args:
         target: gives the token ids and the model class; None leaves the token ids out.
         dtype: type of the weights in the file.
-        vllm: write vLLM's architecture name instead of SGLang's.
+        vllm: write the name of vLLM's class, which SGLang does not know.
     """
+    architecture = SGLANG_ARCHITECTURE
+    if vllm:
+        architecture = VLLM_ARCHITECTURE_QK_NORM if arch.qk_norm else VLLM_ARCHITECTURE
     config: dict[str, Any] = {
-        "architectures": [VLLM_ARCHITECTURE if vllm else SGLANG_ARCHITECTURE],
-        "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 1, "mlp_bias": False,
+        "architectures": [architecture],
+        "model_type": "qwen3" if arch.qk_norm else "llama",
+        "hidden_act": "silu", "num_hidden_layers": 1, "mlp_bias": False,
         "tie_word_embeddings": False, "initializer_range": 0.02, "use_cache": True,
         **{name: getattr(arch, name) for name in SAME_NAMES},
         "vocab_size": arch.target_vocab_size,
         "torch_dtype": dtype, "dtype": dtype,  # the keys of transformers 4 and 5
         **rope_keys(arch),
+        **length_keys(arch, target),
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": sglang_layer_ids(outputs, target),
             "use_aux_hidden_state": True, "norm_before_fc": arch.norm_before_fc,
@@ -122,9 +144,30 @@ def served_config(
         config["target_hidden_size"] = arch.target_hidden_size
     if arch.sliding_window:
         config |= {"sliding_window": arch.sliding_window, "layer_types": ["sliding_attention"]}
+        if arch.qk_norm:
+            config["use_sliding_window"] = True  # without it, Qwen3's configuration drops the window
     if target:
         config |= {"bos_token_id": target.bos_token_id, "eos_token_id": list(target.eos_token_ids) or None}
     return config
+
+
+def length_keys(arch: DraftArch, target: TargetInfo | None) -> dict[str, Any]:
+    """Return the context length that engines read, and under ``eagle_ds`` what they do not.
+
+    An engine allows the draft as many positions as the target serves. YaRN is the exception: engines compute
+    its angles only up to original length * factor, so such a draft cannot be served beyond.
+    """
+    context = target.longest_context if target else 0
+    length = max(arch.trained_length, context)
+    if arch.rope_scaling and arch.rope_scaling.rope_type == "yarn":
+        original = arch.rope_scaling.original_max_position_embeddings
+        assert original is not None, "RopeScaling requires it"
+        length = min(length, int(original * arch.rope_scaling.factor))
+    own = {
+        "trained_length": arch.trained_length,
+        "context_length": None if context and length >= context else length,
+    }
+    return {"max_position_embeddings": length, OWN_KEY: own}
 
 
 def rope_keys(arch: DraftArch) -> dict[str, Any]:
@@ -139,123 +182,11 @@ def rope_keys(arch: DraftArch) -> dict[str, Any]:
 def _scaling_keys(scaling: RopeScaling) -> dict[str, Any]:
     """Return the keys that this kind of scaling uses.
 
-    Engines do not read ``attention_factor``; they multiply their own factor by ``attn_factor``.
+    vLLM reads ``attention_factor``. SGLang does not; it multiplies its own factor by ``attn_factor``.
     """
     read = keys_read_by(scaling.rope_type)
     keys = {name: value for name, value in scaling if name in read and value is not None}
     if scaling.rope_type == "yarn" and scaling.attention_factor is not None:
-        keys["attn_factor"] = scaling.attention_factor / _engine_magnitude(keys)
+        derived = yarn_magnitude(scaling.factor, scaling.mscale, scaling.mscale_all_dim)
+        keys["attn_factor"] = scaling.attention_factor / derived
     return keys
-
-
-def _engine_magnitude(scaling: Mapping[str, Any]) -> float:
-    """Return the factor on cos and sin that engines derive for YaRN, before ``attn_factor``."""
-
-    def magnitude(mscale: float) -> float:
-        return 0.1 * mscale * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
-
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return magnitude(scaling["mscale"]) / magnitude(scaling["mscale_all_dim"])
-    return magnitude(1.0)
-
-
-def rope_scaling_of(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Return (theta, scaling) of a draft's config.json; without a theta it is 10000.
-
-    Keys that belong to other kinds of scaling are ignored, as engines ignore them.
-
-    Raises ValueError for a kind of scaling, or a key, that is not supported.
-    """
-    theta, scaling = rope_of(dict(config))
-    if scaling is None:
-        return theta, None
-    attn_factor = scaling.pop("attn_factor", None)
-    scaling.pop("rope_theta", None)
-    if scaling.pop("partial_rotary_factor", 1.0) != 1.0 or config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial rotary embedding is not supported; the draft must rotate whole heads")
-    if attn_factor is not None and scaling.get("attention_factor") is None and "factor" in scaling:
-        scaling["attention_factor"] = attn_factor * _engine_magnitude(scaling)
-    try:
-        return theta, RopeScaling.of_model(scaling)
-    except ValueError as error:
-        kinds = ", ".join(kind for kind in ROPE_NEEDS if kind != "default")
-        supported = f"{kinds} with the keys {', '.join(RopeScaling.model_fields)}"
-        raise ValueError(f"its rope scaling {scaling} is not supported; supported are {supported}") from error
-
-
-def arch_of_config(config: Mapping[str, Any]) -> DraftArch:
-    """Return the architecture that a served config.json describes. Absent keys get the engines' defaults.
-
-    Raises ValueError for a draft with another depth, activation, norm placement or container.
-    """
-    if "speculators_model_type" in config or "transformer_layer_config" in config:
-        raise ValueError("it is in the speculators container; convert it to the plain EAGLE-3 layout first")
-    if config.get("num_hidden_layers", 1) != 1:
-        raise ValueError(f"it has {config['num_hidden_layers']} decoder layers; EAGLE-3 drafts here have one")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"its activation is {config['hidden_act']}; only silu is supported")
-    for key, meaning in UNSUPPORTED.items():
-        if config.get(key):
-            raise ValueError(f"{meaning} ({key} is set), which is not supported")
-    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    lacking = [key for key in needed if not config.get(key)]
-    if lacking:
-        raise ValueError(f"its config.json has no {', '.join(lacking)}")
-    theta, scaling = rope_scaling_of(config)
-    eagle = config.get("eagle_config") or {}
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    if not config.get("head_dim") and width % heads:
-        wrong = f"its hidden_size {width} is no multiple of its {heads} heads"
-        raise ValueError(f"{wrong}, and its config.json gives no head_dim")
-    windowed = "sliding_attention" in (config.get("layer_types") or ())
-    layer_ids = eagle.get("eagle_aux_hidden_state_layer_ids") or ()
-    return DraftArch(
-        hidden_size=width, intermediate_size=config["intermediate_size"], num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or width // heads,
-        draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"],
-        target_hidden_size=config.get("target_hidden_size") or width, target_vocab_size=config["vocab_size"],
-        max_position_embeddings=config.get("max_position_embeddings", 2048), rope_theta=theta,
-        rope_scaling=scaling, rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        num_aux=config.get("num_aux_hidden_states") or len(layer_ids) or 3,
-        sliding_window=config.get("sliding_window") if windowed else None,
-        attention_bias=bool(config.get("attention_bias", False)),
-        fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm")),
-        norm_output=bool(config.get("norm_output", False)),
-        norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
-    )
-
-
-@dataclass(frozen=True)
-class ServeCommands:
-    """Shell commands that serve a target with a draft that proposes a chain of ``num_steps`` tokens."""
-
-    target: str
-    draft: str | Path
-    num_steps: int = 3
-    sliding_window: int | None = None
-
-    @property
-    def sglang(self) -> str:
-        """Command for SGLang.
-
-        SGLang counts the target's own token among the draft tokens. With a window of W a row sees W + 1 keys:
-        its own, and those at distances 1 to W.
-        """
-        lines = [
-            f"python -m sglang.launch_server --model-path {shlex.quote(self.target)} --dtype bfloat16",
-            f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {shlex.quote(str(self.draft))}",
-            f"--speculative-num-steps {self.num_steps} --speculative-eagle-topk 1 "
-            f"--speculative-num-draft-tokens {self.num_steps + 1}",
-        ]
-        if self.sliding_window:
-            lines.append(f"--speculative-draft-window-size {self.sliding_window - 1}")
-        return " \\\n  ".join(lines)
-
-    @property
-    def vllm(self) -> str:
-        """Command for vLLM, for a draft that was exported with --vllm."""
-        tokens = f'"num_speculative_tokens": {self.num_steps}'
-        settings = f'{{"method": "eagle3", "model": "{self.draft}", {tokens}}}'
-        serve = f"vllm serve {shlex.quote(self.target)} --dtype bfloat16"
-        return f"{serve} \\\n  --speculative-config {shlex.quote(settings)}"

@@ -135,6 +135,8 @@ class TensorSizes:
         # copy of q with its heads sharded, unless the backward exchanges q again (recompute full).
         copies = 3 if self.sharding.ulysses > 1 and self.recompute != "full" else 2
         attention = copies * self.query + 4 * self.recipe.draft.num_attention_heads
+        if self.recipe.draft.qk_norm:
+            attention += self.query + self.diagonal // 2  # q and K_k before their norms
         mlp = 0  # recompute mlp or full: the MLP is recomputed from g_k and the attention output
         if self.recompute == "selective":
             mlp = self.state + 2 * self.inner  # output projection [D], gate [I], up [I]
@@ -150,9 +152,11 @@ class TensorSizes:
 
         The projections keep nothing (recompute full), K_0 and V_0 (selective), or z [rows.context, 2D] and
         the angles cos and sin [rows.context, d] in float32. Eager operations also keep both norms' inputs.
+        With qk_norm, K_0 is also kept before its norm.
         """
         angles = 2 * 2 * self.recipe.draft.head_dim
         whole = (4 if self.cpu else 2) * self.state + angles
+        whole += self.diagonal // 2 if self.recipe.draft.qk_norm else 0
         projections = {"full": 0, "selective": self.diagonal}.get(self.recompute, whole)
         embedded = self.embedding if self.recompute in ("none", "mlp") else 0
         return self.rows.context * (self.state + projections + embedded) + self.tokens * self.embedding

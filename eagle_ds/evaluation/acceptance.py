@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eagle_ds.capture.hf import load_model
 from eagle_ds.config.recipe import Recipe
@@ -24,6 +25,7 @@ from eagle_ds.data.shapes import BadRecord, conversation_of
 from eagle_ds.drafts.cached_draft import CachedDraft
 from eagle_ds.drafts.loading import DraftOnDisk
 from eagle_ds.evaluation import decoding
+from eagle_ds.evaluation.batched import BatchDecoder
 from eagle_ds.evaluation.decoding import CachedTarget, Decoded, DecodeSettings, Round
 from eagle_ds.target.files import resolve_target
 from eagle_ds.target.info import TargetInfo, stop_token_ids
@@ -32,6 +34,10 @@ Turn = Literal["first", "last"]
 Progress = Callable[[int], None]  # called with a number of new tokens
 RESAMPLES = 10_000
 LEVEL = 0.95
+# Without cuDNN's attention, which makes a plan for every new shape. Decoding meets a new shape in every pass,
+# and the draft that is measured first would pay for the plans that the others use.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+WARM_UP_PASSES = 2
 CONTEXT_EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 1 << 40)
 
 
@@ -111,6 +117,25 @@ class Measurement:
     plain: list[Decoded] | None
     drafts: dict[str, list[Decoded]]
 
+    @classmethod
+    def join(
+        cls, settings: DecodeSettings, prompts: Sequence[Prompt], parts: Sequence[Measurement]
+    ) -> Measurement:
+        """Join measurements of one prompt each, in the order of the prompts."""
+        names = parts[0].drafts if parts else ()
+        plain = [one.plain[0] for one in parts if one.plain]
+        drafts = {name: [one.drafts[name][0] for one in parts] for name in names}
+        return cls(settings, list(prompts), plain or None, drafts)
+
+    def split(self) -> list[Measurement]:
+        """Return one measurement for each prompt: the inverse of ``join``."""
+        parts = []
+        for i, prompt in enumerate(self.prompts):
+            plain = self.plain[i : i + 1] if self.plain else None
+            drafts = {name: answers[i : i + 1] for name, answers in self.drafts.items()}
+            parts.append(Measurement(self.settings, [prompt], plain, drafts))
+        return parts
+
     def summary(self) -> dict[str, Any]:
         """Return the part of acceptance.json about the drafts, their differences and the prompts."""
         names = list(self.drafts)
@@ -161,24 +186,64 @@ class Measurement:
 
 def measure(
     target: CachedTarget, drafts: Mapping[str, CachedDraft], prompts: Sequence[Prompt],
-    settings: DecodeSettings, plain: bool = True, progress: Progress = lambda tokens: None,
+    settings: DecodeSettings, plain: bool = True, progress: Progress = lambda tokens: None, batch: int = 1,
 ) -> Measurement:
     """Answer every prompt with every draft and, if ``plain``, by the target alone.
 
-    The prompt is read once and shared by all. ``progress`` is called with the number of new tokens.
+    The prompt is read once and shared by all. ``batch`` prompts of similar length are decoded together.
+    ``progress`` is called with the number of new tokens.
+
+    Speeds are comparable only after ``warm_up``.
     """
-    found = Measurement(settings, list(prompts), [] if plain else None, {name: [] for name in drafts})
-    for prompt in prompts:
-        start = decoding.prefill(target, prompt.ids)
-        reference = decoding.decode_plain(target, start, settings) if plain else None
-        if reference:
-            found.plain.append(reference)
-            progress(len(reference.tokens))
-        for name, draft in drafts.items():
-            found.drafts[name].append(decoding.decode_speculative(target, draft, start, settings, reference))
-            progress(len(found.drafts[name][-1].tokens))
+    found: dict[int, Measurement] = {}
+    for indices in batches_of(prompts, batch):
+        answered = _answer(target, drafts, [prompts[i] for i in indices], settings, plain, progress)
+        found |= dict(zip(indices, answered, strict=True))
     target.reset()
-    return found
+    return Measurement.join(settings, prompts, [found[i] for i in range(len(prompts))])
+
+
+def batches_of(prompts: Sequence[Prompt], batch: int) -> list[list[int]]:
+    """Split the prompts into batches of similar length; return their indices, the longest prompts first."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
+    return [order[at : at + batch] for at in range(0, len(order), batch)]
+
+
+def warm_up(
+    target: CachedTarget, drafts: Mapping[str, CachedDraft], prompts: Sequence[Prompt],
+    settings: DecodeSettings, batch: int = 1,
+) -> None:
+    """Decode a few tokens in every way that is timed later, without timing them.
+
+    The first passes of a process compile kernels and allocate memory. Without this, the way that is measured
+    first would pay for it.
+    """
+    few = WARM_UP_PASSES * (settings.num_draft_tokens + 1)
+    short = replace(settings, max_new_tokens=min(few, settings.max_new_tokens), stop_ids=frozenset())
+    first = [prompts[i] for i in batches_of(prompts, batch)[0]]
+    _answer(target, drafts, first, short, plain=True, progress=lambda tokens: None)
+    target.reset()
+
+
+def _answer(
+    target: CachedTarget, drafts: Mapping[str, CachedDraft], prompts: Sequence[Prompt],
+    settings: DecodeSettings, plain: bool, progress: Progress,
+) -> list[Measurement]:
+    """Answer one batch of prompts; return one measurement for each."""
+    decoder: decoding.PromptDecoder | BatchDecoder
+    answers: dict[str, list[Decoded]] = {}
+    with sdpa_kernel(ATTENTION):
+        if len(prompts) == 1:
+            decoder = decoding.PromptDecoder(target, prompts[0].ids, settings)
+        else:
+            decoder = BatchDecoder(target, [prompt.ids for prompt in prompts], settings)
+        reference = decoder.plain() if plain else None
+        if reference:
+            progress(sum(len(answer.tokens) for answer in reference))
+        for name, draft in drafts.items():
+            answers[name] = decoder.speculative(draft, reference)
+            progress(sum(len(answer.tokens) for answer in answers[name]))
+    return Measurement(settings, list(prompts), reference, answers).split()
 
 
 def rounds_of(answers: Sequence[Decoded]) -> list[Round]:
@@ -268,10 +333,14 @@ class TargetFiles:
 
     @classmethod
     def open(
-        cls, model: str, revision: str | None = None, template_kwargs: Mapping[str, Any] | None = None
+        cls, model: str, revision: str | None = None, template_kwargs: Mapping[str, Any] | None = None, *,
+        weights: bool = True,
     ) -> TargetFiles:
-        """Find the target and load its tokenizer. Raises ValueError if either cannot be read."""
-        folder = resolve_target(model, revision)
+        """Find the target and load its tokenizer. Raises ValueError if either cannot be read.
+
+        ``weights``: download and check its weights too.
+        """
+        folder = resolve_target(model, revision, weights)
         info, tokenizer = TargetInfo.from_folder(folder), load_tokenizer(folder)
         stops = frozenset(stop_token_ids(folder)) or frozenset({tokenizer.eos_token_id})
         encoder = ChatEncoder(tokenizer, info.max_position_embeddings, template_kwargs=template_kwargs)

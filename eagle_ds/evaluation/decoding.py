@@ -85,6 +85,11 @@ class CachedTarget:
             module.register_forward_hook(self._keep(layer))
 
     @property
+    def device(self) -> torch.device:
+        """Device that the tokens must be on."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
     def length(self) -> int:
         """Number of tokens in the cache."""
         return self.cache.get_seq_length()
@@ -105,13 +110,23 @@ class CachedTarget:
             Logits [n, V], or [1, V] of the last token if ``last_only``.
             The layers' outputs side by side, [n, A*H].
         """
-        ids = ids.to(self.model.get_input_embeddings().weight.device)
         keep = int(last_only)  # 0 keeps the logits of all tokens
-        out = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
-        device = out.logits.device
+        logits, aux = self.run(ids[None], self.cache, logits_to_keep=keep)
+        return logits[0], aux[0]
+
+    def run(self, ids: Tensor, cache: Cache, **options: Any) -> tuple[Tensor, Tensor]:
+        """Run the model on tokens, int64 [B, n], and append them to ``cache``.
+
+        ``options`` go to the model: mask, positions, which logits to keep.
+
+        Returns:
+            Logits [B, n, V] and the layers' outputs side by side, [B, n, A*H].
+        """
+        ids = ids.to(self.device)
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
         # The hooks have stored the outputs; layers may be on other GPUs than the logits.
-        outputs = [self._outputs.pop(layer)[0].to(device) for layer in self.layers]
-        return out.logits[0], torch.cat(outputs, dim=-1)
+        outputs = [self._outputs.pop(layer).to(out.logits.device) for layer in self.layers]
+        return out.logits, torch.cat(outputs, dim=-1)
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Empty the cache and read a prompt; return logits after it [1, V] and the layers' outputs [n, A*H].
@@ -134,6 +149,10 @@ class DecodeSettings:
     max_new_tokens: int = 64
     num_draft_tokens: int = 5
     stop_ids: frozenset[int] = frozenset()
+
+    def continues(self, tokens: Sequence[int]) -> bool:
+        """Return whether an answer with these tokens goes on: it has not ended and may be longer."""
+        return len(tokens) < self.max_new_tokens and tokens[-1] not in self.stop_ids
 
 
 @dataclass(frozen=True)
@@ -194,18 +213,35 @@ def prefill(target: CachedTarget, ids: Sequence[int]) -> Prefilled:
     return Prefilled(prompt, int(logits[-1].argmax()), aux)
 
 
+class PromptDecoder:
+    """Decodes one prompt by the target alone and with drafts. The prompt is read once."""
+
+    def __init__(self, target: CachedTarget, prompt: Sequence[int], settings: DecodeSettings) -> None:
+        self.target, self.settings = target, settings
+        self.start = prefill(target, prompt)
+
+    def plain(self) -> list[Decoded]:
+        """Return the answer of ``decode_plain``, as a list of one."""
+        return [decode_plain(self.target, self.start, self.settings)]
+
+    def speculative(self, draft: CachedDraft, plain: Sequence[Decoded] | None = None) -> list[Decoded]:
+        """Return the answer of ``decode_speculative``, as a list of one."""
+        reference = plain[0] if plain else None
+        return [decode_speculative(self.target, draft, self.start, self.settings, reference)]
+
+
 @torch.inference_mode()
 def decode_plain(target: CachedTarget, start: Prefilled, settings: DecodeSettings) -> Decoded:
     """Decode with the target alone, token by token."""
     target.crop(len(start.ids))
     out = Decoded([start.first], margins=[float("nan")])
-    began = _now(target)
-    while len(out.tokens) < settings.max_new_tokens and out.tokens[-1] not in settings.stop_ids:
+    began = now(target)
+    while settings.continues(out.tokens):
         logits, _ = target.forward(torch.tensor(out.tokens[-1:]))
         best = logits[-1].float().topk(2)
         out.tokens.append(int(best.indices[0]))
         out.margins.append(float(best.values[0] - best.values[1]))
-    out.seconds = _now(target) - began
+    out.seconds = now(target) - began
     return out
 
 
@@ -219,8 +255,8 @@ def decode_speculative(
     draft.reset()
     out = Decoded([start.first])
     draft.extend(start.aux, torch.cat([start.ids[1:], torch.tensor([start.first])]))
-    began = _now(target)
-    while len(out.tokens) < settings.max_new_tokens and out.tokens[-1] not in settings.stop_ids:
+    began = now(target)
+    while settings.continues(out.tokens):
         context = target.length + 1
         proposed = draft.propose(settings.num_draft_tokens).cpu()
         logits, aux = target.forward(torch.cat([torch.tensor(out.tokens[-1:]), proposed]))
@@ -229,17 +265,32 @@ def decode_speculative(
         # Crop rejected tokens from the target's cache; give the draft the true states of accepted ones.
         target.crop(context + matches)
         draft.extend(aux[: matches + 1], chosen[: matches + 1])
-        # An answer may end before the last match. Tokens after its stop token do not count as accepted.
-        gained = _until_stop(chosen[: matches + 1].tolist(), settings.stop_ids)
-        accepted = min(matches, len(gained))
-        reached = min(accepted + (len(gained) > matches), settings.num_draft_tokens)
-        out.rounds.append(Round(context, reached, accepted, len(gained)))
-        if plain and out.divergence is None:
-            out.divergence = _first_divergence(plain, len(out.tokens), gained, logits)
-        out.tokens += gained
-    out.seconds = _now(target) - began
+        take_verified(out, context, chosen[: matches + 1].tolist(), logits, settings, plain)
+    out.seconds = now(target) - began
     out.tokens = out.tokens[: settings.max_new_tokens]
     return out
+
+
+def take_verified(
+    out: Decoded, context: int, verified: list[int], logits: Tensor, settings: DecodeSettings,
+    plain: Decoded | None,
+) -> None:
+    """Append the tokens of one pass to the answer ``out``, and record the pass.
+
+    Args:
+        context: tokens before the pass.
+        verified: the accepted draft tokens, and the target's own token after them.
+        logits: of the pass, [K + 1, V]; read only where the answer first differs from ``plain``.
+    """
+    # An answer may end before the last match. Tokens after its stop token do not count as accepted.
+    gained = _until_stop(verified, settings.stop_ids)
+    matches = len(verified) - 1
+    accepted = min(matches, len(gained))
+    reached = min(accepted + (len(gained) > matches), settings.num_draft_tokens)
+    out.rounds.append(Round(context, reached, accepted, len(gained)))
+    if plain and out.divergence is None:
+        out.divergence = _first_divergence(plain, len(out.tokens), gained, logits)
+    out.tokens += gained
 
 
 def leading_matches(proposed: Tensor, chosen: Tensor) -> int:
@@ -263,8 +314,8 @@ def _first_divergence(plain: Decoded, start: int, gained: list[int], logits: Ten
     return None
 
 
-def _now(target: CachedTarget) -> float:
+def now(target: CachedTarget) -> float:
     """Return the time in seconds, after the device has finished its queue."""
-    if target.model.get_input_embeddings().weight.is_cuda:
+    if target.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

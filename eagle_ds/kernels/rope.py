@@ -69,20 +69,19 @@ def _yarn(plain: Tensor, scaling: RopeScaling, head_dim: int, theta: float) -> t
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return plain * (1 - ramp) + plain / scaling.factor * ramp, _yarn_magnitude(scaling)
+    magnitude = scaling.attention_factor
+    if magnitude is None:
+        magnitude = yarn_magnitude(scaling.factor, scaling.mscale, scaling.mscale_all_dim)
+    return plain * (1 - ramp) + plain / scaling.factor * ramp, magnitude
 
 
-def _yarn_magnitude(scaling: RopeScaling) -> float:
-    """Return the factor on cos and sin, by which YaRN scales attention scores."""
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
+def yarn_magnitude(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
+    """Return the factor on cos and sin that YaRN derives; attention scores are multiplied by its square."""
 
-    def magnitude(mscale: float) -> float:
-        return 0.1 * mscale * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    if scaling.mscale and scaling.mscale_all_dim:
-        return magnitude(scaling.mscale) / magnitude(scaling.mscale_all_dim)
-    return magnitude(1.0)
+    return magnitude(mscale) / magnitude(mscale_all_dim) if mscale and mscale_all_dim else magnitude(1.0)
 
 
 def rotation(

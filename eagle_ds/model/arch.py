@@ -13,8 +13,11 @@ class DraftArch:
     """An EAGLE-3 draft: one decoder layer over fused target states (arXiv:2503.01840).
 
     Attributes:
+        trained_length: longest sequence, in tokens, that the draft was trained on.
         norm_before_fc: one RMSNorm over the concatenated auxiliary states [A*H].
         fc_norm: one RMSNorm for each auxiliary state [H] (EAGLE-3.1).
+        norm_before_residual: the layer's residual starts at the normed state (speculators).
+        qk_norm: one RMSNorm over each head of q, one over each head of k, before RoPE (Qwen3).
         norm_output: the next TTT step starts from the normed state (EAGLE-3.1).
     """
 
@@ -26,7 +29,7 @@ class DraftArch:
     draft_vocab_size: int
     target_hidden_size: int
     target_vocab_size: int
-    max_position_embeddings: int
+    trained_length: int
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
@@ -36,6 +39,8 @@ class DraftArch:
     fc_norm: bool = False
     norm_output: bool = False
     norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    qk_norm: bool = False
 
     @property
     def trains_embedding(self) -> bool:
@@ -50,6 +55,6 @@ class DraftArch:
         shared = {f.name: getattr(draft, f.name) for f in fields(cls) if f.name in type(draft).model_fields}
         return cls(
             **shared, draft_vocab_size=draft.vocab_size, target_hidden_size=target.hidden_size,
-            target_vocab_size=target.vocab_size, max_position_embeddings=recipe.data.max_length,
+            target_vocab_size=target.vocab_size, trained_length=recipe.data.max_length,
             num_aux=len(target.aux_ids),
         )  # fmt: skip

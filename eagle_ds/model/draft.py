@@ -104,6 +104,8 @@ class DraftAttention(nn.Module):
         self.k_proj = CopyableLinear(width, arch.num_key_value_heads * d, bias=bias)
         self.v_proj = CopyableLinear(width, arch.num_key_value_heads * d, bias=bias)
         self.o_proj = ResidualLinear(arch.num_attention_heads * d, arch.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(d, arch.rms_norm_eps) if arch.qk_norm else None
+        self.k_norm = RMSNorm(d, arch.rms_norm_eps) if arch.qk_norm else None
         self.frequencies, self.rope_factor = inverse_frequencies(d, arch.rope_theta, arch.rope_scaling)
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -120,8 +122,13 @@ class DraftAttention(nn.Module):
 
     def project_q(self, z: Tensor, positions: Tensor) -> Tensor:
         """Map z [M, 2D] to rotated queries [M, Hq, d]."""
-        q = self.q_proj(z).unflatten(-1, (self.heads, self.head_dim))
-        return operations_for(q).rope(q, *self.rotation(positions, q.dtype))
+        return self.rotate(self.q_proj(z).unflatten(-1, (self.heads, self.head_dim)), self.q_norm, positions)
+
+    def rotate(self, x: Tensor, norm: RMSNorm | None, positions: Tensor) -> Tensor:
+        """Rotate heads x [M, heads, d]. ``norm`` is applied to each head first (None: there is none)."""
+        if norm is not None:
+            x = norm(x.flatten(0, 1)).view_as(x)
+        return operations_for(x).rope(x, *self.rotation(positions, x.dtype))
 
     def project_kv(
         self, z: Tensor, positions: Tensor, kv_weights: WeightAndBias | None = None
@@ -135,7 +142,7 @@ class DraftAttention(nn.Module):
         else:
             k, v = F.linear(z, *kv_weights).chunk(2, dim=-1)
         k, v = (x.unflatten(-1, (self.kv_heads, self.head_dim)) for x in (k, v))
-        return operations_for(k).rope(k, *self.rotation(positions, z.dtype)), v
+        return self.rotate(k, self.k_norm, positions), v
 
 
 class DraftMLP(nn.Module):
@@ -164,6 +171,7 @@ class DraftLayer(nn.Module):
         self.input_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
         self.hidden_norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
+        self.norm_before_residual = arch.norm_before_residual
         self.self_attn = DraftAttention(arch)
         self.mlp = DraftMLP(arch)
 
@@ -189,8 +197,11 @@ class DraftLayer(nn.Module):
     def finish(self, state: Tensor, attended: Tensor) -> Tensor:
         """Map state g_k [M, D] and attention output [M, Hq, d] to g_{k+1} [M, D].
 
-        Both residuals are states before their norm.
+        Both residuals are states before their norm; with ``norm_before_residual`` the first is the normed
+        state.
         """
+        if self.norm_before_residual:
+            state = self.hidden_norm(state)
         state = self.self_attn.o_proj(attended.flatten(1), state)
         return self.mlp(self.post_attention_layernorm(state), state)
 
@@ -312,7 +323,7 @@ class Eagle3Draft(nn.Module):
         state = _select(fused, batch.query_index)
         states, diagonals = [], []
         for step in range(batch.sharding.ttt_steps):
-            q, *kv = project(projection_token, step, state)
+            q, *kv = self._rotated(project(projection_token, step, state), batch.query_positions + step)
             diagonals += kv
             stay(*kv)
             attended = prefix.attend(backward_token, step, q, diagonals)
@@ -320,10 +331,25 @@ class Eagle3Draft(nn.Module):
             state = self.next_state(states[-1])
         return states
 
+    def _rotated(self, parts: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, ...]:
+        """Norm and rotate q and k of one step, if the draft norms them. Otherwise they are rotated.
+
+        Args:
+            parts: q, and from step 1 on also k and v, each [N, heads, d].
+            positions: rope positions of the rows at this step, int64 [N].
+        """
+        if not self.arch.qk_norm:
+            return parts
+        attention = self.midlayer.self_attn
+        norms = (attention.q_norm, attention.k_norm)
+        rotated = (attention.rotate(x, norm, positions) for x, norm in zip(parts, norms, strict=False))
+        return (*rotated, *parts[2:])
+
     def _step_projections(self, batch: Batch) -> StepProjections:
         arch, attention = self.arch, self.midlayer.self_attn
+        rotation = None if arch.qk_norm else partial(attention.rotation, dtype=self.fc.weight.dtype)
         return StepProjections(
-            batch.token_index, batch.query_positions, partial(attention.rotation, dtype=self.fc.weight.dtype),
+            batch.token_index, batch.query_positions, rotation,
             query_heads=arch.num_attention_heads, kv_heads=arch.num_key_value_heads, head_dim=arch.head_dim,
             eps=arch.rms_norm_eps,
         )  # fmt: skip

@@ -4,7 +4,8 @@ The projections read z = [norm(e) ; norm(g)], so W z = W_e norm(e) + W_g norm(g)
 one token. Row p of step k reads token p+1+k, as row p+1 of step k-1 does, and all steps use the same W_e. So
 W_e norm(e) is computed once for each token, before the first step, into a table [tokens, (Hq + 2 Hkv) d]. A
 step reads its rows of the table, adds W_g norm(g_k), and rotates. For an 8B draft this saves 5.4% of all
-FLOPs of matmuls.
+FLOPs of matmuls. A draft that norms q and k does so before it rotates them; the steps then return q and k
+unrotated, and the caller norms and rotates them.
 
 Backward. Write dqkv_k for the gradient of step k before the rotation. Row t-1-k of step k reads token t, so
 
@@ -47,11 +48,12 @@ class StepProjections:
     Args:
         token_index: int64 [T, N]; row p of step k reads token ``token_index[k, p]``.
         positions: RoPE positions of the query rows at step 0, int64 [N].
-        rotation: maps int64 positions to (cos, sin).
+        rotation: maps int64 positions to (cos, sin). None: the steps return q and k unrotated.
     """
 
     def __init__(
-        self, token_index: Tensor, positions: Tensor, rotation: Callable[[Tensor], tuple[Tensor, Tensor]],
+        self, token_index: Tensor, positions: Tensor,
+        rotation: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
         *, query_heads: int, kv_heads: int, head_dim: int, eps: float,
     ) -> None:  # fmt: skip
         self.token_index = token_index
@@ -97,11 +99,16 @@ class StepProjections:
     def rotate(
         self, to: list[Tensor], parts: list[Tensor], step: int, rows: slice, *, back: bool = False
     ) -> None:
-        """Write q and k of ``rows``, rotated for ``step`` or back, and v unchanged."""
-        angles = self.rotation(self.positions[rows] + step)
-        for y, x in zip(to[:2], parts[:2], strict=True):
-            self.operations.rotate_into(y, x, *angles, back=back)
-        for y, x in zip(to[2:], parts[2:], strict=True):
+        """Write q and k of ``rows``, rotated for ``step`` or back, and v unchanged.
+
+        Without a rotation, all three are written unchanged.
+        """
+        rotated = 0
+        if self.rotation is not None:
+            angles, rotated = self.rotation(self.positions[rows] + step), 2
+            for y, x in zip(to[:2], parts[:2], strict=True):
+                self.operations.rotate_into(y, x, *angles, back=back)
+        for y, x in zip(to[rotated:], parts[rotated:], strict=True):
             copy_rows(y, x)
 
     @property

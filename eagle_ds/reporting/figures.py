@@ -33,7 +33,7 @@ def acceptance_figure(result: Line) -> bytes:
     _length_bars(lengths, result, colours)
     _position_curves(positions, drafts, colours)
     _context_bars(contexts, drafts, colours)
-    _speed_bars(speeds, result.get("plain"), drafts, colours)
+    _speed_bars(speeds, result, colours)
     where = f"{result['num_draft_tokens']} draft tokens per pass, {result['dtype']}, {result['device']}"
     title = f"Acceptance on {result['target']}\n{result['num_prompts']} prompts, {where}"
     figure.suptitle(title, fontsize=11, color=INK)
@@ -79,24 +79,28 @@ def _context_bars(axes: Axes, drafts: Sequence[Line], colours: Sequence[str]) ->
         bars = axes.bar(at, heights, width * 0.92, color=colour, label=draft["name"])
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axes.set(title="acceptance length by context length", xlabel="tokens of context")
-    axes.set_xticks(range(len(edges)), [_bucket(low, high) for low, high in edges])
+    axes.set_xticks(range(len(edges)), [bucket_name(low, high) for low, high in edges])
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.margins(y=0.15)
 
 
-def _bucket(low: float, high: float) -> str:
+def bucket_name(low: float, high: float) -> str:
+    """Name a range of context lengths, for example 512-1K. An infinite ``high`` gives 32K+."""
     first, last = (f"{n / 1024:.0f}K" if n >= 1024 else f"{n:.0f}" for n in (low, high))
     return f"{first}+" if high == float("inf") else f"{first}-{last}"
 
 
-def _speed_bars(axes: Axes, plain: Line | None, drafts: Sequence[Line], colours: Sequence[str]) -> None:
+def _speed_bars(axes: Axes, result: Line, colours: Sequence[str]) -> None:
+    plain = result.get("plain")
     rows = [("plain", plain["tokens_per_s"], "#c9d1d9")] if plain else []
-    for draft, colour in zip(drafts, colours, strict=False):
+    for draft, colour in zip(result["drafts"], colours, strict=False):
         rows.append((draft["name"], draft["tokens_per_s"], colour))
     names, values, fills = zip(*rows, strict=True)
     axes.bar_label(axes.barh(names, values, color=fills), fmt="%.1f", padding=3)
     axes.invert_yaxis()
-    axes.set(title="decoding speed (transformers, one prompt at a time)", xlabel="tokens/s")
+    together = result.get("batch", 1)
+    prompts = "one prompt" if together == 1 else f"{together} prompts"
+    axes.set(title=f"decoding speed (transformers, {prompts} at a time)", xlabel="tokens/s")
     axes.margins(x=0.12)
 
 

@@ -17,9 +17,19 @@ from typing import Any
 import numpy as np
 
 from eagle_ds.config.recipe import Recipe, load_recipe
-from eagle_ds.config.run_folder import ACCEPTANCE, EVAL_LOG, EXPORTED, RECIPE_FILE, REPORT, STEP_LOG
+from eagle_ds.config.run_folder import (
+    ACCEPTANCE,
+    EVAL_LOG,
+    EXPORTED,
+    EXPORTED_VLLM,
+    RECIPE_FILE,
+    REPORT,
+    STEP_LOG,
+)
 from eagle_ds.config.settings import read_json
-from eagle_ds.drafts.serving_format import ServeCommands
+from eagle_ds.drafts.serve_commands import ServeCommands
+from eagle_ds.drafts.serving_format import sglang_obstacles
+from eagle_ds.model.arch import DraftArch
 from eagle_ds.reporting.figures import acceptance_figure, learning_figure, smooth, speed_figure
 from eagle_ds.reporting.html_page import escaped, image, page, section, table, tiles
 
@@ -53,9 +63,15 @@ class Run:
         return cls(folder, load_recipe(folder / RECIPE_FILE), *logs, acceptance)
 
     @property
+    def only_vllm(self) -> bool:
+        """Whether SGLang cannot serve this draft."""
+        arch = DraftArch.from_recipe(self.recipe)
+        return bool(sglang_obstacles(arch, self.recipe.target.aux_ids, None))
+
+    @property
     def exported(self) -> Path:
-        """The folder that SGLang serves; it exists only after an export."""
-        return self.folder / EXPORTED
+        """The folder that engines serve; it exists only after an export."""
+        return self.folder / (EXPORTED_VLLM if self.only_vllm else EXPORTED)
 
     @property
     def num_steps(self) -> int:
@@ -211,19 +227,23 @@ def _speed_table(train: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _serving_section(run: Run) -> str:
-    target, window = run.recipe.target.model, run.recipe.draft.sliding_window
-    sglang = ServeCommands(target, run.exported, run.num_steps, window).sglang
-    vllm = ServeCommands(target, f"{run.exported}-vllm", run.num_steps, window).vllm
+    recipe, only_vllm = run.recipe, run.only_vllm
+    if (run.exported / "config.json").is_file():
+        commands = ServeCommands.for_folder(recipe.target.model, run.exported, run.num_steps)
+    else:  # The export may add the flag of a context length.
+        window = recipe.draft.sliding_window
+        commands = ServeCommands(recipe.target.model, run.exported, run.num_steps, window)
     tokens = f"{run.num_steps} draft token{'s' if run.num_steps > 1 else ''} per pass"
     why = f"{tokens}: each was accepted in at least {100 * WORTH_DRAFTING:.0f}% of the passes measured here."
     if not run.acceptance:
         why = f"{tokens}, until acceptance is measured."
-    export = escaped(f"tools/export_draft.py {run.folder}")
-    lines = [
-        f"<p class=note>{escaped(why)}</p><h3>Export</h3><pre>{export}\n{export} --vllm</pre>",
-        f"<h3>SGLang</h3><pre>{escaped(sglang)}</pre><h3>vLLM</h3><pre>{escaped(vllm)}</pre>",
-    ]
-    return section("Serve it", "".join(lines))
+    why += f" Trained on sequences of up to {recipe.data.max_length} tokens; acceptance falls beyond."
+    export = f"tools/export_draft.py {run.folder}" + (" --vllm" if only_vllm else "")
+    blocks = {"Export": export, "SGLang": commands.sglang, "vLLM": commands.vllm}
+    if only_vllm:
+        del blocks["SGLang"]
+    lines = [f"<h3>{title}</h3><pre>{escaped(text)}</pre>" for title, text in blocks.items()]
+    return section("Serve it", f"<p class=note>{escaped(why)}</p>{''.join(lines)}")
 
 
 def _median(lines: Sequence[Mapping[str, Any]], name: str) -> float:

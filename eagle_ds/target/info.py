@@ -33,6 +33,8 @@ class TargetInfo:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    architecture: str = ""
+    """Name of the class in ``architectures``; engines choose their own class by it."""
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> TargetInfo:
@@ -58,7 +60,21 @@ class TargetInfo:
             rms_norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
             max_position_embeddings=config.get("max_position_embeddings", 0),
             bos_token_id=config.get("bos_token_id"), eos_token_ids=_as_ids(config.get("eos_token_id")),
+            architecture=next(iter(config.get("architectures") or ()), ""),
         )
+
+    @property
+    def longest_context(self) -> int:
+        """Longest context, in tokens, that an engine may serve by default; 0 if config.json does not say.
+
+        Engines multiply ``max_position_embeddings`` by the factor of a scaling that names no original length.
+        With YaRN some versions take original length * factor.
+        """
+        scaling, stated = self.rope_scaling or {}, self.max_position_embeddings
+        factor, original = scaling.get("factor") or 1.0, scaling.get("original_max_position_embeddings")
+        if original is None:
+            return stated if scaling.get("rope_type") == "llama3" else int(stated * factor)
+        return max(stated, int(original * factor)) if scaling.get("rope_type") == "yarn" else stated
 
     @property
     def aux_ids(self) -> tuple[int, int, int]:

@@ -95,6 +95,10 @@ def test_recipes_that_not_every_engine_serves_have_caveats() -> None:
         in recipe(training={"loss": "lambda", "gradient_accumulation": 2}).caveats[0]
     )
     assert "SGLang drops these biases" in recipe(draft={"attention_bias": True}).caveats[0]
+    assert "draft.qk_norm: SGLang ignores" in recipe(draft={"qk_norm": True}).caveats[0]
+    assert "SGLang ignores" in recipe(draft={"norm_before_residual": True}).caveats[0]
+    layers = recipe().target.num_layers
+    assert "names the last layer" in recipe(target={"aux_layer_ids": [0, layers - 1]}).caveats[0]
     assert "hidden_size=72 is no multiple of 32 heads" in recipe(draft={"hidden_size": 72}).caveats[0]
 
 
@@ -183,6 +187,8 @@ def test_every_setting_has_a_description() -> None:
         ),
         (["--draft.vocab_size", "101"], "draft.vocab_size=101 is above target.vocab_size=100"),
         (["--target.num_layers", "3"], "aux_layer_ids=[1, 0, -1] must lie in 0..2"),
+        (["--target.aux_layer_ids", "[1]"], "target.aux_layer_ids"),
+        (["--draft.qk_norm", "true", "--draft.attention_bias", "true"], "no engine serves qk_norm with"),
         (["--draft.rope_scaling.rope_type", "llama3"], "rope_type llama3 needs factor, low_freq_factor"),
         (["--draft.rope_scaling.rope_type", "unheard_of"], f"input should be {KINDS}"),
         (

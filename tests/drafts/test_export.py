@@ -7,58 +7,50 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import logging
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eagle_ds.config.sections import RopeScaling
 from eagle_ds.drafts import export
-from eagle_ds.drafts.export import ExportSettings, export_draft, verify_export
-from eagle_ds.drafts.loading import ARCH_FILE, DraftOnDisk, initial_draft, load_draft, load_served_draft
-from eagle_ds.drafts.serving_format import ServeCommands
-from eagle_ds.target.info import TargetInfo
-from tests.draft_cases import LAYERS, LLAMA3, PLAIN, VARIANTS, random_draft, recipe_for, variant, write_run
-
-SETTINGS = ExportSettings("org/target", LAYERS)
-
-
-def exported(folder: Path, draft: DraftOnDisk | None = None, **settings: Any) -> Path:
-    return export_draft(draft or random_draft(), folder / "draft", dataclasses.replace(SETTINGS, **settings))
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = {key: value for key, value in (config_of(folder) | changes).items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
+from eagle_ds.drafts.export import export_draft, verify_export
+from eagle_ds.drafts.loading import initial_draft, load_draft, load_served_draft
+from eagle_ds.drafts.serve_commands import ServeCommands
+from tests.draft_cases import (
+    LAYERS,
+    ONLY_VLLM,
+    PLAIN,
+    SETTINGS,
+    VARIANTS,
+    config_of,
+    edit_config,
+    edit_tensors,
+    exported,
+    random_draft,
+    recipe_for,
+    target_info,
+    variant,
+    write_run,
+)
 
 # -- what is written ------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, *ONLY_VLLM])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_an_independent_reader_computes_the_training_logits(tmp_path: Path, name: str, dtype: str) -> None:
     draft = random_draft(variant(name))
-    folder = exported(tmp_path, draft, dtype=dtype)
+    folder = exported(tmp_path, draft, dtype=dtype, vllm=name in ONLY_VLLM)
     assert verify_export(draft, folder, getattr(torch, dtype)) < 1e-5
     again = load_draft(folder)
-    assert (again.arch, again.layer_outputs) == (draft.arch, LAYERS)
+    assert (again.arch, again.layer_outputs) == (draft.arch, draft.layer_outputs)
     assert torch.equal(again.vocab.d2t, draft.vocab.d2t) and torch.equal(again.vocab.t2d, draft.vocab.t2d)
     for key, tensor in draft.state.items():
         assert torch.equal(again.state[key], tensor.to(getattr(torch, dtype)).float()), key
@@ -100,10 +92,18 @@ def test_each_engine_finds_the_layers_in_its_own_place_and_numbering(tmp_path: P
 
 
 @pytest.mark.parametrize(("outputs", "sglang"), [((1, 29, 57), [1, 29, 57]), ((2, 30, 58), [3, 31, 59])])
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"model_type": "deepseek_v3"},
+        {"model_type": "glm_moe_dsa"},
+        {"model_type": "mistral3", "architecture": "MistralLarge3ForCausalLM"},
+    ],
+)
 def test_sglangs_deepseek_class_gets_ids_that_select_the_same_layers(
-    tmp_path: Path, outputs: tuple[int, ...], sglang: list[int]
+    tmp_path: Path, target: dict[str, Any], outputs: tuple[int, ...], sglang: list[int]
 ) -> None:
-    info = target_info(model_type="deepseek_v3", num_layers=61)
+    info = target_info(num_layers=61, **target)
     folder = exported(tmp_path, random_draft(layers=outputs), layers=outputs, info=info)
     assert config_of(folder)["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == sglang
     recipe = recipe_for(PLAIN, tmp_path, init_from=str(folder))
@@ -111,16 +111,13 @@ def test_sglangs_deepseek_class_gets_ids_that_select_the_same_layers(
     assert initial_draft(recipe.model_copy(update={"target": target}), info).layer_outputs == outputs
 
 
-def target_info(**changes: Any) -> TargetInfo:
-    config = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "num_hidden_layers": 8,
-        "vocab_size": 280,
-        "num_attention_heads": 4,
-    }
-    config["eos_token_id"] = [1, 2]
-    return dataclasses.replace(TargetInfo._from_config(config), **changes)
+def test_layers_that_depend_on_the_targets_class_are_named_if_it_is_not_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exported(tmp_path / "default")
+    assert "DeepSeek" not in caplog.text
+    exported(tmp_path / "own", random_draft(layers=(2, 3, 6)), layers=(2, 3, 6))
+    assert "one off from [2, 3, 6]" in caplog.text
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "rope" in name or name == "plain"])
@@ -139,13 +136,75 @@ def test_old_and_new_readers_of_the_rope_keys_agree(
 
 def test_config_holds_the_trained_length_and_the_targets_tokens(tmp_path: Path) -> None:
     config = config_of(exported(tmp_path, info=target_info()))
-    assert config["max_position_embeddings"] == 4096
+    assert config["eagle_ds"]["trained_length"] == config["max_position_embeddings"] == 4096
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     assert (config["bos_token_id"], config["eos_token_id"], config["tie_word_embeddings"]) == (
         None,
         [1, 2],
         False,
     )
+
+
+YARN_TARGET = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("draft", "target", "written", "flag"),
+    [
+        ("plain", {"max_position_embeddings": 131072}, 131072, None),  # trained on 4096
+        ("plain", {"max_position_embeddings": 2048}, 4096, None),  # longer than its target
+        ("plain", {"max_position_embeddings": 32768, "rope_scaling": YARN_TARGET}, 131072, None),
+        ("plain", {"max_position_embeddings": 8192, "rope_scaling": {"factor": 2.0}}, 16384, None),
+        ("plain", {}, 4096, 4096),  # the target's context is not known
+        ("plain", None, 4096, 4096),
+        ("llama3 rope", {"max_position_embeddings": 131072}, 131072, None),
+        ("linear rope", {"max_position_embeddings": 131072}, 131072, None),
+        # Engines compute YaRN's angles up to 4 * 1024 only.
+        ("yarn rope", {"max_position_embeddings": 131072}, 4096, 4096),
+        ("yarn rope", {"max_position_embeddings": 4096}, 4096, None),
+    ],
+)
+def test_engines_may_serve_the_targets_context_and_our_loader_reads_the_trained_length(
+    tmp_path: Path, draft: str, target: dict[str, Any] | None, written: int, flag: int | None
+) -> None:
+    info = None if target is None else target_info(**target)
+    folder = exported(tmp_path, random_draft(variant(draft)), info=info)
+    assert config_of(folder)["max_position_embeddings"] == written
+    assert load_draft(folder).arch == variant(draft)
+    commands = ServeCommands.for_folder("org/target", folder)
+    assert commands.context_length == flag
+    text = (folder / "README.md").read_text()
+    for words in (f"--context-length {flag}", f"--max-model-len {flag}"):
+        assert (words in text) == (flag is not None)
+    assert "up to 4096 tokens" in text and ("towards 1 beyond 4096" in text) == (written > 4096)
+    again = export_draft(load_draft(folder), tmp_path / "again", dataclasses.replace(SETTINGS, info=info))
+    assert config_of(again) == config_of(folder)
+
+
+def test_the_keys_of_a_yarn_draft_are_as_trained_whatever_its_target_serves(tmp_path: Path) -> None:
+    info = target_info(max_position_embeddings=131072)
+    folder = exported(tmp_path, random_draft(variant("yarn rope")), info=info)
+    assert config_of(folder)["rope_scaling"]["original_max_position_embeddings"] == 1024
+
+
+def test_a_checkpoint_of_version_0_1_keeps_its_length(tmp_path: Path) -> None:
+    checkpoint = write_run(tmp_path, random_draft(), recipe_for(PLAIN, tmp_path))
+    tree = json.loads((checkpoint / "arch.json").read_text())
+    tree["max_position_embeddings"] = tree.pop("trained_length")
+    (checkpoint / "arch.json").write_text(json.dumps(tree))
+    assert load_draft(checkpoint).arch == PLAIN
+
+
+def test_a_whole_vocabulary_is_exported_without_a_map(tmp_path: Path) -> None:
+    draft = random_draft(variant("whole vocabulary"))
+    folder = exported(tmp_path, draft)
+    assert not {"d2t", "t2d"} & load_file(folder / "model.safetensors").keys()
+    assert torch.equal(load_draft(folder).vocab.d2t, draft.vocab.d2t)
+    d2t = torch.zeros(280, dtype=torch.int64)
+    d2t[0], d2t[1] = 1, -1
+    swapped = dataclasses.replace(draft, vocab=dataclasses.replace(draft.vocab, d2t=d2t))
+    with pytest.raises(ValueError, match="in another order"):
+        exported(tmp_path / "swapped", swapped)
 
 
 def test_serving_commands_count_as_the_engines_do(tmp_path: Path) -> None:
@@ -162,6 +221,8 @@ def test_serving_commands_count_as_the_engines_do(tmp_path: Path) -> None:
         "model": "a draft",
         "num_speculative_tokens": 4,
     }
+    assert shlex.split(commands.sglang.replace("\\\n", "")) == commands.sglang_arguments
+    assert shlex.split(commands.vllm.replace("\\\n", "")) == commands.vllm_arguments
 
 
 # -- what verification detects ------------------------------------------
@@ -259,6 +320,23 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(tmp_path: Path)
         ),
         ({"layers": (1, 2)}, "reads 3 target layers"),
         ({"layers": (1, 2, 6)}, "was trained on layers"),
+        (
+            {"layers": (1, 2, 7), "draft": random_draft(layers=None), "info": target_info()},
+            "cannot capture the output of the last layer",
+        ),
+        (
+            {
+                "layers": (0, 2, 5),
+                "draft": random_draft(layers=None),
+                "info": target_info(model_type="glm_moe_dsa"),
+            },
+            "DeepSeek class has no ids",
+        ),
+        ({"layers": (1, 2, 8), "draft": random_draft(layers=None), "info": target_info()}, "within 0..7"),
+        (
+            {"draft": random_draft(dataclasses.replace(PLAIN, hidden_size=96, head_dim=16))},
+            "SGLang skips fc",
+        ),
         ({"info": target_info(hidden_size=64)}, "for a target with hidden_size 32, but org/target has 64"),
         ({"dtype": "int8"}, "dtype int8"),
     ],
@@ -271,173 +349,32 @@ def test_a_draft_that_cannot_be_served_is_refused_before_writing(
     assert os.listdir(tmp_path) == []
 
 
-def test_attention_biases_can_be_exported_for_vllm(tmp_path: Path) -> None:
-    draft = random_draft(dataclasses.replace(PLAIN, attention_bias=True))
-    assert verify_export(draft, exported(tmp_path, draft, vllm=True), torch.bfloat16) < 1e-5
-
-
-# -- training from an exported or published draft ------------------------------------------
-
-
-def test_training_starts_from_our_export_with_its_own_tensors_norms_and_rope(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    draft = random_draft(variant("llama3 rope"))
-    folder = exported(tmp_path, draft, dtype="float32")
-    recipe = recipe_for(PLAIN, tmp_path, init_from=str(folder))
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 131072})})
-    with caplog.at_level(logging.INFO):
-        start = initial_draft(recipe)
-    assert (start.arch.rope_theta, start.arch.rope_scaling) == (500000.0, LLAMA3)
-    assert start.arch.max_position_embeddings == 131072
-    assert "rope_theta is 500000.0" in caplog.text
-    assert all(torch.equal(start.state[name], tensor) for name, tensor in draft.state.items())
-    assert torch.equal(start.vocab.d2t, draft.vocab.d2t)
-
-
-def test_rope_is_overridden_only_on_request_and_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = exported(tmp_path)
-    recipe = recipe_for(variant("llama3 rope"), tmp_path, init_from=str(folder), override_rope=True)
-    with caplog.at_level(logging.INFO):
-        start = initial_draft(recipe)
-    assert (start.arch.rope_theta, start.arch.rope_scaling) == (500000.0, LLAMA3)
-    assert "in place of the draft's own (theta 10000" in caplog.text
-    folder = export_draft(
-        start, tmp_path / "again", dataclasses.replace(SETTINGS, layers=start.layer_outputs)
-    )
-    assert config_of(folder)["rope_parameters"]["rope_type"] == "llama3"
-
-
-def published(folder: Path, draft: DraftOnDisk, **config: Any) -> Path:
-    """Write a draft as other projects publish it: a pickle of tensors, older names, no rope base, no
-    head_dim, an unused embedding.
-    """
-    folder.mkdir()
-    tensors = load_file(exported(folder, draft, dtype="float16") / "model.safetensors")
-    kept = {
-        name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items() if name != "t2d"
-    }
-    torch.save(kept | {"embed_tokens.weight": torch.randn(280, 32)}, folder / "pytorch_model.bin")
-    kept_keys = (
-        "architectures",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
-    kept_keys += ("draft_vocab_size", "rms_norm_eps", "num_hidden_layers", "hidden_act")
-    stated = {key: config_of(folder / "draft")[key] for key in kept_keys} | {"max_position_embeddings": 2048}
-    (folder / "config.json").write_text(json.dumps(stated | config))
-    return folder
-
-
-def test_a_published_draft_is_read_with_the_engines_defaults(tmp_path: Path) -> None:
-    draft = random_draft(dataclasses.replace(PLAIN, head_dim=8))
-    found = load_served_draft(published(tmp_path / "p", draft))
-    arch = found.arch
-    assert (arch.rope_theta, arch.rope_scaling, arch.head_dim, arch.max_position_embeddings) == (
-        10000.0,
-        None,
-        8,
-        2048,
-    )
-    assert torch.equal(found.vocab.t2d, draft.vocab.t2d)
-    assert all(torch.equal(found.state[name], tensor.half().float()) for name, tensor in draft.state.items())
-    start = initial_draft(recipe_for(draft.arch, tmp_path, init_from=str(tmp_path / "p")))
-    assert start.arch.max_position_embeddings == 4096 and start.layer_outputs is None
-
-
-def test_keys_of_other_kinds_of_rope_scaling_are_ignored_in_files_that_exist(tmp_path: Path) -> None:
-    arch = dataclasses.replace(variant("linear rope"), head_dim=8, max_position_embeddings=2048)
-    extra = {"beta_fast": 16.0, "original_max_position_embeddings": 1024, "low_freq_factor": 1.0}
-    keys = {"rope_type": "linear", "factor": 4.0, **extra}
-    assert load_draft(published(tmp_path / "p", random_draft(arch), rope_scaling=keys)).arch == arch
-    run = write_run(tmp_path, random_draft(arch), recipe_for(arch, tmp_path))
-    tree = json.loads((run / ARCH_FILE).read_text())
-    (run / ARCH_FILE).write_text(json.dumps(tree | {"rope_scaling": tree["rope_scaling"] | extra}))
-    assert load_draft(run).arch == arch
-
-
-class Evil:
-    """A pickle of this runs a command when it is loaded."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch harmed",)
-
-
 @pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"num_hidden_layers": 2}, "2 decoder layers"),
-        ({"norm_before_residual": True}, "the residual is normed"),
-        ({"speculators_model_type": "eagle3"}, "speculators container"),
-        ({"hidden_act": "gelu"}, "activation is gelu"),
-        ({"rope_scaling": {"rope_type": "unheard_of", "factor": 4}}, "supported are linear, llama3, yarn"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 4, "bogus": 1}}, "rope scaling .*bogus"),
-        ({"rope_scaling": {"rope_type": "yarn", "attn_factor": 1.5}}, "rope scaling .*yarn"),
-        (
-            {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2}},
-            "partial rotary",
-        ),
-        ({"intermediate_size": 44}, "midlayer.mlp.gate_proj.weight has shape"),
-        ({"draft_vocab_size": 90}, "d2t has shape"),
-        ({"attention_bias": True}, "lacks the tensors midlayer.self_attn.k_proj.bias"),
-        ({"hidden_size": None}, "no hidden_size"),
-        (
-            {"hidden_size": 30},
-            "hidden_size 30 is no multiple of its 4 heads, and its config.json gives no head_dim",
-        ),
-    ],
+    ("layers", "info"),
+    [((1, 2, 7), {"model_type": "gpt_oss"}), ((1, 2, 7), {"model_type": "gemma3_text"}), ((0, 2, 5), {})],
 )
-def test_a_published_draft_of_another_architecture_is_refused(
-    tmp_path: Path, config: dict[str, Any], message: str
+def test_layers_that_sglangs_class_can_capture_are_exported(
+    tmp_path: Path, layers: tuple[int, ...], info: dict[str, Any]
 ) -> None:
-    folder = published(tmp_path / "p", random_draft(dataclasses.replace(PLAIN, head_dim=8)), **config)
-    with pytest.raises(ValueError, match=message):
-        load_draft(folder)
+    folder = exported(tmp_path, random_draft(layers=None), layers=layers, info=target_info(**info))
+    assert load_draft(folder, target_info(**info)).layer_outputs == layers
 
 
-def test_a_pickle_that_holds_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = published(tmp_path / "p", random_draft(dataclasses.replace(PLAIN, head_dim=8)))
-    torch.save({"fc.weight": Evil()}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="more than tensors"):
-        load_draft(folder)
-    assert not (tmp_path / "harmed").exists()
+def test_the_last_layer_can_be_exported_for_vllm(tmp_path: Path) -> None:
+    folder = exported(tmp_path, random_draft(layers=None), layers=(1, 2, 7), info=target_info(), vllm=True)
+    assert config_of(folder)["eagle_aux_hidden_state_layer_ids"] == [2, 3, 8]
+    text = (folder / "README.md").read_text()
+    assert "vllm serve" in text and "sglang" not in text
 
 
-@pytest.mark.parametrize(
-    ("arch", "target", "message"),
-    [
-        ({"draft_vocab_size": 90}, {}, "draft_vocab_size 100 where the recipe says 90"),
-        ({"intermediate_size": 44}, {}, "intermediate_size 40 where the recipe says 44"),
-        ({"target_vocab_size": 300}, {}, "target_vocab_size 280 where the recipe says 300"),
-        ({}, {"aux_layer_ids": (1, 2, 6)}, r"reads the outputs of target layers \[1, 2, 5\]"),
-    ],
-)
-def test_a_recipe_that_contradicts_init_from_is_refused(
-    tmp_path: Path, arch: dict[str, Any], target: dict[str, Any], message: str
-) -> None:
-    recipe = recipe_for(dataclasses.replace(PLAIN, **arch), tmp_path, init_from=str(exported(tmp_path)))
-    recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update=target)})
-    with pytest.raises(ValueError, match=message):
-        initial_draft(recipe)
-
-
-@pytest.mark.parametrize("broken", ["missing", "empty", "no tensors", "torn"])
-def test_a_folder_without_a_readable_draft_is_named(tmp_path: Path, broken: str) -> None:
-    folder = tmp_path / "draft"
-    if broken != "missing":
-        folder.mkdir()
-    if broken in ("no tensors", "torn"):
-        folder = exported(tmp_path)
-        weights = folder / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-100]) if broken == "torn" else weights.unlink()
-    with pytest.raises(ValueError, match="draft"):
-        load_draft(folder)
+@pytest.mark.parametrize("name", ONLY_VLLM)
+def test_what_sglang_would_ignore_is_exported_for_vllm_alone(tmp_path: Path, name: str) -> None:
+    draft = random_draft(variant(name))
+    with pytest.raises(ValueError, match="export with --vllm"):
+        exported(tmp_path, draft)
+    folder = exported(tmp_path, draft, vllm=True)
+    assert verify_export(draft, folder, torch.bfloat16) < 1e-5
+    assert config_of(folder)["architectures"][0].startswith("Eagle3")  # a name that SGLang does not know
 
 
 # -- checkpoints of a run ------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.chat import ChatEncoder
 from eagle_ds.data.conversations import Intake
+from eagle_ds.drafts.cached_draft import CachedDraft
 from eagle_ds.drafts.loading import untrained_draft
 from eagle_ds.evaluation import acceptance
 from eagle_ds.evaluation.acceptance import (
@@ -22,6 +25,7 @@ from eagle_ds.evaluation.acceptance import (
     by_context,
     by_position,
     load_prompts,
+    rounds_of,
 )
 from eagle_ds.evaluation.decoding import Decoded, DecodeSettings, Divergence, Round
 from eagle_ds.evaluation.decoding_pool import DecodingJob, measure_job
@@ -235,3 +239,39 @@ def test_the_untrained_draft_is_reproducible(target_folder: Path) -> None:
     assert all(torch.equal(first.state[name], again.state[name]) for name in first.state)
     built = first.build(weights["lm_head"], torch.bfloat16)
     assert built.fc.weight.dtype == torch.bfloat16 and not built.fc.weight.requires_grad
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_batches_give_the_answers_of_one_prompt_at_a_time(target_folder: Path, processes: int) -> None:
+    alone, told = decoding_job(target_folder), []
+    prompts = [Prompt(str(n), tuple(range(3, 9 + 7 * ((3 * n) % 5)))) for n in range(5)]
+    expected = measure_job(alone, prompts, 1, lambda tokens: None)
+    found = measure_job(replace(alone, batch=2), prompts, processes, told.append)
+    assert [answer.tokens for answer in found.plain] == [answer.tokens for answer in expected.plain]
+    for name in ("a", "b"):
+        answers = zip(found.drafts[name], expected.drafts[name], strict=True)
+        assert all((one.tokens, one.rounds) == (other.tokens, other.rounds) for one, other in answers)
+    assert found.summary()["prompts"] == expected.summary()["prompts"]
+    assert sum(told) == sum(len(a.tokens) for a in (*found.plain, *found.drafts["a"], *found.drafts["b"]))
+
+
+def test_the_first_passes_of_a_draft_are_not_timed(
+    target_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call of a draft pays for compilation: without a warm-up its speed would depend on the order.
+    """
+    propose, slow = CachedDraft.propose, set()
+
+    def compiling(draft: CachedDraft, steps: int) -> torch.Tensor:
+        if draft not in slow:
+            time.sleep(1.0)
+        slow.add(draft)
+        return propose(draft, steps)
+
+    monkeypatch.setattr(CachedDraft, "propose", compiling)
+    prompts = [Prompt("0", (3, 4, 5)), Prompt("1", (6, 7))]
+    found = measure_job(decoding_job(target_folder), prompts, 1, lambda tokens: None)
+    assert len(slow) == 2
+    for answers in found.drafts.values():
+        # Every timed pass together takes well under the second that each draft slept.
+        assert len(rounds_of(answers)) == 14 and max(answer.seconds for answer in answers) < 1.0

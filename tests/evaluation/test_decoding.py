@@ -26,7 +26,7 @@ from eagle_ds.evaluation.decoding import (
 )
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.sharding.sequence import Document, shard_sequence
-from tests.draft_cases import LAYERS, VARIANTS, random_draft, variant
+from tests.draft_cases import LAYERS, ONLY_VLLM, VARIANTS, random_draft, variant
 from tests.micro_batch import WholeSequence, prefix_for, rank_batch
 from tests.tiny_targets import save_tiny_llama
 
@@ -178,12 +178,12 @@ def unrolled(
     return [model.head.logits(state)[at] for state in states]
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "whole vocabulary"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS | ONLY_VLLM if name != "whole vocabulary"])
 def test_a_drafted_chain_has_the_logits_of_the_training_unroll(name: str) -> None:
     draft, length, row, steps = random_draft(variant(name)), 20, 11, 5
     torch.manual_seed(1)
     ids, aux = torch.randint(0, 280, (length,)), torch.randn(
-        length, 3 * draft.arch.target_hidden_size, dtype=torch.float64
+        length, draft.arch.num_aux * draft.arch.target_hidden_size, dtype=torch.float64
     )
     embedding = torch.randn(280, 32, dtype=torch.float64)
     cached = CachedDraft(draft.build(embedding, torch.float64), draft.vocab)

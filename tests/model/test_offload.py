@@ -24,6 +24,7 @@ VARIANTS = {
     "plain": TINY,
     "normed": replace(TINY, norm_output=True, fc_norm=True),
     "window": replace(TINY, sliding_window=7),
+    "residual and heads normed": replace(TINY, norm_before_residual=True, qk_norm=True),
 }
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eagle_ds.kernels.backend import PlainOperations
 from eagle_ds.model import draft
+from eagle_ds.model.arch import DraftArch
 from eagle_ds.model.loss import LossSettings, head_loss
 from eagle_ds.model.offload import ActivationOffload
 from eagle_ds.sharding import tiles
@@ -48,10 +49,14 @@ def assert_same(found: Step, expected: Step) -> None:
         torch.testing.assert_close(found.gradients[name], grad, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("arch", [TINY, replace(TINY, norm_before_residual=True, qk_norm=True)])
 @pytest.mark.parametrize("recompute", ["selective", "mlp", "full"])
-def test_recomputation_changes_no_result(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputation_changes_no_result(
+    recompute: str, arch: DraftArch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tiles, "TILE_ROWS", 7)  # several tiles, the last one short
-    assert_same(step(recompute), step("none"))
+    case = replace(CASE, arch=arch)
+    assert_same(step(recompute, case), step("none", case))
 
 
 def swiglu_backward_in_place(

@@ -113,9 +113,14 @@ VARIANTS = {
     "fc_norm": {"fc_norm": True},
     "norm_output": {"norm_output": True},
     "norm_before_fc": {"norm_before_fc": True},
+    "norm_before_residual": {"norm_before_residual": True},
+    "norm_before_residual_and_output": {"norm_before_residual": True, "norm_output": True},
+    "qk_norm": {"qk_norm": True},
+    "qk_norm_window": {"qk_norm": True, "sliding_window": 6},
     "bias": {"attention_bias": True},
     "own_width": {"target_hidden_size": 30},
     "full_vocabulary": {"draft_vocab_size": 37},
+    "four_layers": {"num_aux": 4},
 }
 
 

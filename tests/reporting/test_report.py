@@ -94,7 +94,8 @@ def test_a_report_shows_how_to_serve(reported: Path) -> None:
     ):
         assert words in page
     assert "--speculative-draft-window-size 63" in page
-    assert "vllm serve" in page and f"{reported}/draft-vllm" in page and "tools/export_draft.py" in page
+    assert "vllm serve" in page and f"{reported}/draft&quot;" in page and "tools/export_draft.py" in page
+    assert "--vllm" not in page  # both engines load the same folder
 
 
 def test_draft_positions_that_are_seldom_accepted_are_not_served(run: Path) -> None:

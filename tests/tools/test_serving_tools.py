@@ -84,12 +84,18 @@ def test_a_run_is_exported_measured_and_reported(
     found = json.loads((run_dir / "acceptance.json").read_text())
     assert [draft["name"] for draft in found["drafts"]] == ["untrained", "trained"]
     assert (found["num_prompts"], found["num_draft_tokens"], found["dtype"]) == (3, 3, "float32")
+    trained = json.loads((run_dir / "recipe.json").read_text())["data"]["max_length"]
+    assert found["trained_length"] == trained
+    assert ("reach beyond the draft's trained length" in printed) == (found["beyond_trained_length"] > 0)
     assert (run_dir / "acceptance.png").read_bytes().startswith(b"\x89PNG")
     assert call("make_report", run_dir) == 0
     assert "untrained → trained" in (run_dir / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["compare_runs", "eval_acceptance", "export_draft", "make_report"])
+@pytest.mark.parametrize(
+    "name",
+    ["bench_serving", "compare_runs", "eval_acceptance", "export_draft", "make_report", "serve_draft"],
+)
 def test_tools_that_do_not_train_do_not_import_deepspeed(name: str) -> None:
     """DeepSpeed is slow to import and prints warnings on a machine without a GPU."""
     root = Path(__file__).resolve().parents[2]

@@ -85,6 +85,16 @@ def test_a_step_is_the_single_process_step(pool: GlooPool, tiny: Tiny, layout: s
     check(*run(pool, tiny, layout, f"ds_stage{stage}.json"))
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(("layout", "stage"), [("U2", 1), ("R2", 3)])
+def test_norms_that_every_ttt_step_calls_get_the_whole_gradient(
+    pool: GlooPool, tiny: Tiny, layout: str, stage: int, recompute: str
+) -> None:
+    """ZeRO counts how often a module is called; these norms are called outside of the copied weights."""
+    variant = {"draft__norm_before_residual": True, "draft__qk_norm": True, "training__recompute": recompute}
+    check(*run(pool, tiny, layout, f"ds_stage{stage}.json", **variant))
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("layout", ["R2", "dp2"])
 def test_a_step_is_the_single_process_step_under_offload(
