@@ -17,6 +17,7 @@ torch.distributed and DeepSpeed call by means of eight methods; a subclass imple
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,9 +37,10 @@ def register_staged() -> None:
     dist.Backend.register_backend(STAGED, _make_staged, extended_api=True, devices=["cpu", "cuda"])
 
 
-def register_alone() -> None:
-    """Make the backend ``ALONE`` known to torch.distributed."""
-    dist.Backend.register_backend(ALONE, _make_alone, extended_api=True, devices=["cpu", "cuda"])
+def register_alone(*, fills_gathers_in_place: bool) -> None:
+    """Make the backend ``ALONE`` known to torch.distributed; see AloneGroup for the argument."""
+    make = partial(_make_alone, fills_gathers_in_place)
+    dist.Backend.register_backend(ALONE, make, extended_api=True, devices=["cpu", "cuda"])
 
 
 def _make_staged(options: Any, _: Any) -> StagedGroup:
@@ -46,8 +48,10 @@ def _make_staged(options: Any, _: Any) -> StagedGroup:
     return StagedGroup(dist.ProcessGroupGloo(options.store, rank, size, timeout=timeout))
 
 
-def _make_alone(options: Any, _: Any) -> AloneGroup:
-    return AloneGroup(options.group_rank, options.group_size)
+def _make_alone(fills_gathers_in_place: bool, options: Any, _: Any) -> AloneGroup:
+    return AloneGroup(
+        options.group_rank, options.group_size, fills_gathers_in_place=fills_gathers_in_place
+    )
 
 
 class Pending:
@@ -284,10 +288,18 @@ def _bring_all_back(tensors: Sequence[Tensor], hosts: Sequence[Tensor]) -> None:
 
 
 class AloneGroup(PythonGroup):
-    """One rank that simulates all others; every call is complete when it returns."""
+    """One rank that simulates all others; every call is complete when it returns.
 
-    def __init__(self, rank: int, size: int) -> None:
+    Args:
+        fills_gathers_in_place: what a gather whose input lies in its output does with the other ranks' parts.
+            False: leave them. ZeRO-1 and 2 gather updated weights in place, so the other ranks' weights keep
+            their values. True: fill them too. ZeRO-3 gathers into a new buffer, whose other parts hold
+            whatever was in that memory before, NaN included.
+    """
+
+    def __init__(self, rank: int, size: int, *, fills_gathers_in_place: bool = False) -> None:
         super().__init__(rank, size)
+        self.fills_gathers_in_place = fills_gathers_in_place
         self._sent: Tensor | None = None
 
     def getBackendName(self) -> str:
@@ -306,14 +318,13 @@ class AloneGroup(PythonGroup):
         return Pending()
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Pending:
-        """Fill every output with this rank's input.
-
-        A gather in place leaves the buffer as it is. ZeRO gathers updated weights in place, so the other
-        ranks' weights keep their values.
-        """
-        if outputs[0][self.rank()].data_ptr() != inputs[0].data_ptr():
+        """Fill every output with this rank's input; see the class for gathers in place."""
+        own = outputs[0][self.rank()]
+        in_place = own.data_ptr() == inputs[0].data_ptr()
+        if not in_place or self.fills_gathers_in_place:
             for output in outputs[0]:
-                _fill(output, inputs[0])
+                if not in_place or output is not own:
+                    _fill(output, inputs[0])
         return Pending()
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Pending:

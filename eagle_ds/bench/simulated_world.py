@@ -100,10 +100,11 @@ def alone_world(
             rank = busiest_rank(recipe, documents)
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} is out of range in a world of {size} ranks; use 0 to {size - 1}")
-        if rank and zero_stage(read_ds_json(recipe.deepspeed)) == 3:
+        partitions_weights = zero_stage(read_ds_json(recipe.deepspeed)) == 3
+        if rank and partitions_weights:
             found = f"rank {rank} cannot run alone under ZeRO-3, which compares all ranks with rank 0"
             raise ValueError(f"{found}; use rank 0")
-        register_alone()
+        register_alone(fills_gathers_in_place=partitions_weights)
         dist.init_process_group(ALONE, store=dist.HashStore(), rank=rank, world_size=size)
         deepspeed.init_distributed(ALONE, auto_mpi_discovery=False, verbose=False)
     topology = Topology(dist.get_world_size(), dist.get_rank(), recipe.parallel.ulysses, recipe.parallel.ring)

@@ -101,6 +101,9 @@ def test_received_data_are_made_of_sent_data() -> None:
     assert buffer.tolist() == [0, 1, 2, 3, 4, 5]  # in place: other ranks' parts stay
     group.all_gather_single(buffer, torch.tensor([7.0, 8.0]))
     assert buffer.tolist() == [7, 8] * 3
+    fresh = torch.tensor([float("nan")] * 2 + [5.0, 6.0] + [float("nan")] * 2)  # as ZeRO-3 allocates it
+    AloneGroup(1, 3, fills_gathers_in_place=True).all_gather_single(fresh, fresh[2:4])
+    assert fresh.tolist() == [5, 6] * 3
     group.reduce_scatter_single(arrived[0, :2], buffer * torch.arange(6.0), dist.ReduceScatterOptions())
     assert arrived[0, :2].tolist() == [14, 24]
 
