@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from eagle_ds.data.shapes import THOUGHTS, BadRecord, Message, conversation_of, record_id
+from eagle_ds.data.narrow import Narrowing
+from eagle_ds.data.shapes import THOUGHTS, BadRecord, Conversation, Message, conversation_of, record_id
 from eagle_ds.data.template import FIXED_DATE, ChatTemplate, Span, Tools
 from eagle_ds.store.manifest import trained_spans
 
@@ -124,19 +125,24 @@ class ChatEncoder:
         """
         name = record_id(record) if name is None else name
         conversation = conversation_of(record)
+        del record  # It may be long: the fewer copies of its texts, the better.
         if conversation.text is not None:
             ids = self._tokenize_text(conversation.text)
             return self._fit(EncodedSample(name, ids, np.ones(len(ids), np.uint8)))
-        turns = [message for message in conversation.messages if message["role"] == "assistant"]
-        if not any(turn.get(name) for turn in turns for name in ("content", "tool_calls", *THOUGHTS)):
+        if not _has_answer(conversation):
             self.stats.without_answer += 1
             return None
+        narrowing = Narrowing.for_conversation(conversation, str(self.tokenizer.chat_template))
+        conversation = narrowing.narrow(conversation)
         rendered = self.template.locate(conversation)
+        del conversation
         for ignored in rendered.ignored:
             if ignored not in self.stats.ignored:
                 logger.warning("the chat template ignores %s, for example in the record %s", ignored, name)
             self.stats.ignored[ignored] += 1
-        ids, mask = self._tokenize_spans(rendered.text, rendered.spans)
+        text, spans = narrowing.restore(rendered.text), rendered.spans
+        del rendered
+        ids, mask = self._tokenize_spans(text, spans)
         if not mask.any():
             raise BadRecord(
                 "answers not rendered",
@@ -267,3 +273,7 @@ class ChatEncoder:
             mask[(begins >= start) & (begins < end)] = 1
         return np.asarray(whole["input_ids"], np.int32), mask
 
+
+def _has_answer(conversation: Conversation) -> bool:
+    answers = (message for message in conversation.messages if message["role"] == "assistant")
+    return any(answer.get(name) for answer in answers for name in ("content", "tool_calls", *THOUGHTS))

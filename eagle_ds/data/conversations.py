@@ -103,13 +103,16 @@ class ConversationFile:
                 if not line.strip():
                     continue
                 self.line_numbers[start] = number
+                # A line may be long, so neither its bytes nor its record are kept here while it is used.
                 try:
-                    record = _parse(line)
+                    text = _decoded(line)
+                    del line
+                    parsed = [_parse(text)]
                 except BadRecord as error:
                     intake.reject(self, number, None, error)
                     continue
-                del line  # it may be long
-                yield start, record
+                del text
+                yield start, parsed.pop()
 
     def count(self) -> int:
         """Count the lines that are not blank."""
@@ -120,10 +123,15 @@ class ConversationFile:
         """Return the record at a byte offset that `records` gave."""
         with open(self.lines, "rb") as stream:
             stream.seek(offset)
-            return _parse(stream.readline())
+            return _parse(_decoded(stream.readline()))
 
     def unique_records(self, intake: Intake) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """Yield (byte offset, id, record), every id once.
+        """Yield (byte offset, id, record), every id once, as `unique_ids` does."""
+        for offset, name in self.unique_ids(intake):
+            yield offset, name, self.read(offset)
+
+    def unique_ids(self, intake: Intake) -> Iterator[tuple[int, str]]:
+        """Yield (byte offset, id) of every record, every id once. Keeps no record in memory.
 
         A record that repeats an earlier one is skipped and counted. One that has only its id is rejected or
         gets a suffix, as ``intake`` says.
@@ -136,6 +144,7 @@ class ConversationFile:
             except (UnicodeEncodeError, RecursionError) as error:
                 intake.reject(self, number, None, BadRecord("not Unicode", f"expected Unicode text: {error}"))
                 continue
+            del record
             names = (f"{name}-{n}" if n > 1 else name for n in itertools.count(1))
             free = next(one for one in names if seen.get(one, digest) == digest)
             if free in seen:
@@ -147,7 +156,7 @@ class ConversationFile:
                 continue
             seen[free] = digest
             intake.renamed += free != name
-            yield offset, free, record
+            yield offset, free
 
     def encode(
         self, encoder: ChatEncoder, intake: Intake | None = None
@@ -158,9 +167,10 @@ class ConversationFile:
         """
         intake = intake or Intake()
         try:
-            for offset, name, record in self.unique_records(intake):
+            for offset, name in self.unique_ids(intake):
                 try:
-                    encoded = encoder.encode(record, name)
+                    # Reading the line a second time is cheap, and leaves the record to the encoder alone.
+                    encoded = encoder.encode(self.read(offset), name)
                 except BadRecord as error:
                     intake.reject(self, self.line_numbers[offset], name, error)
                     continue
@@ -170,7 +180,14 @@ class ConversationFile:
             encoder.stats.duplicates = intake.repeated
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode(json.detect_encoding(line), "surrogatepass")
+    except ValueError as error:
+        raise BadRecord("not JSON", f"not valid JSON ({error})") from error
+
+
+def _parse(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -76,34 +76,40 @@ def test_a_missing_file_is_a_one_line_error(tmp_path):
 
 MEASURE = """
 import sys
+import numpy as np
 from eagle_ds.data.chat import ChatEncoder
-from eagle_ds.data.conversations import ConversationFile, Intake
-from eagle_ds.data.shapes import conversation_of
+from eagle_ds.data.conversations import ConversationFile
 from tests.tiny_targets import byte_tokenizer
 
 def peak() -> int:
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 
+def split_only(text, spans):
+    longest.append(max(map(len, encoder._parts(text, 0, len(text)))))
+    return np.zeros(1, np.int32), np.ones(1, np.uint8)
+
+longest = []
 encoder = ChatEncoder(byte_tokenizer("chatml"), 1 << 30)
 encoder.encode({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+encoder._tokenize_spans = split_only
 before = peak()
-for _, _, record in ConversationFile(sys.argv[1]).unique_records(Intake()):
-    found = encoder.template.locate(conversation_of(record))
-longest = max(map(len, encoder._parts(found.text, 0, len(found.text))))
-print(peak() - before, longest)
+assert len(list(ConversationFile(sys.argv[1]).encode(encoder))) == 1
+print(peak() - before, *longest)
 """
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "text", "end"),
     [
-        ("chats.jsonl", "the fox ran over 13 hills, and it slept. "),
-        ("chats.json", "狐狸跑过了山，然后睡了。"),
+        ("chats.jsonl", "the fox ran over 13 hills, and it slept. ", ""),
+        ("chats.json", "狐狸跑过了山，然后睡了。", ""),
+        ("chats.jsonl", "the fox ran over 13 hills,\nand it slept. ", "\U0001f600"),  # 4 bytes a character
     ],
 )
-def test_a_long_line_takes_at_most_ten_times_its_size_in_memory(tmp_path, name, text):
+def test_a_long_line_takes_at_most_ten_times_its_size_in_memory(tmp_path, name, text, end):
     """Measured without tokens; texts are tokenized in parts, and no part is long."""
-    chat = [{"role": "user", "content": text * (30_000_000 // len(text.encode()))}, CHAT["messages"][1]]
+    content = text * (30_000_000 // len(text.encode())) + end
+    chat = [{"role": "user", "content": content}, CHAT["messages"][1]]
     record = json.dumps({"messages": chat}, ensure_ascii=False)
     (tmp_path / name).write_text(f"[{record}]" if name == "chats.json" else record, encoding="utf-8")
     command = [sys.executable, "-c", MEASURE, str(tmp_path / name)]
