@@ -7,7 +7,8 @@ space, and each rank of a training run reads only its own rows from them.
           speculators       hs_*.safetensors  (--target gives the final norm, --dataset the loss mask)
           other HDF5        with --map
   writes  DST/store.json, DST/manifest.jsonl, DST/samples/...,
-          DST/rejected.jsonl (one line for each rejected file)
+          DST/rejected.jsonl (one line for each rejected file),
+          DST/rejected_conversations.jsonl (one line for each conversation of --dataset that cannot be used)
 
 Only tensors are read from the files; code in a pickle is never run. You can kill the command and run it
 again: samples in the store are not converted twice. A file that cannot be converted is rejected with a reason
@@ -139,7 +140,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("how to convert").add_argument
     workers = min(8, os.cpu_count() or 1)
     add("--workers", type=int, default=workers, help="processes that convert files (default: %(default)s)")
-    add("--strict", action="store_true", help="stop at the first rejected file")
+    add("--strict", action="store_true",
+        help="stop at the first rejected file, and at the first conversation of --dataset that is bad")
     add("--verify", action="store_true",
         help="read every stored file back and compare it with its source, bit for bit")
     add("--delete-source", action="store_true",
@@ -161,6 +163,9 @@ def add_info_flags(add: Callable[..., object]) -> None:
     add("--vocab-size", type=int, help="vocabulary size of the target (default: from --target)")
     add("--dataset", type=Path, metavar="JSONL",
         help="the conversations, to make the loss mask of formats that lack one; needs --target")
+    add("--template-kwargs", metavar="JSON",
+        help="variables of the chat template that the files were captured with, such as "
+        "'{\"enable_thinking\": false}'; the store keeps them, and --dataset is rendered with them")
     add("--max-length", type=int, default=1 << 20,
         help="with --dataset: the length in tokens to which the capture truncated (default: %(default)s)")
     add("--map", metavar="OURS=THEIRS,...",
@@ -184,12 +189,14 @@ def layer_ids(text: str) -> tuple[int, ...]:
 
 def make_options(arguments: argparse.Namespace) -> ConvertOptions:
     """Turn flags into options. Raises ValueError for flags that contradict each other."""
+    from eagle_ds.config.settings import json_object
     from eagle_ds.convert import Hdf5Map
     from eagle_ds.convert.options import ConvertOptions
 
     flags = vars(arguments)
     same_name = {name: flags[name] for name in ConvertOptions.__dataclass_fields__ if name in flags}
     mapping = Hdf5Map.parse(arguments.map) if arguments.map else None
+    same_name["template_kwargs"] = json_object(arguments.template_kwargs, "--template-kwargs")
     return ConvertOptions(**same_name, mapping=mapping, token_labels=not arguments.skip_head)
 
 
@@ -229,6 +236,8 @@ def show_summary(console: Console, summary: Summary, options: ConvertOptions) ->
     table.add_row("converted now", f"{summary.converted}")
     table.add_row("stored by an earlier run", f"{summary.already_done}")
     table.add_row("rejected", f"{len(summary.rejected)}")
+    if summary.conversations.rejected:
+        table.add_row("conversations of --dataset", str(summary.conversations))
     if options.verify or options.delete_source:
         table.add_row("compared with the source, bit for bit", f"{summary.compared}")
     if options.delete_source:

@@ -15,10 +15,12 @@ In float32 every answer equals the target's own, token by token. In bfloat16, on
 differently from six passes, so the answers may differ at a near tie. Such answers are counted, with the gap
 between the two logits.
 
-Writes acceptance.json and acceptance.png into the run folder (or --out). Acceptance length carries over to a
+Writes acceptance.json and acceptance.png into the run folder (or --out), and rejected_conversations.jsonl if
+some conversations before the last prompt cannot be used. Acceptance length carries over to a
 serving engine; tools/bench_serving.py --compare acceptance.json measures how well. Speed does not: it is that
-of transformers, without fused kernels. Every way of decoding is warmed up before it is timed, so the order of
-the drafts does not matter. --batch N decodes N prompts together, which is faster and gives the same answers.
+of transformers, without fused kernels. Every way of decoding is warmed up before it is timed, so that its speed
+does not depend on the order of the drafts. On a GPU this has not been measured; compare speeds there by separate
+calls. --batch N decodes N prompts together, which is faster and gives the same answers.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
     from eagle_ds.config.recipe import Recipe
+    from eagle_ds.data.conversations import Intake
     from eagle_ds.drafts.loading import DraftOnDisk
     from eagle_ds.evaluation.acceptance import Measurement
     from eagle_ds.evaluation.decoding_pool import DecodingJob
@@ -108,6 +111,7 @@ def main() -> int:
 def run(args: argparse.Namespace) -> None:
     from eagle_ds.config.outputs import check_output_folder
     from eagle_ds.config.recipe import load_own_recipe
+    from eagle_ds.data.conversations import Intake
     from eagle_ds.drafts.loading import load_draft, recipe_of, run_of
     from eagle_ds.launch import enter_repository
 
@@ -124,9 +128,10 @@ def run(args: argparse.Namespace) -> None:
     if out is None:
         raise ValueError(f"{draft.folder} is not in a run folder; give --out FOLDER for the results")
     job = describe_job(args, recipe, draft, baseline)
-    measured, info = measure_drafts(args, recipe, job)
+    intake = Intake(args.strict)
+    measured, info = measure_drafts(args, recipe, job, intake)
     info |= {"draft": str(draft.folder), "baseline": args.baseline}
-    write(measured, info, out)
+    write(measured, info, out, intake)
 
 
 def describe_job(
@@ -171,13 +176,15 @@ def describe_job(
 
 
 def measure_drafts(
-    args: argparse.Namespace, recipe: Recipe | None, job: DecodingJob
+    args: argparse.Namespace, recipe: Recipe | None, job: DecodingJob, intake: Intake
 ) -> tuple[Measurement, dict[str, Any]]:
-    """Decode all prompts under a progress bar; return the answers, and how they were measured."""
+    """Decode all prompts under a progress bar; return the answers, and how they were measured.
+
+    Conversations that cannot be used are noted in ``intake``.
+    """
     import torch
     from tqdm import tqdm
 
-    from eagle_ds.data.conversations import Intake
     from eagle_ds.evaluation.acceptance import load_prompts
     from eagle_ds.evaluation.decoding_pool import measure_job
 
@@ -186,7 +193,6 @@ def measure_drafts(
         raise ValueError("no prompts given; give --prompts, or a recipe with data.eval_conversations")
     limit = job.target.info.max_position_embeddings - args.max_new_tokens
     longest = min(args.max_prompt_tokens or limit, limit)
-    intake = Intake(args.strict)
     found = load_prompts(path, job.target.encoder, args.num_prompts, longest, args.turn, intake)
     total = len(found.prompts) * args.max_new_tokens * (1 + len(job.drafts))
     with tqdm(total=total, unit="token", smoothing=0.05, desc="decoding") as bar:
@@ -219,13 +225,15 @@ def starting_point(draft: DraftOnDisk, recipe: Recipe | None) -> DraftOnDisk:
     return untrained_draft(draft.arch, draft.vocab, recipe.training.seed if recipe else 0)
 
 
-def write(measured: Measurement, info: dict[str, Any], out: Path) -> None:
-    """Write acceptance.json and acceptance.png, and print the figures."""
+def write(measured: Measurement, info: dict[str, Any], out: Path, intake: Intake) -> None:
+    """Write acceptance.json, acceptance.png and the list of rejected conversations; print the figures."""
     from eagle_ds.config.run_folder import ACCEPTANCE
+    from eagle_ds.data.conversations import REJECTED_CONVERSATIONS
     from eagle_ds.reporting.figures import acceptance_figure
 
     result = {"schema": 1, **info, **measured.summary()}
     out.mkdir(parents=True, exist_ok=True)
+    intake.write(out / REJECTED_CONVERSATIONS)
     temp = out / f".{ACCEPTANCE}"
     temp.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     temp.replace(out / ACCEPTANCE)
@@ -257,7 +265,8 @@ def show(result: dict[str, Any]) -> None:
         )
         for gone in draft["divergences"]:
             gap, margin = gone["gap"], gone["plain_margin"]
-            gaps = f"logit gap {gap:.4f} (plain decoding's margin {margin:.4f})"
+            gaps = f"logit gap {gap:.4f} (plain decoding's margin {margin:.4f}"
+            gaps += f", spacing of logits there {gone['spacing']:.3g})"
             print(f"    {gone['prompt']}: token {gone['position']} differs, {gaps}")
     for gain in result["differences"]:
         print(

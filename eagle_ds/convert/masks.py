@@ -7,17 +7,22 @@ file's name is not used: other projects shuffle and filter the conversations bef
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import json
 import logging
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
-from eagle_ds.data.conversations import ConversationFile
+from eagle_ds.data.conversations import ConversationFile, Intake
+from eagle_ds.data.shapes import BadRecord, content_hash
 from eagle_ds.store.processes import fork_server
 
 logger = logging.getLogger(__name__)
@@ -32,30 +37,46 @@ class ConversationMasks:
     path: Path  # JSONL: the file itself, or the temporary copy of another format
     tokenizer: Path
     max_length: int
+    template_kwargs: str  # variables of the chat template, as JSON
     keys: np.ndarray = field(repr=False)  # uint64, ascending: hashes of the tokens
     offsets: np.ndarray = field(repr=False)  # int64, byte offsets of their lines
 
     @classmethod
-    def index(cls, path: Path, tokenizer: Path, max_length: int, workers: int = 1) -> ConversationMasks:
+    def index(
+        cls, path: Path, tokenizer: Path, max_length: int, workers: int = 1, intake: Intake | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> ConversationMasks:
         """Encode every conversation once.
 
-        Raises ValueError for a malformed line or a file without any answer.
+        Args:
+            max_length: the length in tokens to which the capture truncated.
+            intake: takes note of the lines that cannot be used; None: the first one raises ValueError.
+            template_kwargs: variables of the chat template.
+
+        Raises ValueError for a file without any answer.
         """
-        file = _file(path)
-        lines = [(offset, file.line_numbers[offset]) for offset, _ in file.records()]
-        batches = [lines[start : start + BATCH_LINES] for start in range(0, len(lines), BATCH_LINES)]
-        encode = functools.partial(_hash_conversations, file.lines, tokenizer, max_length)
-        if workers == 1 or len(batches) == 1:
-            found = [pair for batch in batches for pair in encode(batch)]
-        else:
-            with ProcessPoolExecutor(workers, fork_server()) as pool:
-                found = [pair for pairs in pool.map(encode, batches) for pair in pairs]
+        file, intake, kwargs = _file(path), intake or Intake(), json.dumps(dict(template_kwargs or {}))
+        offsets = [offset for offset, _ in file.records(intake)]
+        batches = [offsets[start : start + BATCH_LINES] for start in range(0, len(offsets), BATCH_LINES)]
+        encode = functools.partial(_hash_conversations, file.lines, tokenizer, max_length, kwargs)
+        found: list[tuple[int, int]] = []
+        with contextlib.ExitStack() as stack:
+            encoded: Iterable[_Hashed] = map(encode, batches)
+            if workers > 1 and len(batches) > 1:
+                pool = stack.enter_context(ProcessPoolExecutor(workers, fork_server()))
+                encoded = pool.map(encode, batches)
+            for hashed in encoded:
+                found += hashed.pairs
+                for offset, name, reason, detail in hashed.bad:
+                    intake.reject(file, file.line_numbers[offset], name, BadRecord(reason, detail))
         if not found:
+            told = f" ({intake})" if intake.rejected else ""
             advice = "give the file that the hidden states were captured from"
-            raise ValueError(f"{path} has no conversation with an answer in it; {advice}")
-        logger.info("%d of %d conversations in %s have a loss mask", len(found), len(lines), path)
+            raise ValueError(f"{path} has no conversation with an answer in it{told}; {advice}")
+        logger.info("%d of %d conversations in %s have a loss mask", len(found), len(offsets), path)
         pairs = np.array(sorted(found), np.uint64)
-        return cls(file.lines, tokenizer, max_length, pairs[:, 0].copy(), pairs[:, 1].astype(np.int64))
+        keys, starts = pairs[:, 0].copy(), pairs[:, 1].astype(np.int64)
+        return cls(file.lines, tokenizer, max_length, kwargs, keys, starts)
 
     def find(self, input_ids: np.ndarray) -> np.ndarray | None:
         """Return the loss mask, uint8 [S], of the conversation with exactly these tokens, else None."""
@@ -64,7 +85,7 @@ class ConversationMasks:
         # Equal hashes are neighbours in the sorted index; nearly always there is only one.
         for offset in self.offsets[first:last].tolist():
             record = _file(self.path).read(offset)
-            encoded = _encoder(self.tokenizer, self.max_length).encode(record)
+            encoded = _encoder(self.tokenizer, self.max_length, self.template_kwargs).encode(record)
             if encoded is not None and np.array_equal(encoded.input_ids, input_ids):
                 return encoded.loss_mask
         return None
@@ -76,21 +97,29 @@ def _hash(input_ids: np.ndarray) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _hash_conversations(
-    path: Path, tokenizer: Path, max_length: int, lines: list[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """Return (hash, byte offset) of the conversations that have a mask.
+@dataclass
+class _Hashed:
+    """The conversations of a batch: (hash, byte offset) of those with a mask, and those that are bad."""
 
-    ``lines`` are (byte offset, line number).
-    """
-    file, encoder, found = _file(path), _encoder(tokenizer, max_length), []
-    for offset, number in lines:
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    bad: list[tuple[int, str | None, str, str]] = field(default_factory=list)  # offset, id, reason, detail
+
+
+def _hash_conversations(
+    path: Path, tokenizer: Path, max_length: int, template_kwargs: str, offsets: list[int]
+) -> _Hashed:
+    """Encode the conversations at these byte offsets and hash their tokens."""
+    file, encoder, found = _file(path), _encoder(tokenizer, max_length, template_kwargs), _Hashed()
+    for offset in offsets:
+        record = file.read(offset)
         try:
-            encoded = encoder.encode(file.read(offset))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            encoded = encoder.encode(record, content_hash(record))
+        except BadRecord as error:
+            name = None if record.get("id") is None else str(record["id"])
+            found.bad.append((offset, name, error.reason, str(error)))
+            continue
         if encoded is not None:
-            found.append((_hash(encoded.input_ids), offset))
+            found.pairs.append((_hash(encoded.input_ids), offset))
     return found
 
 
@@ -100,5 +129,6 @@ def _file(path: Path) -> ConversationFile:
 
 
 @functools.cache
-def _encoder(tokenizer: Path, max_length: int) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(tokenizer), max_length)
+def _encoder(tokenizer: Path, max_length: int, template_kwargs: str) -> ChatEncoder:
+    variables = json.loads(template_kwargs)
+    return ChatEncoder(load_tokenizer(tokenizer), max_length, template_kwargs=variables)

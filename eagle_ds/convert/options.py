@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ from eagle_ds.convert.completion import Completer, FinalNorm
 from eagle_ds.convert.hdf5_files import Hdf5Map
 from eagle_ds.convert.masks import ConversationMasks
 from eagle_ds.convert.survey import Survey
+from eagle_ds.data.conversations import Intake
 from eagle_ds.store.manifest import STORE_JSON, StoreInfo, check_same_store, read_store_info
 from eagle_ds.target.files import load_target_weights, resolve_target
 
@@ -43,6 +46,7 @@ class ConvertOptions:
     head_device: str = "auto"
     dataset: Path | None = None
     max_length: int = 1 << 20
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
     verify: bool = False
     delete_source: bool = False
@@ -98,13 +102,17 @@ def resolve_options(options: ConvertOptions, survey: Survey) -> tuple[StoreInfo,
         head_device=options.resolved_head_device)
 
 
-def index_masks(options: ConvertOptions) -> ConversationMasks | None:
-    """Index the loss masks of the conversations in ``--dataset``; None if there is no dataset."""
+def index_masks(options: ConvertOptions, intake: Intake) -> ConversationMasks | None:
+    """Index the loss masks of the conversations in ``--dataset``; None if there is no dataset.
+
+    Conversations that cannot be used are noted in ``intake``.
+    """
     if options.dataset is None or options.target is None:
         return None
     logger.info("indexing the conversations of %s", options.dataset)
     folder = resolve_target(options.target, options.revision, weights=False)
-    return ConversationMasks.index(options.dataset, folder, options.max_length, options.workers)
+    return ConversationMasks.index(
+        options.dataset, folder, options.max_length, options.workers, intake, options.template_kwargs)
 
 
 def _target_folder(options: ConvertOptions, survey: Survey) -> Path | None:
@@ -128,7 +136,8 @@ def _store_info(
     """
     flags = {
         "target": options.target_name, "aux_layer_ids": options.aux_layer_ids,
-        "vocab_size": options.vocab_size, "dtype": options.cast}
+        "vocab_size": options.vocab_size, "dtype": options.cast,
+        "template_kwargs": dict(options.template_kwargs) or None}
     given = {name: value for name, value in flags.items() if value is not None}
     if folder is not None:
         info = StoreInfo.of_target(folder, str(options.target), survey.dtype, options.aux_layer_ids)

@@ -25,6 +25,7 @@ from eagle_ds.convert.options import ConvertOptions, index_masks, resolve_option
 from eagle_ds.convert.sources import SourceItem, iter_source
 from eagle_ds.convert.survey import Prediction, head_s_per_row, predict, survey
 from eagle_ds.convert.worker import Job, Outcome, Worker, run_jobs
+from eagle_ds.data.conversations import REJECTED_CONVERSATIONS, Intake
 from eagle_ds.store.manifest import StoreInfo, read_manifest, whole_entries
 from eagle_ds.store.writer import StoreWriter
 
@@ -60,6 +61,7 @@ class Summary:
     seconds: float = 0.0
     stopped_early: bool = False
     rejected: list[Rejected] = field(default_factory=list)
+    conversations: Intake = field(default_factory=Intake)  # those of --dataset that cannot be used
 
     @property
     def reasons(self) -> Counter[Reason]:
@@ -98,7 +100,8 @@ def convert(
                 reject(rejected)
     else:
         summary.info, completer = resolve_options(options, seen)
-        completer = replace(completer, masks=index_masks(options))
+        summary.conversations = Intake(options.strict)
+        completer = replace(completer, masks=index_masks(options, summary.conversations))
         _warn_of_slow_head(completer)
         verify = options.verify or options.delete_source
         encoders = max(1, (os.cpu_count() or 1) // options.workers)
@@ -144,6 +147,7 @@ def _convert_samples(
     deleter = _SourceDeleter(found) if options.delete_source else None
     root = worker.root
     with StoreWriter(root, worker.info, workers=1) as writer, _rejected_log(root, summary) as reject:
+        summary.conversations.write(root / REJECTED_CONVERSATIONS)
         entries = {entry.id: entry for entry in read_manifest(root)[0] if entry.id in writer.done_ids}
         wanted = [item for item in found.items if worker.verify or item.id not in entries]
         jobs = [Job(item, entries.get(item.id)) for item in wanted]

@@ -22,6 +22,7 @@ from eagle_ds.data.sources import as_jsonl
 logger = logging.getLogger(__name__)
 
 REJECTED_NAME = "rejected.jsonl"
+REJECTED_CONVERSATIONS = "rejected_conversations.jsonl"  # in folders where other things are rejected, too
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ class ConversationFile:
             number = self.line_numbers[offset]
             try:
                 name, digest = record_id(record), content_hash(record)
-            except (UnicodeEncodeError, RecursionError) as error:
-                intake.reject(self, number, None, BadRecord("not Unicode", f"expected Unicode text: {error}"))
+            except BadRecord as error:
+                intake.reject(self, number, None, error)
                 continue
             del record
             names = (f"{name}-{n}" if n > 1 else name for n in itertools.count(1))

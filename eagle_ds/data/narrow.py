@@ -56,7 +56,8 @@ class Narrowing:
         if not self.stand_ins:
             return conversation
         messages = [
-            {name: self._narrow(value) for name, value in message.items()} for message in conversation.messages
+            {name: self._narrow(value) for name, value in message.items()}
+            for message in conversation.messages
         ]
         return replace(conversation, messages=messages)
 

@@ -82,10 +82,16 @@ def messages_of(record: Mapping[str, Any]) -> list[Message]:
 
 
 def content_hash(record: Mapping[str, Any]) -> str:
-    """Hash the record, independent of the order of its keys. Never holds it as one text: it may be long."""
+    """Hash the record, independent of the order of its keys. Never holds it as one text: it may be long.
+
+    Raises BadRecord if a text cannot be encoded, or if the record is nested too deeply.
+    """
     digest = hashlib.sha256()
-    for part in json.JSONEncoder(sort_keys=True, ensure_ascii=False).iterencode(record):
-        digest.update(part.encode())
+    try:
+        for part in json.JSONEncoder(sort_keys=True, ensure_ascii=False).iterencode(record):
+            digest.update(part.encode())
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise BadRecord("not Unicode", f"expected Unicode text: {error}") from error
     return digest.hexdigest()
 
 

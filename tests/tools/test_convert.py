@@ -24,6 +24,7 @@ from eagle_ds.convert import run as conversion
 from eagle_ds.convert.options import ConvertOptions
 from eagle_ds.convert.worker import Job, Outcome, Worker, run_jobs
 from eagle_ds.data.chat import ChatEncoder, load_tokenizer
+from eagle_ds.data.conversations import Intake
 from eagle_ds.store.store import Store, StoreInfo, StoreWriter
 from eagle_ds.store.writer import SampleFiles
 from tests.peer_files import (
@@ -204,6 +205,29 @@ def test_conversations_are_indexed_alike_by_any_number_of_workers(
     chats.write_text(chats.read_text() + '{"id": "x", "messages": [{"content": "no role"}]}\n')
     with pytest.raises(ValueError, match=r"chats.jsonl, line 10: a message has the keys"):
         masks.ConversationMasks.index(chats, target, 4096, workers=3)
+    intake = Intake(strict=False)
+    others = masks.ConversationMasks.index(chats, target, 4096, workers=3, intake=intake)
+    assert np.array_equal(others.keys, alone.keys)
+    assert [(one.line, one.id, one.reason) for one in intake.rejected] == [(10, "x", "no role or content")]
+
+
+def test_bad_conversations_are_listed_and_the_template_gets_its_variables(
+    tmp_path: Path, run, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = write_conversations(tmp_path / "chats.jsonl", CHATS)
+    capture_like_speculators(target, tmp_path / "src", chats)
+    no_text = '{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    chats.write_text("{broken\n" + chats.read_text() + no_text)
+    flags = ["--target", target, "--dataset", chats, "--aux-layer-ids", "1,3,4"]
+    assert run(tmp_path / "src", tmp_path / "strict", *flags, "--strict") == 1
+    assert "chats.jsonl, line 1: not valid JSON" in capsys.readouterr().err
+    assert run(tmp_path / "src", tmp_path / "dst", *flags, "--template-kwargs", '{"tone": "kind"}') == 0
+    assert "2 rejected" in capsys.readouterr().out
+    listed = (tmp_path / "dst" / "rejected_conversations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in listed] == [1, 5]
+    assert Store(tmp_path / "dst").info.template_kwargs == {"tone": "kind"}
+    assert run(tmp_path / "src", tmp_path / "dst", *flags) == 1  # other variables than the store's
+    assert run(tmp_path / "src", tmp_path / "dst", *flags, "--template-kwargs", "[]") == 1
 
 
 def test_a_sample_that_no_conversation_renders_to_is_rejected(tmp_path: Path, run, target: Path) -> None:
