@@ -18,8 +18,9 @@ between the two logits.
 Writes acceptance.json and acceptance.png into the run folder (or --out), and rejected_conversations.jsonl if
 some conversations before the last prompt cannot be used. Acceptance length carries over to a
 serving engine; tools/bench_serving.py --compare acceptance.json measures how well. Speed does not: it is that
-of transformers, without fused kernels. Every way of decoding is warmed up before it is timed, so the order of
-the drafts does not matter. --batch N decodes N prompts together, which is faster and gives the same answers.
+of transformers, without fused kernels. Every way of decoding is warmed up before it is timed, so that the
+order of the drafts does not matter. On a GPU this has not been measured yet; compare speeds there by separate
+calls. --batch N decodes N prompts together, which is faster and gives the same answers.
 """
 
 from __future__ import annotations
@@ -264,7 +265,8 @@ def show(result: dict[str, Any]) -> None:
         )
         for gone in draft["divergences"]:
             gap, margin = gone["gap"], gone["plain_margin"]
-            gaps = f"logit gap {gap:.4f} (plain decoding's margin {margin:.4f})"
+            gaps = f"logit gap {gap:.4f} (plain decoding's margin {margin:.4f}"
+            gaps += f", spacing of logits there {gone['spacing']:.3g})"
             print(f"    {gone['prompt']}: token {gone['position']} differs, {gaps}")
     for gain in result["differences"]:
         print(

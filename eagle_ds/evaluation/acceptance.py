@@ -34,8 +34,9 @@ Turn = Literal["first", "last"]
 Progress = Callable[[int], None]  # called with a number of new tokens
 RESAMPLES = 10_000
 LEVEL = 0.95
-# Without cuDNN's attention, which makes a plan for every new shape. Decoding meets a new shape in every pass,
-# and the draft that is measured first would pay for the plans that the others use.
+# Without cuDNN's attention, which makes a plan for every new shape. Decoding meets a new shape in every pass.
+# With cuDNN, the draft that was measured first on a GPU was slower by 3.4 to 3.9 times, in either order; its
+# plans, which the second draft used again, are the likely cause. Speeds without cuDNN are not measured yet.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 WARM_UP_PASSES = 2
 CONTEXT_EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 1 << 40)

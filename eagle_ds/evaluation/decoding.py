@@ -15,6 +15,7 @@ Serving engines do the same, and test-time training simulates it with the same k
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -184,7 +185,8 @@ class Divergence:
     """First position at which an answer differs from plain greedy decoding.
 
     ``gap``: logit of the token taken minus logit of plain decoding's token, in the pass that took it.
-    ``plain_margin``: best logit minus second best where plain decoding chose its token.
+    ``plain_margin``: best logit minus second best where plain decoding chose its token. ``spacing``: distance
+    between neighbouring values of the logits' dtype at the logit of the token taken.
     """
 
     position: int
@@ -192,6 +194,7 @@ class Divergence:
     token: int
     gap: float
     plain_margin: float
+    spacing: float
 
 
 @dataclass
@@ -310,8 +313,15 @@ def _first_divergence(plain: Decoded, start: int, gained: list[int], logits: Ten
     for i, (token, expected) in enumerate(zip(gained, plain.tokens[start:], strict=False)):
         if token != expected:
             row, at = logits[i].float(), start + i
-            return Divergence(at, expected, token, float(row[token] - row[expected]), plain.margins[at])
+            gap, spacing = float(row[token] - row[expected]), spacing_at(logits[i, token])
+            return Divergence(at, expected, token, gap, plain.margins[at], spacing)
     return None
+
+
+def spacing_at(logit: Tensor) -> float:
+    """Return the distance between neighbouring values of the dtype of a logit: 0.125 at 16 in bfloat16."""
+    _, exponent = math.frexp(float(logit))  # 2^(exponent - 1) <= |logit| < 2^exponent
+    return torch.finfo(logit.dtype).eps * 2.0 ** (exponent - 1)
 
 
 def now(target: CachedTarget) -> float:

@@ -1,4 +1,21 @@
-"""Compare a server's answers with speculation with those without, and with tools/eval_acceptance.py's."""
+"""Compare a server's answers with speculation with those without, and with tools/eval_acceptance.py's.
+
+Which differences does rounding explain? Plain decoding chose token a in its pass. Speculation chose token b in
+a pass over several tokens. A third pass measures gap = log P(a) - log P(b) = logit(a) - logit(b).
+
+Engines compute logits in bfloat16. Between 2^e and 2^(e+1) its values are u = 2^(e-7) apart: 0.125 from 16 to
+32. Before its own rounding, a logit differs a little between two passes, because they add in another order.
+If it differs by less than u, then the rounded values differ by at most u, and the gap of two logits by at most
+2u. The gap was >= 0 in plain decoding and <= 0 in speculation. So it is between -2u and 2u in the third pass.
+``NEAR_TIE`` is 2u for logits from 16 to 32.
+
+This bound covers the last rounding only. The hidden state is rounded in every layer as well, and can move a
+logit by more than u. Such a difference is counted as a disagreement: a gap does not tell its cause.
+
+Log-probabilities tell the gap of two logits, but not their size, because softmax ignores a common shift. The
+size is bounded from above: a gap of bfloat16 logits is a multiple of the spacing of the smaller logit. For
+example, 0.3125 = 5 * 0.0625 means that one of the two logits is below 16. See ``logit_spacing``.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +26,10 @@ from typing import Any
 from eagle_ds.evaluation.acceptance import Prompt
 from eagle_ds.evaluation.serving_client import Server
 
-# Engines compute logits in bfloat16, whose values between 16 and 32 are 0.125 apart. A gap of two such steps
-# can be rounding.
-NEAR_TIE = 0.25
+NEAR_TIE = 2 * 0.125
+# Log-probabilities are float32 numbers. With this rounding a gap of 0.25 can read 0.2500001.
+LOG_SOFTMAX_ERROR = 1e-5
+SPACINGS = [2.0**exponent for exponent in range(2, -11, -1)]  # that are looked for
 TOLERANCE = 0.03  # relative difference of two acceptance lengths that agree
 
 
@@ -32,8 +50,21 @@ class Difference:
 
     @property
     def near_tie(self) -> bool:
-        """Whether rounding explains the difference."""
-        return self.gap is not None and abs(self.gap) <= NEAR_TIE
+        """Whether the rounding of bfloat16 logits below 32 explains the difference; see the module."""
+        return self.gap is not None and abs(self.gap) <= NEAR_TIE + LOG_SOFTMAX_ERROR
+
+
+def logit_spacing(differences: Sequence[Difference]) -> float | None:
+    """Return the largest power of two that every gap is a multiple of.
+
+    In bfloat16 the finest spacing among these logits is this number or less. None if no gap tells: all are 0
+    or unknown, or the server's logits are not rounded to bfloat16.
+    """
+    gaps = [one.gap for one in differences if one.gap is not None and abs(one.gap) > LOG_SOFTMAX_ERROR]
+    for spacing in SPACINGS if gaps else ():
+        if all(abs(gap - spacing * round(gap / spacing)) <= LOG_SOFTMAX_ERROR for gap in gaps):
+            return spacing
+    return None
 
 
 def greedy_differences(

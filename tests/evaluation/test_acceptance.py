@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from eagle_ds.config.recipe import Recipe
 from eagle_ds.data.chat import ChatEncoder
@@ -27,7 +28,8 @@ from eagle_ds.evaluation.acceptance import (
     load_prompts,
     rounds_of,
 )
-from eagle_ds.evaluation.decoding import Decoded, DecodeSettings, Divergence, Round
+from eagle_ds.evaluation.batched import BatchedDraft
+from eagle_ds.evaluation.decoding import CachedTarget, Decoded, DecodeSettings, Divergence, Round
 from eagle_ds.evaluation.decoding_pool import DecodingJob, measure_job
 from eagle_ds.target.files import load_target_weights
 from tests.draft_cases import PLAIN, random_draft, recipe_for
@@ -74,7 +76,7 @@ def test_the_interval_is_paired_by_prompt() -> None:
 
 
 def test_a_summary_holds_drafts_differences_prompts_and_divergences() -> None:
-    gone = Divergence(3, 5, 6, 0.01, 0.02)
+    gone = Divergence(3, 5, 6, 0.01, 0.02, 0.005)
     drafts = {
         "untrained": [answer([1, 1]), answer([1])], "trained": [answer([2, 2]), answer([3], divergence=gone)]
     }
@@ -275,3 +277,33 @@ def test_the_first_passes_of_a_draft_are_not_timed(
     for answers in found.drafts.values():
         # Every timed pass together takes well under the second that each draft slept.
         assert len(rounds_of(answers)) == 14 and max(answer.seconds for answer in answers) < 1.0
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_target_and_drafts_decode_without_cudnns_attention(
+    target_folder: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """cuDNN plans anew for every shape, and every pass of decoding has another shape."""
+    seen: dict[str, set[SDPBackend]] = {}
+
+    def watch(owner: type, method: str) -> None:
+        inner = getattr(owner, method)
+
+        def watched(self: Any, *given: Any, **options: Any) -> Any:
+            seen.setdefault(f"{owner.__name__}.{method}", set()).update(_cur_sdpa_kernel_backends())
+            return inner(self, *given, **options)
+
+        monkeypatch.setattr(owner, method, watched)
+
+    for owner in (CachedDraft, BatchedDraft):
+        watch(owner, "propose")
+        watch(owner, "extend")
+    watch(CachedTarget, "run")  # of prompts and of decoding
+    before = _cur_sdpa_kernel_backends()
+    prompts = [Prompt("0", (3, 4, 5)), Prompt("1", (6, 7))]
+    measure_job(replace(decoding_job(target_folder), batch=batch), prompts, 1, lambda tokens: None)
+    draft = "CachedDraft" if batch == 1 else "BatchedDraft"
+    assert set(seen) == {"CachedTarget.run", f"{draft}.propose", f"{draft}.extend"}
+    assert all(backends == set(acceptance.ATTENTION) for backends in seen.values())
+    assert SDPBackend.CUDNN_ATTENTION not in acceptance.ATTENTION
+    assert _cur_sdpa_kernel_backends() == before

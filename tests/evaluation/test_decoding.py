@@ -23,6 +23,7 @@ from eagle_ds.evaluation.decoding import (
     decode_plain,
     decode_speculative,
     prefill,
+    spacing_at,
 )
 from eagle_ds.model.arch import DraftArch
 from eagle_ds.sharding.sequence import Document, shard_sequence
@@ -275,7 +276,22 @@ def test_a_divergence_is_recorded_once_with_its_gap() -> None:
     altered = Decoded([*plain.tokens[:5], 1, 2, *plain.tokens[7:]], margins=plain.margins)
     found = decode_speculative(target, draft, start, DecodeSettings(12, 4), altered).divergence
     assert (found.position, found.plain_token, found.token) == (5, 1, 11)
-    assert found.gap > 0 and found.plain_margin == plain.margins[5]
+    assert found.gap > 0 and found.plain_margin == plain.margins[5] and 0 < found.spacing < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("logit", "dtype", "spacing"),
+    [(16.0, torch.bfloat16, 0.125), (-31.875, torch.bfloat16, 0.125), (32.0, torch.bfloat16, 0.25),
+     (15.9375, torch.bfloat16, 0.0625), (1.0, torch.float32, 2.0**-23)],
+)
+def test_the_spacing_of_logits_is_that_of_their_dtype(
+    logit: float, dtype: torch.dtype, spacing: float
+) -> None:
+    exact = torch.tensor(logit, dtype=dtype)
+    assert spacing_at(exact) == spacing
+    away = 1 if logit > 0 else -1
+    assert float(torch.tensor(logit + away * spacing, dtype=dtype)) == logit + away * spacing
+    assert float(torch.tensor(logit + away * 0.4 * spacing, dtype=dtype)) == logit
 
 
 def test_layers_that_the_target_lacks_are_refused(tiny_target: CachedTarget) -> None:

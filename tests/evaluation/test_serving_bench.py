@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from eagle_ds.evaluation.acceptance import Prompt
 from eagle_ds.evaluation.http_client import Http
-from eagle_ds.evaluation.serving_agreement import compare_with, greedy_differences
+from eagle_ds.evaluation.serving_agreement import (
+    NEAR_TIE,
+    Difference,
+    compare_with,
+    greedy_differences,
+    logit_spacing,
+)
 from eagle_ds.evaluation.serving_bench import Load, run_level
 from eagle_ds.evaluation.serving_client import Accepted, connect
 from tests.evaluation.fake_servers import VOCAB, FakeServer, serving
@@ -181,6 +188,44 @@ def test_equal_answers_have_no_differences() -> None:
         server = connect(fake.url)
         level = run_level(server, Load(PROMPTS, 8), 2).summary()
         assert greedy_differences(server, PROMPTS, level, level) == []
+
+
+def difference(gap: float | None) -> Difference:
+    return Difference("p", 1, 0, 3, 4, gap)
+
+
+@pytest.mark.parametrize(
+    ("gap", "near_tie"),
+    [(0.0, True), (0.25, True), (0.25000011920928955, True), (-0.25000006, True), (0.2501, False),
+     (0.3125, False), (-0.3125, False), (None, False)],
+)
+def test_a_near_tie_is_a_gap_of_two_spacings_whatever_float32_makes_of_it(
+    gap: float | None, near_tie: bool
+) -> None:
+    assert difference(gap).near_tie is near_tie
+
+
+def test_logits_that_move_by_less_than_a_spacing_give_gaps_of_two_spacings_at_most() -> None:
+    """The derivation of NEAR_TIE: two choices differ, and a third pass measures the gap."""
+    generator, u = torch.Generator().manual_seed(0), 0.125
+    exact = 17 + 14 * torch.rand(200_000, 1, generator=generator)  # of both tokens, up to 3 u apart
+    exact = exact + torch.rand(200_000, 2, generator=generator) * 3 * u
+    moved = (torch.rand(3, 200_000, 2, generator=generator) - 0.5) * 0.999 * u  # in each of three passes
+    plain, speculation, third = (exact + moved).clamp(max=31.8).to(torch.bfloat16).float().diff(dim=-1)
+    other_choice = (plain * speculation < 0) | ((plain == 0) & (speculation != 0))
+    gaps = third[other_choice].abs()
+    assert len(gaps) > 1000 and gaps.max() == NEAR_TIE
+
+
+@pytest.mark.parametrize(
+    ("gaps", "spacing"),
+    [([0.125, -0.25, 0.0, 0.25000012], 0.125), ([0.25, 0.3125, None], 0.0625), ([0.1], None), ([0.0], None),
+     ([], None)],
+)
+def test_the_spacing_of_logits_is_the_largest_power_of_two_that_divides_all_gaps(
+    gaps: list[float | None], spacing: float | None
+) -> None:
+    assert logit_spacing([difference(gap) for gap in gaps]) == spacing
 
 
 def acceptance_json(gained: int = GAINED, **change: object) -> dict[str, object]:

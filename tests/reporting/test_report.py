@@ -35,7 +35,7 @@ def decoded(gains: list[int], divergence: Divergence | None = None) -> Decoded:
 
 
 def acceptance() -> dict[str, Any]:
-    gone = Divergence(1, 2, 3, gap=0.0625, plain_margin=0.1)
+    gone = Divergence(1, 2, 3, gap=0.0625, plain_margin=0.1, spacing=0.0625)
     drafts = {
         "untrained": [decoded([1, 1]), decoded([1, 1])], "trained": [decoded([3, 2]), decoded([2, 2], gone)]
     }
