@@ -162,7 +162,8 @@ def _label_indices(sharding: SequenceSharding, rank: int) -> tuple[Tensor, Tenso
 
     Row p at TTT step k reads token x[p+1+k], and its label comes from the hidden state of row p+1+k. Past the
     end of p's document neither exists. There the token index points to the extra token 0, and the target
-    index to any held row, because such a pair is never trained.
+    index to the next held row or the last one. Such a pair is never trained, but ``model/loss.py`` needs
+    indices that ascend.
     """
     queries, targets = sharding.queries[rank], sharding.target_rows(rank)
     label_rows = rg.rows(queries)[:, None] + 1 + np.arange(sharding.ttt_steps)

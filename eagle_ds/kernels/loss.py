@@ -4,9 +4,9 @@ For a row of draft logits z with p = softmax(z), the label q over the draft voca
 probabilities of the full vocabulary (sum q' <= 1):
 
     cross-entropy  c = logsumexp(z) - q.z        dc/dz     = p - q
-    acceptance     alpha = sum min(q', p)        dalpha/dz = p * (m - m.p),  m = [p < q']
+    acceptance     alpha = sum min(q', p)        dalpha/dz = p * (b - b.p),  b = [p < q']
 
-The second gradient follows from d min(q', p)/dp = m and the softmax Jacobian dp_i/dz_j = p_i (delta_ij -
+The second gradient follows from d min(q', p)/dp = b and the softmax Jacobian dp_i/dz_j = p_i (delta_ij -
 p_j). The losses, and their gradients by z:
 
     kl      c (the label's entropy is constant)           p - q

@@ -10,16 +10,16 @@ The maths. For one counted pair (query row, TTT step) with
 the loss needs
 
     soft cross-entropy   c = logsumexp(z) - q.z                    dc/dz     = p - q
-    acceptance           alpha = sum_v min(q'_v, p_v)              dalpha/dz = p * (m - m.p),  m = [p < q']
+    acceptance           alpha = sum_v min(q'_v, p_v)              dalpha/dz = p * (b - b.p),  b = [p < q']
 
 Soft cross-entropy is the loss of EAGLE-3 (arXiv:2503.01840); alpha is the probability that speculative
 decoding accepts the draft's token. docs/maths.md, section 7, lists the losses (`LossSettings.kind`).
 
-Memory. The logits of all pairs, [N * T, Vd], would take hundreds of GB at 128K tokens. So rows are processed
-in chunks, and the gradients with respect to states and weights are computed in the forward, while a chunk's
-logits exist. The backward only multiplies them by the incoming gradient.
+Memory. The logits of all pairs, [N * T, Vd], would take more than 100 GB at 128K tokens. So rows are
+processed in chunks, and the gradients with respect to states and weights are computed in the forward, while a
+chunk's logits exist. The backward only multiplies them by the incoming gradient.
 
-One chunk of C rows goes through these steps; every pair is a row of a matrix:
+One chunk of C rows goes through these steps; each pair takes one line of the matrices below:
 
     states g_1 .. g_T [C, D]  --stack-->  [C * T, D]  --keep counted pairs-->  x [n, D]
     x  --final norm-->  [n, D]  --head-->  z [n, Vd]                              the first matmul
@@ -27,9 +27,10 @@ One chunk of C rows goes through these steps; every pair is a row of a matrix:
     z, t  --row kernels-->  losses [n] and dloss/dz [n, Vd]
     dloss/dz  -->  gradient of the head [Vd, D], gradient of x [n, D]             two more matmuls
 
-Pairs are ordered row by row, (row 0, step 0), (row 0, step 1), ... Row p at step k has the label of target
-row p + 1 + k. So n consecutive rows need only M = n + T - 1 label rows. Pairs with the same label are near
-each other, and find it in the GPU's cache.
+Pairs are ordered row by row, (row 0, step 0), (row 0, step 1), ... At step k, the label of the row at
+position x of the sequence is the target row at position x + 1 + k. So C consecutive rows need only M = C + T
+- 1 label rows, and each gap between rows adds up to T - 1 more. Pairs with the same label are near each
+other, and find it in the GPU's cache.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ COLUMNS = ("loss", "cross_entropy", "entropy", "counted", "trained", "correct", 
 
 @dataclass
 class HeadTargets:
-    """Labels of one micro-batch. Query row p at TTT step k has the label of target row ``index[p, k]``.
+    """Labels of one micro-batch. Query row r at TTT step k has the label of target row ``index[r, k]``.
 
     Create it before the draft's forward: it starts to copy the few numbers that the host needs to divide
     rows into chunks. They have arrived when the loss runs, after the forward, so the host need not wait
@@ -68,8 +69,8 @@ class HeadTargets:
     index: Tensor  # int64 [N, T], into the M target rows; ascends along rows and along steps
     trained: Tensor  # bool [N, T], by the loss mask alone
     counted: Tensor  # bool [N, T], trained and the label's argmax is in the draft vocabulary
-    # Returns int64 [3, N] on the host. Column p: counted pairs of rows 0 to p inclusive, first and last
-    # target row of row p.
+    # Returns int64 [3, N] on the host. Column r: the number of counted pairs in rows 0 to r, then the target
+    # rows of row r at steps 0 and T - 1.
     on_host: Callable[[], Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -82,8 +83,8 @@ class LossSettings:
     """How the losses of pairs become one number.
 
     Attributes:
-        weights: [T], multiplies the sum over the counted rows of step k. It holds decay^k / N_k, times what
-            the engine will divide the loss by.
+        weights: [T], multiplies the sum of the losses of the pairs counted at step k. It holds decay^k / N_k,
+            times what the engine will divide the loss by.
         kind: kl (soft cross-entropy), alpha (-log alpha), or lambda (a mix of KL and 1 - alpha).
         kl_scale, kl_decay: for the lambda loss: w = kl_scale * exp(-kl_decay * mean alpha) weights its KL.
         alpha_mean: for the lambda loss. Maps this rank's (sum of alpha, counted rows), each [T], to the mean
@@ -199,11 +200,12 @@ class _Pass:
         blank = torch.zeros(targets.counted.shape, dtype=wide(weight.dtype), device=weight.device)
         self.cross_entropy, self.entropy = blank, blank.clone()
         self.alpha, self.correct = blank.clone(), blank.clone()
-        # Each int64 [N], on the host. ``last_pair[p]`` counts the counted pairs of rows 0 to p.
-        self.last_pair, self.first_label, self.last_label = targets.on_host()
+        # Each int64 [N], on the host. ``pair_stop[r]`` is the number of counted pairs in rows 0 to r, so row r's
+        # pairs end there in ``pairs``.
+        self.pair_stop, self.first_label, self.last_label = targets.on_host()
         # Numbers of the counted pairs, row * T + step, ascending. The host knows how many there are, so
         # nonzero_static can allocate its result without waiting for the GPU, as nonzero would.
-        size = int(self.last_pair[-1]) if len(targets.counted) else 0
+        size = int(self.pair_stop[-1]) if len(targets.counted) else 0
         self.pairs = torch.nonzero_static(targets.counted.reshape(-1), size=size).squeeze(1)
         self.d_norm: Tensor | None = None
         if gradients:
@@ -228,7 +230,8 @@ class _Pass:
         entropies = self.cross_entropy, self.entropy
         columns = (self._losses(), *entropies, counted, trained, self.correct, self.alpha)
         sums = torch.stack([column.sum(0, dtype=torch.float64) for column in columns], dim=1)
-        # Step k is reached only if all earlier tokens were accepted: the product of alpha_0 .. alpha_k.
+        # Token k is accepted only if tokens 0 .. k-1 were too: with probability alpha_0 * ... * alpha_k. A
+        # pair that does not count has alpha 0 and ends the product.
         accepted = self.alpha.to(torch.float64).cumprod(1).sum()
         return LossSums(sums, torch.stack([accepted, trained.any(1).sum().to(torch.float64)]))
 
@@ -236,25 +239,25 @@ class _Pass:
         """Split the rows. All arithmetic is on the host, so no chunk waits for the GPU."""
         budget = self.settings.chunk_bytes or LOSS_CHUNK_BYTES[self.weight.device.type]
         rows = loss_chunk_rows(self.weight.shape[0], len(self.states), self.weight.element_size(), budget)
-        size, first_pair = len(self.last_pair), 0
+        size, first_pair = len(self.pair_stop), 0
         for start in range(0, size, rows):
             stop = min(start + rows, size)
-            last_pair = int(self.last_pair[stop - 1])
-            # Labels ascend along rows and TTT steps, so the chunk reads those from its first row at step 0 to
-            # its last row at step T - 1.
+            pair_stop = int(self.pair_stop[stop - 1])
+            # Labels ascend along rows and TTT steps, so those of the chunk lie between that of its first row
+            # at step 0 and that of its last row at step T - 1. Pairs that do not count may widen the range.
             first, last = int(self.first_label[start]), int(self.last_label[stop - 1])
-            yield _Chunk(start, stop, first_pair, last_pair, first, last + 1)
-            first_pair = last_pair
+            yield _Chunk(start, stop, first_pair, pair_stop, first, last + 1)
+            first_pair = pair_stop
 
     def _process(self, chunk: _Chunk) -> None:
         """Compute the losses of a chunk's counted pairs and, if wanted, the gradients that they give."""
-        if chunk.first_pair == chunk.last_pair:  # no pair counts
+        if chunk.first_pair == chunk.pair_stop:  # no pair counts
             if self.d_norm is not None:
                 for gradient in self.d_states:
                     gradient[chunk.start : chunk.stop] = 0
             return
-        pairs = self.pairs[chunk.first_pair : chunk.last_pair]  # [n]
-        labels = self._labels(chunk.first_label, chunk.last_label)
+        pairs = self.pairs[chunk.first_pair : chunk.pair_stop]  # [n]
+        labels = self._labels(chunk.first_label, chunk.label_stop)
         # [C, T, D] -> [C * T, D]. Row c * T + k is the state of query row c at step k, as pairs are numbered.
         states = torch.stack([s[chunk.start : chunk.stop] for s in self.states], 1).flatten(0, 1)
         every = len(pairs) == len(states)
@@ -273,8 +276,8 @@ class _Pass:
         operations_for(self.weight).add_product(self.d_weight, d_logits.t(), normed.detach())
         d_x, d_norm = torch.autograd.grad(normed, [x, norm_weight], d_logits @ self.weight)
         self.d_norm += d_norm
-        # Scatter to [C * T, D], zero where a pair does not count, then copy the rows to the gradient of each
-        # TTT step.
+        # Put d_x [n, D] back at its rows of [C * T, D], with zeros for pairs that do not count. (Each pair
+        # occurs once.) Then copy the rows to the gradient of each TTT step.
         d_states = d_x if every else torch.zeros_like(states).index_copy_(0, local, d_x)
         by_step = d_states.unflatten(0, (-1, len(self.states))).unbind(1)
         for gradient, part in zip(self.d_states, by_step, strict=True):
@@ -324,9 +327,9 @@ class _Chunk(NamedTuple):
     start: int
     stop: int
     first_pair: int
-    last_pair: int  # exclusive
+    pair_stop: int
     first_label: int
-    last_label: int  # exclusive
+    label_stop: int
 
 
 @dataclass
