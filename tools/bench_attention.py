@@ -69,10 +69,9 @@ def measure(options: argparse.Namespace) -> None:
 
     from eagle_ds.bench.attention import Heads, time_attention
     from eagle_ds.bench.synthetic_data import document_in_exact_turns
+    from eagle_ds.config.settings import check_positive
 
-    for name in ("seq", "documents", "heads", "kv_heads", "head_dim", "repeats"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    check_positive(options, "seq", "documents", "heads", "kv_heads", "head_dim", "repeats")
     if options.heads % options.kv_heads:
         found = f"--heads {options.heads} is not a multiple of --kv-heads {options.kv_heads}"
         raise ValueError(f"{found}; each KV head serves the same number of query heads")

@@ -88,7 +88,7 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     from eagle_ds.config.outputs import check_output_folder
-    from eagle_ds.config.settings import read_json
+    from eagle_ds.config.settings import check_positive, read_json
     from eagle_ds.evaluation.serving_agreement import check_comparable
     from eagle_ds.evaluation.serving_client import connect
     from eagle_ds.launch import enter_repository
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     enter_repository(args, models=("target",))
     check_output_folder(args.out, "--out")
     concurrencies = concurrencies_of(args.concurrency)
+    check_positive(args, "max_new_tokens", "num_prompts", "max_prompt_tokens")
     if args.check_greedy and not (args.baseline or args.baseline_url):
         missing = "--check-greedy needs answers without speculation"
         raise ValueError(f"{missing}; give --baseline-url or --baseline")
@@ -105,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
     key = os.environ.get(args.api_key_variable)
     server = connect(args.url, key)
     plain = connect(args.baseline_url, key) if args.baseline_url else None
+    if plain and plain.info.num_draft_tokens:
+        raise ValueError(f"--baseline-url {args.baseline_url} uses speculation; serve the target alone there")
     load, context = describe_load(args, server)
     for one in filter(None, (server, plain)):
         load.check(one, context, concurrencies)
@@ -150,12 +153,27 @@ def describe_load(args: argparse.Namespace, server: Server) -> tuple[Load, int]:
         if args.target:
             raise
         raise ValueError(f"the tokenizer of the served model is not here: {error}; give --target") from error
+    check_tokenizer(files.folder, args.target, server)
     limit = args.max_prompt_tokens or sys.maxsize
     found = load_prompts(args.prompts, files.encoder, args.num_prompts, limit, args.turn)
     if found.too_long or found.unusable:
         print(f"skipped {found.too_long} longer prompts and {found.unusable} with nothing to answer")
     load = Load(found.prompts, args.max_new_tokens, sorted(files.stop_ids))
     return load, files.info.max_position_embeddings
+
+
+def check_tokenizer(folder: Path, target: str | None, server: Server) -> None:
+    """Raise ValueError if the tokenizer of --target is not the served model's; say so if it is not here."""
+    from eagle_ds.target.identity import tokenizer_hash
+
+    served = Path(server.info.model)
+    if target in (None, server.info.model):
+        return
+    if not served.is_dir():
+        print(f"note: {served}, which the server names, is not here; --target's tokenizer is not checked")
+    elif tokenizer_hash(served) != tokenizer_hash(folder):
+        wrong = f"--target {target} has another tokenizer or chat template than {served}, which is served"
+        raise ValueError(f"{wrong}; leave --target out, or give the served target")
 
 
 def describe(args: argparse.Namespace, server: Server, load: Load) -> dict[str, Any]:
@@ -207,11 +225,13 @@ def measure(
             level = run_level(server, load, concurrency, bar.update)
         result[name].append(level.summary())
         write_json(result, out)
-        if not level.cache_emptied:
-            text = "warning: this server cannot empty its cache of prompts: first tokens may come too early"
-            print(text, file=sys.stderr)
-        if not all(answer.counted for answer in level.answers):
-            print("warning: the server does not report the tokens of each piece; they are taken as equal")
+    if not all(level["cache_emptied"] for level in result[name]):
+        advice = "; start it with VLLM_SERVER_DEV_MODE=1" if server.info.engine == "vllm" else ""
+        text = f"cannot empty its cache of prompts, so first tokens may come too early{advice}"
+        print(f"warning: {server.info.url} {text}", file=sys.stderr)
+    if not all(level["tokens_counted"] for level in result[name]):
+        text = "does not report the tokens of each piece of an answer; they are taken as equal"
+        print(f"warning: {server.info.url} {text}", file=sys.stderr)
 
 
 def check_greedy(server: Server, load: Load, result: dict[str, Any]) -> bool:

@@ -55,9 +55,11 @@ def parse() -> argparse.Namespace:
     add("--wait", type=float, default=1800, help="seconds to wait for the server (default: %(default)s)")
     log = "file for the server's output (default: serve_PORT.log in the draft's run, else here)"
     add("--log", type=Path, help=log)
-    args = parser.parse_args(given[:end])
+    args, unknown = parser.parse_known_args(given[:end])
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; write flags of the engine after --")
     args.others = given[end + 1 :]
-    args.port = args.port or PORTS[args.engine]
+    args.port = PORTS[args.engine] if args.port is None else args.port
     return args
 
 
@@ -74,23 +76,24 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     from eagle_ds.config.outputs import check_output_file
+    from eagle_ds.config.settings import check_positive
     from eagle_ds.drafts.loading import run_of
     from eagle_ds.evaluation.engine import ServedPair, check_engine, check_port, program
     from eagle_ds.launch import enter_repository
 
     here = Path.cwd()
     enter_repository(args, models=("target", "python"))
-    if args.num_steps < 1:
-        raise ValueError(f"--num-steps {args.num_steps} is out of range; give 1 or more")
+    check_positive(args, "num_steps")
     pair = ServedPair.open(args.draft, args.engine, args.target, args.num_steps)
-    warn(pair)
+    if not args.plain:
+        warn(pair)
     if args.only_print:
         print_commands(pair, args)
         return 0
+    check_port(args.host, args.port)
+    version = check_engine(args.engine, args.python, args.any_version)
     command = pair.arguments(args.engine, args.host, args.port, not args.plain, args.others)
     runnable = program(command, args.python)
-    version = check_engine(args.engine, args.python, args.any_version)
-    check_port(args.host, args.port)
     log = args.log or (run_of(pair.draft.folder) or here) / f"serve_{args.port}.log"
     check_output_file(log, "--log")
     print(f"{args.engine} {version}, log in {log}\n{text_of(command)}", flush=True)

@@ -5,6 +5,7 @@ Nothing here is specific to recipes: every function takes the class of the tree'
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
 import json
@@ -53,6 +54,13 @@ def json_object(text: str | None, setting: str) -> dict[str, Any]:
         example = """'{"enable_thinking": false}'"""
         raise ValueError(f"{setting} {text}: expected a JSON object such as {example}, found {value}")
     return value
+
+
+def check_positive(options: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError if one of these options of a tool was given and is below 1."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; give 1 or more")
 
 
 def dotted_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -97,7 +97,7 @@ def export_draft(draft: DraftOnDisk, out: str | Path, settings: ExportSettings) 
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     logger.info("wrote %s and verified it: its logits differ by %.1e (relative)", out, error)
-    logger.info("trained on up to %d tokens; %s", draft.arch.trained_length, length_note(draft, settings))
+    logger.info("Trained on up to %d tokens. %s", draft.arch.trained_length, length_note(draft, settings))
     return out
 
 

@@ -87,10 +87,15 @@ def load_prompts(
         else:
             found.prompts.append(Prompt(name, tuple(ids)))
     if not found.prompts:
+        counts = (
+            (found.too_long, f"are longer than {max_tokens} tokens"),
+            (found.unusable, "have nothing to answer"),
+            (len(found.intake.rejected), "are rejected"),
+        )
+        why = [f"{count} {what}" for count, what in counts if count]
         raise ValueError(
-            f"{path} has no usable prompt: {found.too_long} are longer than {max_tokens} tokens, "
-            f"{found.unusable} have nothing to answer, {len(found.intake.rejected)} are rejected; raise "
-            "--max-prompt-tokens, or give other prompts"
+            f"{path} has no usable prompt: {', '.join(why) or 'it is empty'}; "
+            f"{'raise --max-prompt-tokens, or ' if found.too_long else ''}give other prompts"
         )
     return found
 

@@ -177,7 +177,10 @@ def check_engine(engine: EngineName, python: str, any_version: bool = False) -> 
     tested = ", ".join(TESTED[engine])
     if asked.returncode:
         found = f"{engine} is not installed for {python}"
-        raise ValueError(f"{found}; install it ({tested} were tested), or give --python of its environment")
+        raise ValueError(
+            f"{found}; give --python of its environment, or install a tested version ({tested}) in an "
+            "environment of its own"
+        )
     version = asked.stdout.strip()
     if version not in TESTED[engine] and not any_version:
         found = f"{engine} {version} was not tested; tested were {tested}"

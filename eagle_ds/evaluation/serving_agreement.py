@@ -1,13 +1,13 @@
 """Compare a server's answers with speculation with those without, and with tools/eval_acceptance.py's.
 
-Which differences does rounding explain? Plain decoding chose token a in its pass. Speculation chose token b in
-a pass over several tokens. A third pass measures gap = log P(a) - log P(b) = logit(a) - logit(b).
+Which differences does rounding explain? Plain decoding chose token a in its pass. Speculation chose token b
+in a pass over several tokens. A third pass measures gap = log P(a) - log P(b) = logit(a) - logit(b).
 
 Engines compute logits in bfloat16. Between 2^e and 2^(e+1) its values are u = 2^(e-7) apart: 0.125 from 16 to
 32. Before its own rounding, a logit differs a little between two passes, because they add in another order.
-If it differs by less than u, then the rounded values differ by at most u, and the gap of two logits by at most
-2u. The gap was >= 0 in plain decoding and <= 0 in speculation. So it is between -2u and 2u in the third pass.
-``NEAR_TIE`` is 2u for logits from 16 to 32.
+If it differs by less than u, then the rounded values differ by at most u, and the gap of two logits by at
+most 2u. The gap was >= 0 in plain decoding and <= 0 in speculation. So it is between -2u and 2u in the third
+pass. ``NEAR_TIE`` is 2u for logits from 16 to 32.
 
 This bound covers the last rounding only. The hidden state is rounded in every layer as well, and can move a
 logit by more than u. Such a difference is counted as a disagreement: a gap does not tell its cause.

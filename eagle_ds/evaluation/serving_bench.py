@@ -40,15 +40,17 @@ class Load:
         for prompt in self.prompts:
             if len(prompt.ids) + self.max_new_tokens > served:
                 needs = f"{len(prompt.ids)} tokens and --max-new-tokens {self.max_new_tokens}"
+                longest = served - self.max_new_tokens
+                skip = f"skip such prompts with --max-prompt-tokens {longest}, " if longest > 0 else ""
                 raise ValueError(
                     f"prompt {prompt.id} has {needs}, but {server.info.url} serves a context of {served}; "
-                    f"skip such prompts with --max-prompt-tokens {served - self.max_new_tokens}, "
-                    "or serve a longer context"
+                    f"{skip}lower --max-new-tokens, or serve a longer context"
                 )
         if max(concurrencies) > len(self.prompts):
+            wrong = f"--concurrency {max(concurrencies)} needs as many prompts"
             raise ValueError(
-                f"--concurrency {max(concurrencies)} needs as many prompts, and there are "
-                f"{len(self.prompts)}; raise --num-prompts, or lower the concurrency"
+                f"{wrong}, and there are {len(self.prompts)}; lower the concurrency, or give more prompts "
+                "(a longer file, or a larger --num-prompts)"
             )
 
 

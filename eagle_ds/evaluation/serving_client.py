@@ -129,6 +129,8 @@ class Server(Protocol):
 
 def connect(url: str, api_key: str | None = None) -> Server:
     """Ask what runs at ``url``, the address without /v1. Raises ValueError if nothing usable answers."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url} is no address; write it with http://, for example http://localhost:30000")
     http = Http(url.rstrip("/").removesuffix("/v1"), api_key)
     try:
         models = http.get("/v1/models")["data"]

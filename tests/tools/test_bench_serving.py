@@ -129,6 +129,12 @@ def test_acceptance_is_compared_with_that_of_eval_acceptance(
     [
         (["--concurrency", "0,4"], "--concurrency 0,4 is no list of numbers"),
         (["--concurrency", "7"], "--concurrency 7 needs as many prompts"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0 is out of range; give 1 or more"),
+        (["--max-new-tokens", "5000"], "a context of 4096; lower --max-new-tokens"),
+        (["--num-prompts", "0"], "--num-prompts 0 is out of range"),
+        (["--baseline-url", "{url}"], "uses speculation; serve the target alone there"),
+        (["--target", "{tmp}/other"], "has another tokenizer or chat template than"),
+        (["--url", "localhost:30000"], "write it with http://"),
         (["--max-new-tokens", "4090"], "prompt c0 has "),
         (["--check-greedy"], "needs answers without speculation"),
         (["--baseline", "{tmp}/none.json"], "cannot read"),
@@ -145,7 +151,10 @@ def test_bad_input_is_refused_before_a_prompt_is_sent(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "odd.json").write_text("{}")
-    assert call("--url", servers[0].url, *(one.format(tmp=tmp_path) for one in arguments)) == 1
+    if arguments[-1] == "{tmp}/other":
+        save_tiny_llama(tmp_path / "other", kind="plain")
+    given = [one.format(tmp=tmp_path, url=servers[0].url) for one in arguments]
+    assert call("--url", servers[0].url, *given) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and message in said
     assert not servers[0].requests and not (tmp_path / "out").exists()

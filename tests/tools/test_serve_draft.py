@@ -234,6 +234,20 @@ def test_a_port_in_use_is_refused(run_dir: Path, call: Callable[..., int], capsy
     assert not list(run_dir.glob("serve_*"))
 
 
+@pytest.mark.parametrize("port", [0, 99999])
+def test_a_port_out_of_range_is_refused(run_dir: Path, call: Callable[..., int], capsys, port: int) -> None:
+    assert call(run_dir, "--port", port) == 1
+    assert f"--port {port} is out of range; give 1 to 65535" in refused(capsys)
+
+
+def test_a_flag_of_the_engine_without_the_dashes_says_where_it_belongs(
+    run_dir: Path, call: Callable[..., int], capsys
+) -> None:
+    with pytest.raises(SystemExit):
+        call(run_dir, "--print", "--tp", 4)
+    assert "unrecognized arguments: --tp 4; write flags of the engine after --" in capsys.readouterr().err
+
+
 def test_an_untested_version_is_refused_and_the_tested_ones_are_named(
     run_dir: Path, call: Callable[..., int], engine: Callable[[str], None], capsys
 ) -> None:
@@ -247,7 +261,7 @@ def test_an_untested_version_is_refused_and_the_tested_ones_are_named(
 def test_an_engine_that_is_not_installed_is_refused(run_dir: Path, call: Callable[..., int], capsys) -> None:
     assert call(run_dir, "--engine", "vllm", "--port", free_port()) == 1
     said = refused(capsys)
-    assert "vllm" in said and "--python of its environment" in said
+    assert "vllm is not installed" in said and "--python of its environment" in said
     assert call(run_dir, "--python", run_dir / "no-python") == 1
     assert "cannot be run" in refused(capsys)
 
@@ -344,3 +358,5 @@ def test_serving_beyond_the_trained_length_is_noted(
     export_draft(short, run_dir / "draft", settings)
     assert call(run_dir, "--print") == 0
     assert "was trained on up to 512 tokens and is served up to" in capsys.readouterr().err
+    assert call(run_dir, "--print", "--plain") == 0
+    assert "note" not in capsys.readouterr().err  # the draft is not served
