@@ -289,6 +289,7 @@ def _rope(config: Config, d: int, *, vllm: bool) -> tuple[Tensor, float, int]:
         mixed = (1 - smooth) * plain / factor + smooth * plain
         scaled = torch.where(waves > original / low, plain / factor, mixed)
         return torch.where(waves < original / high, plain, scaled), 1.0, length
+    assert kind == "yarn", f"no engine's rule for RoPE of kind {kind} is here yet"
     fast, slow = config["rope_parameters.beta_fast"], config["rope_parameters.beta_slow"]
     ends = [d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow)]
     if config.get("rope_parameters.truncate", True):
