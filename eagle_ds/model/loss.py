@@ -200,8 +200,7 @@ class _Pass:
         blank = torch.zeros(targets.counted.shape, dtype=wide(weight.dtype), device=weight.device)
         self.cross_entropy, self.entropy = blank, blank.clone()
         self.alpha, self.correct = blank.clone(), blank.clone()
-        # Each int64 [N], on the host. ``pair_stop[r]`` is the number of counted pairs in rows 0 to r, so those
-        # of row r end there in ``pairs``.
+        # Each int64 [N], on the host. ``pair_stop[r]`` is the number of counted pairs in rows 0 to r.
         self.pair_stop, self.first_label, self.last_label = targets.on_host()
         # Numbers of the counted pairs, row * T + step, ascending. The host knows how many there are, so
         # nonzero_static can allocate its result without waiting for the GPU, as nonzero would.
