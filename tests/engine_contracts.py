@@ -76,8 +76,9 @@ class Config:
 
 
 def stated_keys(folder: Path) -> set[str]:
-    """List every key of a config.json; keys of nested objects as ``outer.inner``, but for ``rope_scaling``,
-    which repeats ``rope_parameters`` for transformers 4.
+    """Return every key of a config.json. Keys of nested objects are named ``outer.inner``.
+
+    Keys inside ``rope_scaling`` are left out: they repeat ``rope_parameters`` for transformers 4.
     """
     config = json.loads((folder / "config.json").read_text())
     config["rope_scaling"] = None
@@ -85,7 +86,7 @@ def stated_keys(folder: Path) -> set[str]:
     return nested | {key for key, value in config.items() if not isinstance(value, dict)}
 
 
-# Read by transformers or by neither engine; each with the reason why it is written.
+# Keys that no engine reads, each with the reason why it is written.
 NOT_READ = {
     "torch_dtype": "transformers 4 writes it; engines use the target's type",
     "dtype": "engines use the target's type",

@@ -93,7 +93,7 @@ def layer_outputs(ids: Sequence[int], target: TargetInfo | None) -> tuple[int, .
 def sglang_obstacles(arch: DraftArch, outputs: Sequence[int], target: TargetInfo | None) -> list[str]:
     """Return the reasons for which SGLang cannot serve a draft that reads the layer outputs ``outputs``.
 
-    All of them are silent there: the server starts, and the draft proposes noise.
+    SGLang reports none of them: the server starts, and the draft proposes noise.
     """
     reasons = []
     if arch.attention_bias:

@@ -196,10 +196,11 @@ def program(arguments: Sequence[str], python: str) -> list[str]:
     name, *rest = arguments
     if name == "python":
         return [python, *rest]
-    beside = Path(python).with_name(name)
-    found = str(beside) if beside.is_file() else shutil.which(name)
+    same_folder = Path(python).with_name(name)
+    found = str(same_folder) if same_folder.is_file() else shutil.which(name)
     if found is None:
-        raise ValueError(f"there is no {name} beside {python} or on PATH; give --python of its environment")
+        where = f"in {same_folder.parent} or on PATH"
+        raise ValueError(f"there is no program {name} {where}; give --python of its environment")
     return [found, *rest]
 
 

@@ -18,7 +18,7 @@ FLUSH_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Http:
-    """Requests to one server. Every failure is a ValueError of one sentence."""
+    """A server's address, without a slash at the end, and the key that it asks for."""
 
     url: str
     api_key: str | None = None

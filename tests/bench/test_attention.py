@@ -42,8 +42,8 @@ def test_a_turn_longer_than_its_share_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--kv-heads", "0"), "--kv-heads 0: give 1 or more"),
-        (("--seq", "0"), "--seq 0: give 1 or more"),
+        (("--kv-heads", "0"), "--kv-heads 0 is out of range; give 1 or more"),
+        (("--seq", "0"), "--seq 0 is out of range; give 1 or more"),
         (
             ("--heads", "6", "--kv-heads", "4"),
             "--heads 6 is not a multiple of --kv-heads 4; each KV head serves the same number of query heads"
