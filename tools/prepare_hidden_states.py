@@ -120,8 +120,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     for prepared in captures:
         counts = f"{prepared.num_stored} samples stored already, {len(prepared.pending)} to do"
         paths = f"{prepared.job.conversations} -> {prepared.job.store}"
-        told = "; ".join(filter(None, (str(prepared.stats), str(prepared.intake), counts)))
-        print(f"{paths}: {told}", flush=True)
+        # What was rejected, skipped or ignored is logged.
+        print(f"{paths}: {prepared.stats.parts()[0]}; {counts}", flush=True)
         if not args.dry_run:
             require_space(prepared)
     for prepared in captures:

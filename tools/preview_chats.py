@@ -62,6 +62,11 @@ def parse() -> argparse.Namespace:
         help="size of the draft vocabulary (default: the recipe's, else 32000 or the target's if smaller)")
     add("--max-length", type=int, metavar="L",
         help="longest sample in tokens (default: the recipe's, else no limit)")
+    add("--overlong", choices=["truncate", "skip"],
+        help="what a capture does with a longer conversation (default: the recipe's, else truncate)")
+    add("--duplicates", choices=["reject", "suffix"],
+        help="what a capture does with a record whose id an earlier, other one has (default: the recipe's, "
+        "else reject)")
     add("--template-kwargs", type=json.loads, metavar="JSON",
         help="more variables of the chat template, as a JSON object (default: the recipe's, else none)")
     return parser.parse_args()
@@ -108,7 +113,7 @@ def make_job(args: argparse.Namespace) -> PreviewJob:
     given: dict[str, Any] = {
         "conversations": Path(args.file) if args.file else None, "target": args.target,
         "max_length": args.max_length, "vocab_size": args.vocab_size,
-        "template_kwargs": args.template_kwargs,
+        "template_kwargs": args.template_kwargs, "overlong": args.overlong, "duplicates": args.duplicates,
     }
     values = {name: value for name, value in given.items() if value is not None}
     if args.recipe:

@@ -57,6 +57,7 @@ class EncodeStats:
     tokens: int = 0
     trained_tokens: int = 0
     ignored: Counter[str] = field(default_factory=Counter)  # fields of records that the template leaves out
+    examples: dict[str, str] = field(default_factory=dict)  # the first record with each of these fields
     without_answer: int = 0
     truncated: int = 0
     overlong: int = 0
@@ -64,10 +65,14 @@ class EncodeStats:
     duplicates: int = 0
 
     def __str__(self) -> str:
+        return "; ".join(self.parts())
+
+    def parts(self) -> list[str]:
+        """Return a phrase about the samples, then one about each kind of change or skipped record."""
         parts = [f"{self.samples} samples, {self.tokens} tokens, {self.trained_tokens} trained"]
         for name, text in (
             ("truncated", "truncated to max_length"),
-            ("without_answer", "skipped without an assistant turn"),
+            ("without_answer", "skipped without an answer"),
             ("overlong", "skipped as longer than max_length"),
             ("untrained", "skipped with no answer left after truncation"),
             ("duplicates", "skipped as repeated"),
@@ -75,8 +80,9 @@ class EncodeStats:
             if getattr(self, name):
                 parts.append(f"{getattr(self, name)} {text}")
         for name, count in self.ignored.items():
-            parts.append(f"{count} with {name}, which the chat template ignores")
-        return "; ".join(parts)
+            example = f"(for example {self.examples[name]})"
+            parts.append(f"{count} with {name}, which the chat template ignores {example}")
+        return parts
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -132,6 +138,7 @@ class ChatEncoder:
         if not _has_answer(conversation):
             self.stats.without_answer += 1
             return None
+        # Positions in the narrow text are those in the restored one.
         narrowing = Narrowing.for_conversation(conversation, str(self.tokenizer.chat_template))
         conversation = narrowing.narrow(conversation)
         rendered = self.template.locate(conversation)
@@ -139,6 +146,7 @@ class ChatEncoder:
         for ignored in rendered.ignored:
             if ignored not in self.stats.ignored:
                 logger.warning("the chat template ignores %s, for example in the record %s", ignored, name)
+                self.stats.examples[ignored] = name
             self.stats.ignored[ignored] += 1
         text, spans = narrowing.restore(rendered.text), rendered.spans
         del rendered

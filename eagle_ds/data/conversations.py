@@ -152,7 +152,9 @@ class ConversationFile:
                 intake.repeated += 1
                 continue
             if free != name and intake.duplicates == "reject":
-                problem = f"id {name} was used above for another conversation; ids must be unique"
+                problem = (
+                    f"id {name} was used above for another conversation; make ids unique, or set duplicates "
+                    "to suffix")
                 intake.reject(self, number, name, BadRecord("id used above", problem))
                 continue
             seen[free] = digest

@@ -67,7 +67,7 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
         return Conversation(text=_text(record["text"], "text"))
     else:
         expected = '"messages", "conversations", "instruction", "prompt" or "text"'
-        raise BadRecord.at("record", f"the keys {sorted(map(str, record))}", expected, "unknown shape")
+        raise BadRecord.at("a key", f"the keys {sorted(map(str, record))}", expected, "unknown shape")
     if record.get("system") and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _text(record["system"], "system")})
     return Conversation(messages, _tools(record))
@@ -168,9 +168,8 @@ def _text(content: Any, where: str) -> str:
         if not isinstance(part, str):
             kind = part.get("type") if isinstance(part, dict) else None
             reason = "not text" if kind is None else f"{kind} part"
-            found = _kind(part) if kind is None else f"a part of type {kind}"
-            expected = "a text part, because images, audio and video are not captured"
-            raise BadRecord.at(f"{where}[{i}]", found, expected, reason)
+            other = f"a part of type {kind} (images, audio and video are not captured)"
+            raise BadRecord.at(f"{where}[{i}]", _kind(part) if kind is None else other, "a text part", reason)
         texts.append(part)
     return "\n".join(texts)
 

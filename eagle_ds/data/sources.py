@@ -104,7 +104,7 @@ def _delete(name: str, owner: int) -> None:
 def array_elements(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield each element of a JSON array as a line. Only one element is in memory at a time.
 
-    Brackets outside strings tell where an element ends. Whether it is valid shows when it is parsed.
+    Brackets outside strings tell where an element ends. Parsing checks whether it is valid JSON.
     """
     element, depth, quoted, escaped = bytearray(), 0, False, False
     for block in blocks:

@@ -1,12 +1,13 @@
 """Render conversations with the tokenizer's chat template, and find in the text what the target generates.
 
 Chat templates do not mark answers, so they are found by rendering. A conversation is rendered a second time
-with a *mark* in place of every text in it. The template's own words then stand between the marks. If those
-words and the texts, put together, give the first rendering, every text is found exactly (the fast way).
+with a *mark* in place of every text in it. Between the marks are the template's own words. If these words and
+the texts together give the first rendering, the position of every text is known exactly (the fast way).
 
 Templates also change texts: they trim, drop earlier thinking, write tool calls as JSON. Then each assistant
-turn is rendered with marks of its own. Both renderings differ in this turn only, so their common prefix and
-common suffix stop at the turn (the slow way). A text whose mark is missing was left out by the template.
+turn is rendered with marks of its own. The two renderings differ in this turn only, so their common prefix
+ends where the turn begins, and their common suffix begins where it ends (the slow way). If a mark is missing,
+the template left that text out.
 
 The answer begins where the generation prompt ends, and includes the end-of-turn token. So thinking blocks,
 channel names and tool calls, which the target generates, are part of it, and the role header is not.
@@ -234,9 +235,10 @@ class ChatTemplate:
     def _through_end_of_turn(self, text: str, content_end: int, more: bool) -> int:
         """Return the end of the end-of-turn token: the first special token after the content.
 
-        Only white space may come between, and with ``more`` what closes tool calls or thinking. If anything
-        else does, the template has no such token. If more
-        special tokens follow at once (they close tool calls), the turn ends with the EOS among them.
+        Between the two there may be white space and, with ``more``, the words that close tool calls or
+        thinking. After anything else, the template has no such token, and the content's end is returned. If
+        several special tokens follow each other (some close tool calls), the turn ends with the EOS among
+        them.
         """
         found = self._special_token.search(text, content_end)
         if found is None or (text[content_end : found.start()].strip() and not more):
@@ -250,10 +252,10 @@ class ChatTemplate:
     def _ignored(
         self, text: str, conversation: Conversation, leaves: list[Leaf], other: str
     ) -> Iterator[str]:
-        """Yield the fields without which the template gives the same ``text``.
+        """Yield the fields that the template ignores: without them, it gives the same ``text``.
 
-        Texts are tested if their mark is not in ``other``, and every other field if the record has it. A
-        field that was once ignored, and that the template's source does not name, is not tested again.
+        Only the texts whose mark is not in ``other`` are tested, and every other field that the record has.
+        A field that was ignored before, and that the template's source does not name, is not tested again.
         """
         messages, tools = conversation.messages, conversation.tools
         if tools and self._gives(text, messages, None):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+JOINED_SAMPLES = 64  # whose tokens are counted together
+
 
 @dataclass(frozen=True)
 class VocabMap:
@@ -88,11 +90,18 @@ def count_trained_tokens(
     """
     pairs = _store_pairs(samples) if hasattr(samples, "entries") else samples
     counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for input_ids, loss_mask in pairs:
-        trained = input_ids[loss_mask.bool()].to(torch.int64)
-        if trained.numel() and (largest := int(trained.max())) >= vocab_size:
+    trained = (input_ids[loss_mask.bool()].to(torch.int64) for input_ids, loss_mask in pairs)
+    # Adding V counts for each sample costs more than encoding a short one, so samples are joined first.
+    waiting: list[torch.Tensor] = []
+    for tokens in trained:
+        if tokens.numel() and (largest := int(tokens.max())) >= vocab_size:
             raise ValueError(f"token id {largest} does not fit the target vocabulary of {vocab_size}")
-        counts += torch.bincount(trained, minlength=vocab_size)
+        waiting.append(tokens)
+        if len(waiting) == JOINED_SAMPLES:
+            counts += torch.bincount(torch.cat(waiting), minlength=vocab_size)
+            waiting.clear()
+    if waiting:
+        counts += torch.bincount(torch.cat(waiting), minlength=vocab_size)
     return counts
 
 

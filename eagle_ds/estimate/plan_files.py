@@ -14,6 +14,7 @@ from eagle_ds.config.sections import RopeScaling
 from eagle_ds.config.settings import read_json
 from eagle_ds.data.sources import DATASET_ID, FILE_ENDINGS
 from eagle_ds.store.manifest import STORE_JSON, manifest_hash, read_manifest
+from eagle_ds.target.files import is_hub_id
 from eagle_ds.target.info import rope_of
 
 Row = tuple[str, object, str]
@@ -27,7 +28,7 @@ def files_text(recipe: Recipe, world_size: int, capture_command: str) -> str:
         capture_command: the shell command that captures the recipe's stores.
     """
     rows = [
-        ("reads", recipe.target.model, "the target's embedding and head"),
+        ("reads", recipe.target.model, _target_state(recipe.target.model)),
         *_data_rows(recipe, capture_command),
     ]
     rope = ""
@@ -49,6 +50,12 @@ def table(rows: Iterable[Sequence[object]]) -> str:
         padded = [cell.rjust(width) if cell.isdigit() else cell.ljust(width) for cell, width in padding]
         text += "  ".join(padded).rstrip() + "\n"
     return text
+
+
+def _target_state(model: str) -> str:
+    if Path(model).expanduser().is_dir() or is_hub_id(model):
+        return "the target's embedding and head"
+    return "MISSING: no folder of a target there"
 
 
 def _data_rows(recipe: Recipe, capture_command: str) -> Iterable[Row]:

@@ -7,6 +7,7 @@ text is decoded from the tokens, so it is exactly what the target will read.
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -94,6 +95,9 @@ class Preview:
     shown: list[Shown] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # tokens of every sample, before max_length
     overlong: list[Overlong] = field(default_factory=list)
+    skipped_lines: list[int] = field(default_factory=list)  # without an answer, or repeated
+    records: int = 0  # lines that are not blank
+    seconds: float = 0.0  # to read, render, tokenize and count them
     used: int = 0  # samples that training gets
     used_tokens: int = 0
     trained_tokens: int = 0
@@ -131,8 +135,9 @@ def preview(job: PreviewJob) -> Preview:
     # Without a limit: truncation is shown here, so the tokens behind max_length are needed.
     encoder = ChatEncoder(load_tokenizer(folder), sys.maxsize, template_kwargs=job.template_kwargs)
     intake = Intake(strict=False, duplicates=job.duplicates)
-    found = Preview(job, size, stats=encoder.stats, intake=intake)
+    found, begin = Preview(job, size, stats=encoder.stats, intake=intake), time.perf_counter()
     counts = count_trained_tokens(_used_samples(found, encoder), target_vocab)
+    found.seconds = time.perf_counter() - begin
     found.distinct_tokens = int((counts > 0).sum())
     for other in (size // 4, size // 2, size, 2 * size):
         if 1 <= other <= target_vocab:
@@ -142,8 +147,9 @@ def preview(job: PreviewJob) -> Preview:
 
 def _used_samples(found: Preview, encoder: ChatEncoder) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (input_ids, loss_mask) of every sample that training gets, and count all samples in ``found``."""
-    file = ConversationFile(found.job.conversations)
+    file, encoded = ConversationFile(found.job.conversations), set()
     for offset, sample in file.encode(encoder, found.intake):
+        encoded.add(file.line_numbers[offset])
         name = f"{sample.id} ({file.unit} {file.line_numbers[offset]})"
         if len(found.shown) < found.job.show:
             found.shown.append(Shown(name, pieces_of(sample, found.job.max_length, encoder.tokenizer)))
@@ -160,6 +166,9 @@ def _used_samples(found: Preview, encoder: ChatEncoder) -> Iterator[tuple[torch.
         found.used_tokens += len(kept)
         found.trained_tokens += int(kept.sum())
         yield torch.from_numpy(sample.input_ids[: len(kept)]), torch.from_numpy(kept)
+    found.records = len(file.line_numbers)
+    explained = encoded | {rejected.line for rejected in found.intake.rejected}
+    found.skipped_lines += [line for line in file.line_numbers.values() if line not in explained]
 
 
 def pieces_of(sample: EncodedSample, max_length: int | None, tokenizer: Any) -> list[Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def summary_rows(found: Preview) -> list[tuple[str, str]]:
     skipped = [one for one in found.overlong if one.skipped]
     trained = f"{found.trained_tokens:,} trained ({found.trained_share:.1%})"
     rows = [
-        ("read", str(found.stats)),
+        *zip_longest(["read"], found.stats.parts(), fillvalue=""),
         ("samples to train on", f"{found.used:,}"),
         ("tokens", f"{found.used_tokens:,}, of which {trained}"),
     ]
@@ -84,8 +85,11 @@ def summary_rows(found: Preview) -> list[tuple[str, str]]:
         lost = sum(one.trained_lost for one in skipped)
         why = "longer than max_length" if job.overlong == "skip" else "no answer within max_length"
         rows.append(("skipped", f"{len(skipped):,} samples, {why}; {lost:,} trained tokens lost"))
+    per_minute = 60 * found.records / max(found.seconds, 1e-9)
+    speed = f"{found.seconds:.1f} s, {per_minute:,.0f} records a minute"
     reasons = ", ".join(f"{count} {reason}" for reason, count in found.reasons.most_common())
     rows.append(("rejected", f"{len(found.intake.rejected):,}{f' ({reasons})' if reasons else ''}"))
+    rows.append(("time", speed))
     rows.append(("different trained tokens", f"{found.distinct_tokens:,}"))
     for size, share in found.coverage.items():
         chosen = " (chosen)" if size == found.vocab_size else ""
@@ -155,6 +159,8 @@ def _problems(found: Preview) -> list[tuple[str, str]]:
     for rejected in found.intake.rejected:
         record = f"line {rejected.line}" + (f" ({rejected.id})" if rejected.id else "")
         lines.append((record, f"rejected, {rejected.reason}: {rejected.detail}"))
+    for line in found.skipped_lines:
+        lines.append((f"line {line}", "skipped: it has no answer, or repeats an earlier record"))
     for one in found.overlong:
         fate = "skipped" if one.skipped else "truncated"
         lost = f"{one.trained_lost:,} trained tokens lost"
@@ -163,7 +169,7 @@ def _problems(found: Preview) -> list[tuple[str, str]]:
 
 
 def _listed(found: Preview) -> str:
-    """List the first rejected records, and the first that are longer than max_length."""
+    """List the first rejected records, and the first that are skipped or longer than max_length."""
     lines, rejected = _problems(found), len(found.intake.rejected)
     chosen = [*lines[:rejected][:LISTED], *lines[rejected:][:LISTED]]
     text = "".join(f"{visible(record)}: {visible(what)}\n" for record, what in chosen)

@@ -31,6 +31,11 @@ TENSOR_NAMES = {
 }
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether this is the id of a model on the hub. What looks like a path, such as "models/x", is not."""
+    return bool(re.fullmatch(HUB_ID, model)) and not model.startswith((".", "models/"))
+
+
 def resolve_target(model: str, revision: str | None = None, weights: bool = True) -> Path:
     """Return the folder of ``model``, which is a local folder or the id of a model on the Hugging Face hub.
 
@@ -40,8 +45,7 @@ def resolve_target(model: str, revision: str | None = None, weights: bool = True
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        # Do not search the hub for what looks like a path: "models/x" is a missing folder, not an id.
-        if folder.exists() or not re.fullmatch(HUB_ID, model) or model.startswith((".", "models/")):
+        if folder.exists() or not is_hub_id(model):
             fix = ", nor a Hugging Face id such as org/name"
             if folder.name.startswith("SmolLM2-135M"):
                 fix = "; make it with tools/fetch_embedded_target.py"

@@ -182,7 +182,7 @@ def test_too_little_space_is_reported_before_any_work(job, monkeypatch):
 def test_conversations_that_are_all_skipped_are_an_error(job):
     job.conversations.write_text('{"messages": [{"role": "user", "content": "hello?"}]}\n')
     with pytest.raises(
-        ValueError, match=r"nothing to train on: 0 samples.*1 skipped without an assistant turn"
+        ValueError, match=r"nothing to train on: 0 samples.*1 skipped without an answer"
     ):
         prepare_capture(job)
 

@@ -71,6 +71,12 @@ def test_a_data_set_of_the_hub_is_not_marked_as_missing() -> None:
         assert state in line(files_text(recipe("--data.conversations", given), 2, CAPTURE), given)
 
 
+def test_a_target_folder_that_does_not_exist_is_marked_and_an_id_of_the_hub_is_not() -> None:
+    for given, missing in (("models/none", True), ("./none", True), ("owner/model", False), (".", False)):
+        text = files_text(recipe("--target.model", given), 2, CAPTURE)
+        assert ("MISSING: no folder of a target" in text) == missing, given
+
+
 def test_a_missing_draft_to_start_from_is_marked() -> None:
     text = files_text(recipe("--draft.init_from", "absent"), 2, CAPTURE)
     assert line(text, "absent").endswith("MISSING: no exported draft, checkpoint or run there")

@@ -95,6 +95,20 @@ def test_bad_records_are_rejected_with_their_reasons_and_do_not_stop_the_preview
     assert "line 1: rejected, not JSON: " in text and "line 3 (" in text
 
 
+def test_skipped_records_are_listed_by_line_and_ignored_fields_with_an_example(
+    tmp_path: Path, target: Path
+) -> None:
+    asks = {"id": "asks", "messages": [{"role": "user", "content": "q"}]}
+    named = chat("named", "q", "a")
+    named["messages"][0]["mood"] = "good"
+    found = look(tmp_path, target, chat("a", "q", "a"), asks, chat("a", "q", "a"), "{", named)
+    text = preview_text(found, colour=False)
+    assert (found.records, found.skipped_lines) == (5, [2, 3])
+    assert "line 2: skipped: " in text and "line 3: skipped: " in text and "line 4: rejected" in text
+    assert "1 with mood of messages, which the chat template ignores (for example named)" in text
+    assert "records a minute" in row(found, "time")
+
+
 def test_coverage_is_the_share_of_trained_tokens_in_the_draft_vocabulary(
     tmp_path: Path, target: Path
 ) -> None:
