@@ -18,6 +18,9 @@ from typing import Any
 VOCAB = 280
 
 
+PATIENCE_S = 60  # only a client that never sends so many requests at once waits this long
+
+
 @dataclass
 class FakeServer:
     """Settings of a fake server, and what it was asked."""
@@ -35,6 +38,7 @@ class FakeServer:
     can_flush: bool | None = None  # what vLLM's developer mode answers; None: it is off
     in_flight: int = 0
     most_in_flight: int = 0
+    together: int = 1  # requests are answered once so many have been in flight, or after PATIENCE_S
     counters: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
@@ -116,6 +120,9 @@ class Handler(BaseHTTPRequestHandler):
             fake.in_flight += 1
             fake.most_in_flight = max(fake.most_in_flight, fake.in_flight)
             failing = fake.fail_after is not None and len(fake.requests) > fake.fail_after
+        patience = time.monotonic() + PATIENCE_S
+        while fake.most_in_flight < fake.together and time.monotonic() < patience:
+            time.sleep(0.001)
         try:
             if failing:
                 self.reply({"error": "out of memory"}, 500)
